@@ -1,0 +1,23 @@
+"""LReg for PEFT: piecewise-linear shortcut adapters on adaptive meshes.
+
+Importing this package registers the method LREG with PEFT:
+
+    import lreg_peft
+    from peft import get_peft_model
+
+    model = get_peft_model(base, lreg_peft.LRegConfig(task_type="CAUSAL_LM"))
+
+Source: Z. Li, J. Cheng, H. Gu (2025), "A Globally Optimal Alternative to MLP", Information 16(10), 921,
+doi:10.3390/info16100921.
+"""
+
+from . import _registration
+from ._version import __version__
+from .config import LRegConfig
+from .layer import LRegLayer
+from .model import LRegModel
+from .targets import Target, TargetReport, inspect_targets
+
+__all__ = ["__version__", "LRegConfig", "LRegLayer", "LRegModel", "Target", "TargetReport", "inspect_targets"]
+
+_registration.register(LRegConfig, LRegModel)

@@ -1,0 +1,91 @@
+"""Keeping the frozen model in eval mode while an adapter trains.
+
+Li, Cheng & Gu (2025), section 2.7, train shortcuts on a frozen network with dropout off and fixed batch-norm
+statistics. The switch must survive every `model.train()`, which training loops call all the time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class _CheckpointInEval:
+    """A checkpointing function that runs its layer in eval mode, now and when backward recomputes it.
+
+    Transformers checkpoints a layer only if the layer itself is in train mode, so that flag stays set and is lowered
+    just while the layer's forward runs (some layers apply dropout of their own there).
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.layer = layer
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def forward_in_eval(*inputs: Any, **named: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*inputs, **named)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(forward_in_eval, *args, **kwargs)
+
+
+def hold_in_eval(model: nn.Module) -> None:
+    """Put everything in eval mode but adapter layers and `modules_to_save`."""
+    if isinstance(model, AuxiliaryTrainingWrapper):
+        return
+    if isinstance(model, GradientCheckpointingLayer) and model.gradient_checkpointing:
+        checkpoint = model._gradient_checkpointing_func
+        if not isinstance(checkpoint, _CheckpointInEval):
+            model._gradient_checkpointing_func = _CheckpointInEval(checkpoint, model)  # type: ignore[assignment]
+        model.training = True
+    elif not isinstance(model, BaseTunerLayer):
+        model.training = False
+    for child in model.children():
+        hold_in_eval(child)
+
+
+def hold_before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the base model, for adapters injected without a `PeftModel` around it.
+
+    There `train()` is the model's own and leaves dropout on; a `PeftModel` has already done this work.
+    """
+    if model.training and asks_for_eval(model):
+        hold_in_eval(model)
+
+
+def asks_for_eval(model: nn.Module) -> bool:
+    """Whether an active LReg adapter of `model` wants the backbone in eval mode."""
+    configs = getattr(model, "peft_config", {})
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or layer.disable_adapters:
+        return False
+    return any(getattr(configs.get(name), "backbone_eval", False) for name in layer.active_adapters)
+
+
+def install(model: nn.Module) -> None:
+    """Register `hold_before_forward` once."""
+    if hold_before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(hold_before_forward)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `install` and `hold_in_eval`'s hold on checkpointing, when the last adapter is removed."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is hold_before_forward:
+            del model._forward_pre_hooks[key]
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _CheckpointInEval):
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing; bookkeeping in Python is left out of compiled graphs."""
+    return torch.compiler.is_compiling()

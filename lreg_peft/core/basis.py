@@ -1,0 +1,155 @@
+"""The first-order Lagrange ("hat") basis and sums of piecewise-linear functions.
+
+Source: Li, Cheng & Gu (2025), "A Globally Optimal Alternative to MLP", sections 2.6-2.7.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mesh import check_coords, check_nodes, locate
+
+Form = Literal["auto", "dense", "gather"]
+
+# Largest dof at which one GEMM with the dense basis is faster, forward and backward together, than gathering two
+# rows per component. Measured on one CPU core (N = 2048, d = 2 and 8, C = 768; N = 256, C = 50257): the forms cross
+# between 8 and 16 nodes. GPUs multiply so much faster than they gather that they cross later.
+_DENSE_MAX_DOF = {"cpu": 8}
+_DENSE_MAX_DOF_ELSEWHERE = 64
+
+
+def hat_basis(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> Tensor:
+    """Evaluate every basis function of every component: the dense reference.
+
+    psi_ij(p_ik) = [j = k], psi is linear between nodes, each row sums to one, and at most two entries of a row are
+    non-zero: `1 - local` and `local` at the ends of the element that holds the coordinate.
+
+    Args:
+        coords: `[..., components]`; values outside the mesh are clamped to its ends.
+        nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
+        validate: see `locate`.
+
+    Returns:
+        `[..., components, dof]`, fp32 (fp64 if an input is), differentiable in `coords`.
+
+    Raises:
+        ValueError: for invalid nodes, NaN coordinates, or differing component counts.
+    """
+    element, local = locate(coords, nodes, validate=validate)
+    return expand_basis(element, local, nodes.shape[1])
+
+
+def expand_basis(element: Tensor, local: Tensor, dof: int) -> Tensor:
+    """Write the two non-zeros of each component into a dense row.
+
+    Args:
+        element: int64 `[..., components]` in `[0, dof - 2]`.
+        local: `[..., components]`.
+        dof: nodes per component.
+
+    Returns:
+        `[..., components, dof]` in the dtype of `local`.
+    """
+    two = torch.stack((1 - local, local), dim=-1)  # [..., components, 2]
+    if dof == 2:
+        return two
+    index = torch.stack((element, element + 1), dim=-1)
+    return local.new_zeros(*local.shape, dof).scatter(-1, index, two)
+
+
+def evaluate(
+    coords: Tensor, nodes: Tensor, coefficients: Tensor, *, form: Form = "auto", validate: bool = True
+) -> Tensor:
+    """Sum one piecewise-linear function per component.
+
+    y = sum_ij psi_ij(coords_i) coefficients_ij (Li, Cheng & Gu 2025, sec. 2.6-2.7), `hat_basis` contracted with
+    `coefficients`.
+
+    Args:
+        coords: `[..., components]`; values outside the mesh are clamped to its ends.
+        nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
+        coefficients: `[components, dof, out_features]`.
+        form: "dense" multiplies by the dense basis (cost grows with dof, twice differentiable); "gather" reads only
+            the two nodes around each coordinate (cost flat in dof, once differentiable); "auto" takes the faster one.
+        validate: see `locate`.
+
+    Returns:
+        `[..., out_features]` in the dtype of `coefficients`; differentiable in `coords` and `coefficients`.
+
+    Raises:
+        ValueError: for invalid nodes, NaN coordinates, or shapes that do not fit; the message gives the shapes.
+        RuntimeError: in a backward pass with `create_graph=True` through the "gather" form.
+    """
+    if validate:
+        check_nodes(nodes)
+        check_coords(coords, nodes)
+        if coefficients.ndim != 3 or coefficients.shape[:2] != nodes.shape:
+            raise ValueError(
+                f"coefficients must have shape [components, dof, out_features] with the components and dof of nodes, "
+                f"got coefficients {tuple(coefficients.shape)} and nodes {tuple(nodes.shape)}."
+            )
+        if form not in ("auto", "dense", "gather"):
+            raise ValueError(f"form must be 'auto', 'dense' or 'gather', got {form!r}.")
+    components, dof, out_features = coefficients.shape
+    element, local = locate(coords, nodes, validate=False)
+    local = local.to(coefficients.dtype)
+    table = coefficients.reshape(components * dof, out_features)
+    if form == "auto":
+        limit = _DENSE_MAX_DOF.get(coords.device.type, _DENSE_MAX_DOF_ELSEWHERE)
+        form = "dense" if dof <= limit else "gather"
+    if form == "dense":
+        basis = expand_basis(element, local, dof)  # [..., components, dof]
+        return basis.flatten(-2) @ table
+    return _gather(element, local, table, dof)
+
+
+def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:
+    """Two-row form of `evaluate`: `[..., components]` twice and `[components * dof, out]` -> `[..., out]`."""
+    components = element.shape[-1]
+    first = element + torch.arange(components, device=element.device) * dof  # row of `table` left of each coordinate
+    rows = torch.stack((first, first + 1), dim=-1).reshape(-1, 2 * components)
+    weights = torch.stack((1 - local, local), dim=-1).reshape(-1, 2 * components)
+    total = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    if total.requires_grad and not torch.compiler.is_compiling():
+        total.register_hook(_refuse_second_derivative)
+    return total.reshape(*element.shape[:-1], table.shape[1])
+
+
+def _refuse_second_derivative(gradient: Tensor) -> None:
+    # Autograd leaves grad mode on inside a backward pass only for create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "lreg_peft: the 'gather' form of evaluate() has no second derivative. "
+            "Call evaluate(..., form='dense') where you differentiate with create_graph=True."
+        )
+
+
+def curvature_penalty(nodes: Tensor, coefficients: Tensor) -> Tensor:
+    """Mean absolute curvature of the coefficients along the mesh.
+
+    At every interior node: the distance between its coefficient and the value there of the straight line through its
+    two neighbours. On a uniform mesh this is | c_j - (c_{j-1} + c_{j+1}) / 2 |, the penalty of Li, Cheng & Gu (2025,
+    Algorithm 1); the weights that follow the node positions keep straight lines unpenalised on every mesh.
+
+    Args:
+        nodes: `[components, dof]`.
+        coefficients: `[components, dof, out_features]`.
+
+    Returns:
+        A scalar in the dtype of `coefficients`; exactly zero for dof 2, which has no interior node.
+
+    Raises:
+        ValueError: if `coefficients` does not start with the shape of `nodes`.
+    """
+    if coefficients.ndim != 3 or coefficients.shape[:2] != nodes.shape:
+        raise ValueError(
+            f"coefficients must have shape [components, dof, out_features] with the components and dof of nodes, got "
+            f"coefficients {tuple(coefficients.shape)} and nodes {tuple(nodes.shape)}."
+        )
+    if nodes.shape[1] == 2:
+        return coefficients.sum() * 0  # keeps the graph, so that a caller may always call backward()
+    share = (nodes[:, 1:-1] - nodes[:, :-2]) / (nodes[:, 2:] - nodes[:, :-2])  # [components, dof - 2]
+    line = torch.lerp(coefficients[:, :-2], coefficients[:, 2:], share.unsqueeze(-1).to(coefficients.dtype))
+    return (coefficients[:, 1:-1] - line).abs().mean()

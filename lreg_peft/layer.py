@@ -1,0 +1,309 @@
+"""The shortcut around one module."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import penalty
+from .config import LRegConfig
+from .core import check_nodes, evaluate, initial_projection, project, uniform_nodes
+
+MERGE_REFUSED = (
+    "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
+    "module can express it. Keep the adapter beside the model (it adds little to a forward pass), or call unload() "
+    "to get the base model back without it."
+)
+
+# Standard deviation of the coefficients for init_weights=False.
+_RANDOM_INIT_STD = 0.02
+
+
+class NodeDict(BufferDict):
+    """Mesh nodes by adapter name: persistent buffers that keep their precision.
+
+    `model.half()` or `model.to(torch.bfloat16)` moves them but does not round them: in bf16 neighbouring nodes
+    collide, and a mesh with an empty element divides by zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, nodes in exact.items():
+            moved = self._buffers[name]
+            if nodes is not None and moved is not None and moved.dtype != nodes.dtype:
+                self._buffers[name] = nodes.to(moved.device)
+        return self
+
+
+class LRegLayer(nn.Module, BaseTunerLayer):
+    """A module with one LReg shortcut per adapter: y = f(x) + sum_ij psi_ij(sigmoid(P x + b)) c_ij.
+
+    f is any module whose first input is a float tensor with the features in its last dimension (or, channels first,
+    in dimension 1) and whose output is such a tensor, or a tuple or ModelOutput that begins with one; the shortcut is
+    added to that one. If a channels-first module changes the spatial size, the shortcut is average-pooled to it.
+
+    Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
+    `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
+    buffer). Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the
+    basis in the dtype of f's output.
+
+    Source: Li, Cheng & Gu (2025), section 2.7. Unlike their published code, the encoder passes gradients on to P, b
+    and x, and the mesh covers exactly the range (0, 1) of the coordinates.
+    """
+
+    adapter_layer_names = ("lreg_projection", "lreg_projection_bias", "lreg_coefficients")
+    other_param_names = ("lreg_nodes", "curvature_weight")
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.lreg_projection = nn.ParameterDict()
+        self.lreg_projection_bias = nn.ParameterDict()
+        self.lreg_coefficients = nn.ParameterDict()
+        self.lreg_nodes = NodeDict()
+        self.curvature_weight: dict[str, float] = {}
+        # Attributes that PEFT declares on the class and would share between layers.
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.merged_adapters: list[str] = []
+        #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
+        self.was_called = False
+        #: Set for the time of a mixed batch: one adapter name per sample.
+        self.batch_adapter_names: Sequence[str] | None = None
+        parameters = inspect.signature(base_layer.forward).parameters
+        self._input_name = next(iter(parameters), None)
+
+    def update_layer(
+        self, adapter_name: str, n_components: int, dof: int, config: LRegConfig, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or replace the one of that name."""
+        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, self.in_features))
+        self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
+        coefficients = torch.zeros(n_components, dof, self.out_features)
+        if not config.init_weights and coefficients.device.type != "meta":
+            coefficients.normal_(std=_RANDOM_INIT_STD)
+        self.lreg_coefficients[adapter_name] = nn.Parameter(coefficients)
+        self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof)
+        self.curvature_weight[adapter_name] = config.curvature_weight
+        if config.curvature_weight > 0:
+            penalty.watch(self)
+        # PEFT re-enables requires_grad on every switch of adapters, except for the weights listed here.
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        if not config.train_projection:
+            self.frozen_peft_weight_names[adapter_name] = ("lreg_projection", "lreg_projection_bias")
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with the active shortcuts added to its first tensor."""
+        self.was_called = True
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        hidden, rebuild = _first_tensor(output)
+        active = [name for name in self.active_adapters if name in self.lreg_coefficients]
+        if not active and self.batch_adapter_names is None:
+            return output
+        features = self._features(args, kwargs)
+        if self.batch_adapter_names is not None:
+            return rebuild(self._add_per_sample(features, hidden, self.batch_adapter_names))
+        for name in active:
+            hidden = hidden + self.shortcut(name, features, hidden)
+        return rebuild(hidden)
+
+    def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
+        """The shortcut's value alone.
+
+        Args:
+            adapter_name: which adapter.
+            features: input of the module, `[..., in_features]` or channels first.
+            like: output of the base module; gives dtype and layout.
+
+        Returns:
+            A tensor of the shape and dtype of `like`.
+        """
+        channels_first = self._is_channels_first(features, like)
+        if channels_first:
+            features = features.movedim(1, -1)
+        with torch.autocast(features.device.type, enabled=False):
+            coords = project(
+                features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name]
+            )  # [..., components]
+            value = evaluate(
+                coords,
+                self.lreg_nodes[adapter_name],
+                self.lreg_coefficients[adapter_name].to(like.dtype),
+                validate=False,
+            )  # [..., out_features]
+        if channels_first:
+            value = value.movedim(-1, 1)
+            if value.shape[2:] != like.shape[2:]:
+                value = _average_pool(value, like.shape[2:])
+        if value.shape != like.shape:
+            raise ValueError(
+                f"the shortcut around {type(self.get_base_layer()).__name__} gives {tuple(value.shape)} where the "
+                f"module gives {tuple(like.shape)}. Set its sizes in LRegConfig(feature_sizes=...)."
+            )
+        return value
+
+    def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Weight, nodes and coefficients of every active adapter with a curvature penalty."""
+        for name in self.active_adapters:
+            if self.curvature_weight.get(name, 0) > 0:
+                yield self.curvature_weight[name], self.lreg_nodes[name], self.lreg_coefficients[name]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(weight > 0 for weight in self.curvature_weight.values()):
+            penalty.watch(self)  # a copy or an unpickled layer is not known to the optimiser hook yet
+
+    def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
+        batch = features.shape[0]
+        if batch % len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries, but a batch of {batch} reached "
+                f"{type(self.get_base_layer()).__name__}; it must hold one name per sample."
+            )
+        # Beam search repeats every sample in place.
+        expanded = [name for name in names for _ in range(batch // len(names))]
+        result = hidden.clone()
+        for name in dict.fromkeys(expanded):
+            if name not in self.lreg_coefficients:
+                continue  # "__base__", or an adapter that does not cover this module
+            rows = torch.tensor([i for i, item in enumerate(expanded) if item == name], device=hidden.device)
+            result[rows] += self.shortcut(name, features[rows], hidden[rows])
+        return result
+
+    def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        features = args[0] if args else kwargs.get(self._input_name or "")
+        kind = type(self.get_base_layer()).__name__
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(
+                f"a shortcut around {kind} needs a floating-point tensor as the first input of the module, got {got}. "
+                "Target a module whose first input is the hidden state."
+            )
+        if self.in_features not in (features.shape[-1], features.shape[min(1, features.ndim - 1)]):
+            raise ValueError(
+                f"the shortcut around {kind} expects {self.in_features} input features, got an input of shape "
+                f"{tuple(features.shape)}. Set the sizes in LRegConfig(feature_sizes=...)."
+            )
+        return features
+
+    def _is_channels_first(self, features: Tensor, like: Tensor) -> bool:
+        if features.ndim < 3 or features.shape[1] != self.in_features or like.shape[1] != self.out_features:
+            return False
+        if isinstance(self.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return True
+        return not (features.shape[-1] == self.in_features and like.shape[-1] == self.out_features)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not PEFT's version: that one would also round the nodes to the dtype of the base module, and reads device
+        # and dtype off `weight`, which a whole block does not have.
+        source = next((p for p in self.base_layer.parameters() if p.device.type != "meta"), None)
+        device = device or (None if source is None else source.device)
+        dtype = getattr(self.get_base_layer(), "compute_dtype", None)  # of a quantised layer
+        if dtype is None and source is not None and source.is_floating_point() and source.dtype.itemsize > 1:
+            dtype = source.dtype
+        for name in self.adapter_layer_names:
+            weights = getattr(self, name)
+            if adapter_name in weights and weights[adapter_name].device.type != "meta":
+                weights[adapter_name] = weights[adapter_name].to(device=device, dtype=dtype)
+        if adapter_name in self.lreg_nodes and self.lreg_nodes[adapter_name].device.type != "meta":
+            self.lreg_nodes[adapter_name] = self.lreg_nodes[adapter_name].to(device=device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: the shortcut is nonlinear."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing was ever merged."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    # Code around a wrapped block goes on asking it for what the block has: RoBERTa's get_output_embeddings() returns
+    # `lm_head.decoder`, weight tying assigns to `lm_head.weight`.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names are left out: accelerate deletes the hook attributes that it finds.
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and any(name in state for state in (base._parameters, base._buffers, base._modules)):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"lreg_peft.{super().__repr__()}"
+
+    def extra_repr(self) -> str:
+        """Sizes, as `print(model)` shows them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LRegLinear(LRegLayer):
+    """`LRegLayer` around a layer that is linear.
+
+    PEFT recognises adapted linear layers by "Linear" in the class name when a further adapter says "all-linear".
+    """
+
+
+def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool) -> LRegLayer:
+    """Put a module into the layer class that fits it; it has no adapter yet."""
+    return (LRegLinear if linear else LRegLayer)(module, in_features, out_features)
+
+
+def _first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that a shortcut is added to, and a function that puts its replacement back in place."""
+    if isinstance(output, Tensor):
+        return output, lambda hidden: hidden
+    if isinstance(output, dict) and output:  # transformers' ModelOutput is an OrderedDict
+
+        def rebuild_mapping(hidden: Tensor) -> Any:
+            first = next(iter(output))
+            return type(output)(**{**output, first: hidden})
+
+        return next(iter(output.values())), rebuild_mapping
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+
+        def rebuild_sequence(hidden: Tensor) -> Any:
+            if hasattr(output, "_replace"):  # a named tuple
+                return output._replace(**{output._fields[0]: hidden})
+            return type(output)((hidden, *output[1:]))
+
+        return output[0], rebuild_sequence
+    raise TypeError(
+        f"a shortcut needs a module whose output is a tensor or starts with one, got {type(output).__name__}."
+    )
+
+
+def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
+    """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
+    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return pools[len(size)](value, list(size))
+
+
+def check_saved_nodes(name: str, nodes: Tensor) -> None:
+    """Raise a `ValueError` naming the file entry unless `nodes` is a mesh on [0, 1]."""
+    try:
+        check_nodes(nodes)
+    except ValueError as error:
+        raise ValueError(f"the adapter file is damaged: {name}: {error}") from None
+    if nodes.device.type != "meta" and (nodes[:, 0].ne(0).any() or nodes[:, -1].ne(1).any()):
+        raise ValueError(f"the adapter file is damaged: {name}: every mesh must span [0, 1].")

@@ -1,0 +1,334 @@
+"""Which modules a configuration adapts, and their feature sizes."""
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import LRegConfig
+
+# Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
+# whole: a shortcut around them also reaches the values.
+_ATTENTION_PROJECTIONS = {
+    "albert": ["query", "key"],
+    "bert": ["query", "key"],
+    "camembert": ["query", "key"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "key_proj"],
+    "distilbert": ["q_lin", "k_lin"],
+    "electra": ["query", "key"],
+    "gemma": ["q_proj", "k_proj"],
+    "gemma2": ["q_proj", "k_proj"],
+    "gemma3_text": ["q_proj", "k_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neo": ["q_proj", "k_proj"],
+    "gpt_neox": ["query_key_value"],
+    "llama": ["q_proj", "k_proj"],
+    "mistral": ["q_proj", "k_proj"],
+    "modernbert": ["Wqkv"],
+    "opt": ["q_proj", "k_proj"],
+    "phi3": ["qkv_proj"],
+    "qwen2": ["q_proj", "k_proj"],
+    "qwen3": ["q_proj", "k_proj"],
+    "roberta": ["query", "key"],
+    "t5": ["q", "k"],
+    "vit": ["query", "key"],
+    "xlm-roberta": ["query", "key"],
+}
+_LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets a shortcut."""
+
+    name: str
+    module_type: str
+    in_features: int
+    out_features: int
+    n_components: int
+    dof: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """The modules that a configuration matches; printing it gives a table."""
+
+    targets: tuple[Target, ...]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable parameters of all shortcuts together, `modules_to_save` not counted."""
+        return sum(target.trainable_parameters for target in self.targets)
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __str__(self) -> str:
+        head = ("module", "type", "in", "out", "components", "dof", "trainable")
+        rows = [
+            (t.name, t.module_type)
+            + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
+            for t in self.targets
+        ]
+        rows.append((f"{len(self)} modules", "", "", "", "", "", f"{self.trainable_parameters:,}"))
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [head, *rows]
+        )
+
+
+def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
+    """Show what a configuration will adapt, before anything is wrapped.
+
+    Neither `model` nor `config` is changed.
+
+    Args:
+        model: the base model, or a model that already carries adapters.
+        config: as for `get_peft_model`.
+
+    Returns:
+        One entry per module, with feature sizes and trainable parameters; `print` it for a table.
+
+    Raises:
+        NoMatchingPeftModuleError: (a ValueError) if nothing matches.
+        ValueError, TypeError: as `get_peft_model` would raise for this configuration.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    config = copy.deepcopy(config)
+    if config.target_modules is None:
+        config.target_modules = default_targets(model, config)
+    release_targeted_heads(config)
+    return TargetReport(tuple(resolve_targets(model, config)))
+
+
+def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
+    """Match, size and check every module of `config`, whose `target_modules` is set; changes nothing."""
+    _warn_of_unmatched_keys(config, names := _matched_names(model, config))
+    targets = []
+    for name in names:
+        module = model.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_supported(name, base)
+        in_features, out_features = feature_sizes(name, base, config)
+        n_components, dof = mesh_size(name, config)
+        count = n_components * dof * out_features
+        if config.train_projection:
+            count += (in_features + 1) * n_components
+        targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
+    return targets
+
+
+def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
+    """`(n_components, dof)` of the module `name`, patterns considered."""
+    return (
+        config.component_pattern.get(get_pattern_key(config.component_pattern, name), config.n_components),
+        config.dof_pattern.get(get_pattern_key(config.dof_pattern, name), config.dof),
+    )
+
+
+def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
+    """`(in_features, out_features)` of a module, from the configuration or read off the module.
+
+    A block of several linear layers takes its input size from the first and its output size from the last of them in
+    the order of registration, which holds for the attention, feed-forward and head modules of Transformers.
+
+    Raises:
+        ValueError: if they are neither given nor readable.
+    """
+    given = config.feature_sizes.get(get_pattern_key(config.feature_sizes, name))
+    if given is not None:
+        return given
+    linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]
+    if not linear:
+        raise ValueError(
+            f"cannot read the feature sizes of {name!r} ({type(module).__name__}): it holds no linear or convolution "
+            f"layer. Give them: LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
+        )
+    return linear[0][0], linear[-1][1]
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):  # quantised layers too: they keep these attributes
+            return sizes  # type: ignore[return-value]
+    return None
+
+
+def _check_supported(name: str, module: nn.Module) -> None:
+    kind = type(module)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        raise TypeError(
+            f"{name!r} is an embedding: its input is token ids, and a shortcut needs real-valued features. "
+            "Target a linear layer or a block instead."
+        )
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        raise TypeError(f"{name!r} is a {kind.__name__}, which is never called. Target its members instead.")
+    if kind in (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not (
+        module.weight.is_floating_point()  # type: ignore[union-attr,operator]
+    ):
+        raise TypeError(
+            f"{name!r} has weights of {module.weight.dtype}: a shortcut is added to floating-point outputs. "  # type: ignore[union-attr]
+            "Convert the model to a floating dtype, or load it with a quantisation that Transformers supports."
+        )
+
+
+def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
+    """The placement of the paper for the task of `config`, or of the model's class if it names none.
+
+    Language models: the whole head that ends in the output embedding. Classification: the attention query and key
+    projections.
+
+    Raises:
+        ValueError: if there is no default for this model; the message lists module names that could be given.
+    """
+    task = config.task_type or _task_of(model)
+    if task in _LANGUAGE_MODEL_TASKS or task == "MASKED_LM":
+        head = output_head_name(model)
+        if head is not None:
+            return [head]
+    elif task in _CLASSIFICATION_TASKS:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in _ATTENTION_PROJECTIONS:
+            return list(_ATTENTION_PROJECTIONS[model_type])
+    raise ValueError(
+        f"no default target_modules for {type(model).__name__} (task_type={config.task_type}). Set "
+        f"LRegConfig(target_modules=...) to names from this model, for example: {', '.join(_candidates(model))}."
+    )
+
+
+def _task_of(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")):
+        return "MASKED_LM" if name.endswith("ForMaskedLM") else "CAUSAL_LM"
+    for ending, task in (
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForImageClassification", "SEQ_CLS"),
+        ("ForMultipleChoice", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("Model", "FEATURE_EXTRACTION"),
+    ):
+        if name.endswith(ending):
+            return task
+    return None
+
+
+def output_head_name(model: nn.Module) -> str | None:
+    """Name of the direct child of `model` that holds its output embedding: `lm_head`, `cls`, ...; None without one.
+
+    The child rather than the embedding itself: the masked language model head of RoBERTa or BERT is a block (dense,
+    norm, decoder), and the shortcut runs parallel to all of it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    embedding = model.get_output_embeddings()
+    if embedding is None:
+        return None
+    return next((name for name, child in model.named_children() if embedding in set(child.modules())), None)
+
+
+def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
+    """Distinct last parts of the names of the modules that can be targeted without further information."""
+    endings: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if name and _linear_sizes(module) is not None:
+            ending = name.rpartition(".")[2]
+            endings[name if ending.isdigit() else ending] = None
+    return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
+
+
+def release_targeted_heads(config: LRegConfig) -> None:
+    """Take heads that are targets out of `modules_to_save`.
+
+    For classification PEFT adds its head names to `modules_to_save` unasked. A head that is named as a target keeps
+    its weights and gets a shortcut instead (a contradiction in the user's own words was refused by the config).
+    """
+    if not config.modules_to_save or config.target_modules is None:
+        return
+    unguarded = copy.copy(config)
+    unguarded.modules_to_save = None
+    kept = [name for name in config.modules_to_save if not check_target_module_exists(unguarded, name)]
+    config.modules_to_save = kept or None
+
+
+def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:
+    config = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+    inside = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name and not name.startswith(tuple(inside)) and check_target_module_exists(config, name)
+    ]
+    if names:
+        return names
+    hidden = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    if hidden:
+        raise NoMatchingPeftModuleError(
+            f"{hidden[0]!r} lies inside a block that already carries a shortcut, where PEFT cannot add one. Add the "
+            "adapter of the inner module first, or put both into one configuration."
+        )
+    raise NoMatchingPeftModuleError(
+        f"Target modules {config.target_modules} not found in the base model"
+        + (f" outside exclude_modules={config.exclude_modules}" if config.exclude_modules else "")
+        + (f" in layers {config.layers_to_transform}" if config.layers_to_transform is not None else "")
+        + f". {_suggestion(model, config)}"
+    )
+
+
+def _suggestion(model: nn.Module, config: LRegConfig) -> str:
+    there = _candidates(model, limit=1000)
+    wanted = config.target_modules if isinstance(config.target_modules, list) else []
+    close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2)]
+    hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
+    return f"{hint}The model has for example: {', '.join(there[:12])}."
+
+
+def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
+    """Warn of every entry of the configuration that has no effect, which PEFT would pass over in silence."""
+    if isinstance(config.target_modules, list):
+        idle = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if idle:
+            warnings.warn(f"target_modules {idle} match no module and have no effect.", stacklevel=2)
+    for option in ("component_pattern", "dof_pattern", "feature_sizes"):
+        idle = [
+            key for key in getattr(config, option) if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+        ]
+        if idle:
+            warnings.warn(
+                f"{option} keys {idle} match no adapted module and have no effect.", UserWarning, stacklevel=2
+            )
+
+
+def parameter_device(module: nn.Module) -> torch.device | None:
+    """Device of the first parameter of `module`, or None if it has none."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device

@@ -18,7 +18,7 @@ def add_enum_member(enum_class: type[Enum], name: str) -> Enum:
     """
     if name in enum_class.__members__:
         return enum_class[name]
-    member = str.__new__(enum_class, name)
+    member = str.__new__(enum_class, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enum_class  # type: ignore[attr-defined]

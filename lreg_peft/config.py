@@ -91,7 +91,7 @@ class LRegConfig(PeftConfig):
     # PEFT reads this attribute to decide whether to save the output embedding next to an adapter that targets it. An
     # adapter that leaves the embedding frozen must not: the file would grow from 0.8 MB to 155 MB on GPT-2. It is a
     # class attribute, so it is neither an option nor part of the saved configuration.
-    trainable_token_indices = {}  # noqa: RUF012
+    trainable_token_indices = {}  # type: ignore[var-annotated]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         super().__post_init__()

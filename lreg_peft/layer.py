@@ -283,9 +283,8 @@ def _first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
 
         def rebuild_sequence(hidden: Tensor) -> Any:
-            if hasattr(output, "_replace"):  # a named tuple
-                return output._replace(**{output._fields[0]: hidden})
-            return type(output)((hidden, *output[1:]))
+            make = getattr(type(output), "_make", type(output))  # named tuples take an iterable under this name
+            return make((hidden, *output[1:]))
 
         return output[0], rebuild_sequence
     raise TypeError(
@@ -295,7 +294,11 @@ def _first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
     """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    pools: dict[int, Callable[..., Tensor]] = {
+        1: F.adaptive_avg_pool1d,
+        2: F.adaptive_avg_pool2d,
+        3: F.adaptive_avg_pool3d,
+    }
     return pools[len(size)](value, list(size))
 
 

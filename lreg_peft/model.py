@@ -84,7 +84,7 @@ class LRegModel(BaseTuner):
         backbone.install(model)
         output_head.adjust(model)
         if hasattr(model, "add_model_tags"):
-            model.add_model_tags([TAG])
+            model.add_model_tags([TAG])  # type: ignore[operator]
 
     # Training
 
@@ -97,7 +97,7 @@ class LRegModel(BaseTuner):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the base model's; works in whichever order it and `train()` are called."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        self.model.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
         self.train(self.training)
 
     # Inference with one adapter per sample

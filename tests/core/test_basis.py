@@ -1,0 +1,219 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from test_mesh import random_nodes
+
+from lreg_peft.core import curvature_penalty, evaluate, expand_basis, hat_basis, locate, uniform_nodes
+
+DOFS = [2, 3, 8, 9, 64]
+FORMS = ["dense", "gather"]
+
+
+def special_points(nodes: torch.Tensor) -> torch.Tensor:
+    """Nodes, midpoints, points beyond the ends and random points: [samples, components]."""
+    columns = nodes.T
+    middle = (columns[1:] + columns[:-1]) / 2
+    outside = torch.stack((columns[0] - 1, columns[-1] + 1))
+    return torch.cat((columns, middle, outside, torch.rand(50, nodes.shape[0], dtype=nodes.dtype)))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dof", DOFS)
+class TestTheorems:
+    def test_kronecker_delta_at_the_nodes(self, dof):
+        nodes = random_nodes(3, dof)
+        basis = hat_basis(nodes.T, nodes)  # [dof, components, dof]
+        assert torch.equal(basis, torch.eye(dof, dtype=nodes.dtype).unsqueeze(1).expand(dof, 3, dof))
+
+    def test_partition_of_unity_and_bounds(self, dof):
+        nodes = random_nodes(3, dof)
+        basis = hat_basis(special_points(nodes), nodes)
+        assert (basis >= 0).all() and (basis <= 1).all()
+        torch.testing.assert_close(basis.sum(-1), torch.ones_like(basis[..., 0]), atol=2**-52, rtol=0)
+
+    def test_at_most_two_neighbouring_entries_are_non_zero(self, dof):
+        nodes = random_nodes(3, dof)
+        points = special_points(nodes)
+        basis = hat_basis(points, nodes)
+        element, local = locate(points, nodes)
+        assert ((basis != 0).sum(-1) <= 2).all()
+        assert torch.equal(basis.gather(-1, element.unsqueeze(-1)).squeeze(-1), 1 - local)
+        assert torch.equal(basis.gather(-1, element.unsqueeze(-1) + 1).squeeze(-1), local)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_piecewise_linear_functions_are_reproduced_by_their_nodal_values(self, dof, form):
+        nodes = random_nodes(1, dof)
+        values = torch.randn(1, dof, 1, dtype=torch.float64)
+        points = torch.rand(200, 1, dtype=torch.float64)
+        expected = np.interp(points.squeeze(1), nodes[0], values[0, :, 0])
+        result = evaluate(points, nodes, values, form=form).squeeze(1)
+        np.testing.assert_allclose(result, expected, atol=1e-13)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_derivative_inside_an_element_is_the_slope(self, dof, form):
+        nodes = random_nodes(1, dof)
+        values = torch.randn(1, dof, 1, dtype=torch.float64)
+        middle = ((nodes[:, 1:] + nodes[:, :-1]) / 2).T.requires_grad_()
+        (slope,) = torch.autograd.grad(evaluate(middle, nodes, values, form=form).sum(), middle)
+        expected = values[0, :, 0].diff() / nodes[0].diff()
+        torch.testing.assert_close(slope.squeeze(1), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_equals_the_literal_formula(self, dof, form):
+        nodes = random_nodes(2, dof)
+        coefficients = torch.randn(2, dof, 5, dtype=torch.float64)
+        points = special_points(nodes)
+        psi = reference.basis(points.numpy(), nodes.numpy())
+        np.testing.assert_allclose(hat_basis(points, nodes), psi, atol=1e-13)
+        expected = np.einsum("sij,ijc->sc", psi, coefficients.numpy())
+        np.testing.assert_allclose(evaluate(points, nodes, coefficients, form=form), expected, atol=1e-12)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_gradients(self, dof, form):
+        nodes = random_nodes(2, dof)
+        element = torch.randint(0, dof - 1, (4, 2))
+        inside = 0.2 + 0.6 * torch.rand(4, 2, dtype=torch.float64)  # away from the nodes, where the slope jumps
+        component = torch.arange(2)
+        left, right = nodes[component, element], nodes[component, element + 1]
+        coords = (left + inside * (right - left)).requires_grad_()
+        coefficients = torch.randn(2, dof, 3, dtype=torch.float64, requires_grad=True)
+
+        def function(u, c):
+            return evaluate(u, nodes, c, form=form)
+
+        assert torch.autograd.gradcheck(function, (coords, coefficients), eps=1e-7)
+        if form == "dense":
+            assert torch.autograd.gradgradcheck(function, (coords, coefficients), eps=1e-7)
+
+
+def test_l2_error_falls_with_the_square_of_the_element_length():
+    dofs = [9, 17, 33, 65, 129]
+    x = torch.linspace(0, 1, 20001, dtype=torch.float64).unsqueeze(1)
+    errors = []
+    for dof in dofs:
+        nodes = uniform_nodes(1, dof, dtype=torch.float64)
+        values = torch.sin(2 * torch.pi * nodes).unsqueeze(-1)
+        errors.append((evaluate(x, nodes, values) - torch.sin(2 * torch.pi * x)).square().mean().sqrt().item())
+    slope = np.polyfit(np.log(np.array(dofs) - 1.0), np.log(errors), 1)[0]
+    assert abs(slope + 2) < 0.1
+
+
+@pytest.mark.parametrize("dof", DOFS)
+def test_both_forms_agree_in_fp32_values_and_gradients(dof):
+    nodes = random_nodes(4, dof, torch.float32)
+    coords = torch.rand(3, 50, 4, requires_grad=True)
+    coefficients = torch.randn(4, dof, 6, requires_grad=True)
+    results = []
+    for form in FORMS:
+        value = evaluate(coords, nodes, coefficients, form=form)
+        results.append((value, *torch.autograd.grad(value.square().sum(), (coords, coefficients))))
+    for dense, gather in zip(*results, strict=True):
+        assert dense.shape == gather.shape
+        # Sums of at most 8 products forward, of 150 backward, each relative to the largest entry.
+        torch.testing.assert_close(dense, gather, rtol=0, atol=200 * 2**-24 * dense.detach().abs().max().item())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dof", [8, 256, 1024])
+def test_half_precision_coefficients_keep_their_error_at_every_dof(form, dtype, dof):
+    nodes = uniform_nodes(4, dof)
+    coords = torch.rand(500, 4)
+    coefficients = torch.randn(4, dof, 3, dtype=torch.float64)
+    exact = evaluate(coords, nodes, coefficients)
+    rounded = evaluate(coords, nodes, coefficients.to(dtype), form=form)
+    assert rounded.dtype == dtype
+    error = (rounded.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 2 * torch.finfo(dtype).eps  # coefficients, weights and result are each rounded once
+
+
+def test_auto_takes_the_form_by_dof(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "lreg_peft.core.basis._gather",
+        lambda element, local, table, dof: taken.append(dof) or torch.zeros(*local.shape[:-1], table.shape[1]),
+    )
+    for dof in (2, 8, 9, 100):
+        evaluate(torch.rand(3, 1), uniform_nodes(1, dof), torch.zeros(1, dof, 2))
+    assert taken == [9, 100]
+
+
+def test_second_derivative_of_the_gather_form_is_refused_with_advice():
+    coords = torch.rand(5, 1, requires_grad=True)
+    value = evaluate(coords, uniform_nodes(1, 4), torch.randn(1, 4, 2), form="gather")
+    with pytest.raises(RuntimeError, match="form='dense'"):
+        torch.autograd.grad(value.sum(), coords, create_graph=True)
+
+
+# torch.func's decompositions still use torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_functional_transforms_work_on_the_dense_form():
+    nodes = uniform_nodes(2, 4)
+    coords, coefficients = torch.rand(6, 2), torch.randn(2, 4, 3)
+
+    def function(c):
+        return evaluate(coords, nodes, c, form="dense", validate=False)
+
+    tangent = torch.randn_like(coefficients)
+    _, derivative = torch.func.jvp(function, (coefficients,), (tangent,))
+    torch.testing.assert_close(derivative, function(tangent))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((5, 2), (2, 3), (3, 3, 4)), r"coefficients \(3, 3, 4\) and nodes \(2, 3\)"),
+        (((5, 2), (2, 3), (2, 4, 4)), r"coefficients \(2, 4, 4\) and nodes \(2, 3\)"),
+        (((5, 3), (2, 3), (2, 3, 4)), r"coords \(5, 3\) and nodes \(2, 3\)"),
+        (((5, 2), (2, 3), (2, 3)), r"coefficients \(2, 3\) and nodes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes, message):
+    coords, nodes, coefficients = shapes
+    with pytest.raises(ValueError, match=message):
+        evaluate(torch.rand(coords), uniform_nodes(*nodes), torch.zeros(coefficients))
+
+
+def test_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="'auto', 'dense' or 'gather', got 'sparse'"):
+        evaluate(torch.rand(5, 1), uniform_nodes(1, 3), torch.zeros(1, 3, 1), form="sparse")
+
+
+def test_expand_basis_of_two_nodes_is_the_pair_of_weights():
+    local = torch.rand(4, 3)
+    basis = expand_basis(torch.zeros(4, 3, dtype=torch.long), local, 2)
+    assert torch.equal(basis[..., 0], 1 - local) and torch.equal(basis[..., 1], local)
+
+
+class TestCurvaturePenalty:
+    def test_is_the_papers_on_a_uniform_mesh(self):
+        c = torch.randn(3, 6, 4, dtype=torch.float64)
+        expected = (c[:, 1:-1] - (c[:, 2:] + c[:, :-2]) / 2).abs().mean()
+        nodes = uniform_nodes(3, 6, dtype=torch.float64)
+        torch.testing.assert_close(curvature_penalty(nodes, c), expected, rtol=1e-14, atol=0)
+
+    def test_straight_lines_are_free_on_every_mesh(self):
+        nodes = random_nodes(3, 20)
+        line = 2 * nodes.unsqueeze(-1) * torch.tensor([1.0, -3.0]) + 0.5
+        assert curvature_penalty(nodes, line) < 1e-15
+
+    def test_acts_along_the_mesh_and_not_across_components(self):
+        nodes = uniform_nodes(5, 4)
+        constants = torch.randn(5, 1, 2).expand(5, 4, 2)  # flat along the mesh, different between components
+        assert curvature_penalty(nodes, constants) < 1e-6
+
+    def test_is_zero_and_differentiable_without_interior_nodes(self):
+        coefficients = torch.randn(2, 2, 3, requires_grad=True)
+        penalty = curvature_penalty(uniform_nodes(2, 2), coefficients)
+        penalty.backward()
+        assert penalty == 0
+        assert torch.equal(coefficients.grad, torch.zeros_like(coefficients))
+
+    def test_refuses_other_shapes(self):
+        with pytest.raises(ValueError, match=r"coefficients \(2, 3, 1\) and nodes \(2, 4\)"):
+            curvature_penalty(uniform_nodes(2, 4), torch.zeros(2, 3, 1))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -20,12 +20,25 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+Head = Literal["full", "reduced", "factored"]
+HEADS: tuple[str, ...] = get_args(Head)
+
+
+def head_parameters(head: str, n_components: int, dof: int, out_features: int) -> int:
+    """Number of parameters of a head; the projection adds `(in_features + 1) * n_components`."""
+    if head == "factored":
+        return n_components * (dof + out_features)
+    if head == "reduced":
+        return (n_components * (dof - 1) + 1) * out_features
+    return n_components * dof * out_features
+
+
 @dataclass
 class LRegConfig(PeftConfig):
     """Configuration of an LReg adapter (Li, Cheng & Gu 2025).
 
     Every adapted module f gets a shortcut: y = f(x) + sum_ij psi_ij(u_i) c_ij with u = sigmoid(P x + b). It has
-    `(in_features + 1) * n_components + n_components * dof * out_features` trainable parameters.
+    `(in_features + 1) * n_components + n_components * dof * out_features` trainable parameters with the full head.
 
     Raises:
         ValueError: for values that cannot work, alone or together; the message says what to change.
@@ -39,6 +52,13 @@ class LRegConfig(PeftConfig):
         2,
         "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. "
         "(Not the number of trainable parameters, which is d * n * out_features and the projection.)",
+    )
+    head: Head = _option(
+        "full",
+        "How the basis functions are weighted. 'full': a vector c_ij per node, the paper's head, d n C parameters for "
+        "C output features. 'reduced': the same functions without the d - 1 redundant directions (every component can "
+        "carry the constant), (d (n - 1) + 1) C. 'factored': c_ij = s_ij v_i, a scalar function per component times "
+        "one output vector, d n + d C.",
     )
     target_modules: list[str] | str | None = _option(
         None,
@@ -103,6 +123,8 @@ class LRegConfig(PeftConfig):
         self.peft_type = PeftType[METHOD.upper()]
         _check_count("n_components", self.n_components, 1)
         _check_count("dof", self.dof, 2)
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
         self._check_targets()
         self._check_patterns()
         for name in ("init_weights", "train_projection", "backbone_eval"):

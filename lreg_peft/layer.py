@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import penalty
 from .config import LRegConfig
-from .core import check_nodes, evaluate, initial_projection, project, uniform_nodes
+from .core import check_nodes, evaluate, evaluate_factored, initial_projection, project, uniform_nodes
+from .core.projection import standard_profile
 
 MERGE_REFUSED = (
     "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
@@ -53,14 +54,25 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
     `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
-    buffer). Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the
-    basis in the dtype of f's output.
+    buffer). The reduced head keeps c `[components, dof - 1, out_features]`, without the first node of each component,
+    and one `lreg_constant` `[out_features]`; the factored head, c_ij = s_ij v_i, keeps `lreg_profile` s
+    `[components, dof]` and `lreg_direction` v `[components, out_features]`.
+
+    Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the basis in
+    the dtype of f's output.
 
     Source: Li, Cheng & Gu (2025), section 2.7. Unlike their published code, the encoder passes gradients on to P, b
     and x, and the mesh covers exactly the range (0, 1) of the coordinates.
     """
 
-    adapter_layer_names = ("lreg_projection", "lreg_projection_bias", "lreg_coefficients")
+    adapter_layer_names = (
+        "lreg_projection",
+        "lreg_projection_bias",
+        "lreg_coefficients",
+        "lreg_constant",
+        "lreg_profile",
+        "lreg_direction",
+    )
     other_param_names = ("lreg_nodes", "curvature_weight")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
@@ -71,6 +83,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_projection = nn.ParameterDict()
         self.lreg_projection_bias = nn.ParameterDict()
         self.lreg_coefficients = nn.ParameterDict()
+        self.lreg_constant = nn.ParameterDict()
+        self.lreg_profile = nn.ParameterDict()
+        self.lreg_direction = nn.ParameterDict()
         self.lreg_nodes = NodeDict()
         self.curvature_weight: dict[str, float] = {}
         # Attributes that PEFT declares on the class and would share between layers.
@@ -89,11 +104,20 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of that name."""
         self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, self.in_features))
         self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
-        coefficients = torch.zeros(n_components, dof, self.out_features)
-        if not config.init_weights and coefficients.device.type != "meta":
-            coefficients.normal_(std=_RANDOM_INIT_STD)
-        self.lreg_coefficients[adapter_name] = nn.Parameter(coefficients)
         self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof)
+        for name in ("lreg_coefficients", "lreg_constant", "lreg_profile", "lreg_direction"):
+            if adapter_name in (weights := getattr(self, name)):
+                del weights[adapter_name]
+        if config.head == "factored":
+            self.lreg_profile[adapter_name] = nn.Parameter(standard_profile(self.lreg_nodes[adapter_name]))
+            self.lreg_direction[adapter_name] = self._linear_weight(config, n_components, self.out_features)
+        else:
+            free_nodes = dof if config.head == "full" else dof - 1
+            self.lreg_coefficients[adapter_name] = self._linear_weight(
+                config, n_components, free_nodes, self.out_features
+            )
+            if config.head == "reduced":
+                self.lreg_constant[adapter_name] = self._linear_weight(config, self.out_features)
         self.curvature_weight[adapter_name] = config.curvature_weight
         if config.curvature_weight > 0:
             penalty.watch(self)
@@ -104,6 +128,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @staticmethod
+    def _linear_weight(config: LRegConfig, *shape: int) -> nn.Parameter:
+        """A weight that the output is linear in: zero for an adapter that starts as the identity."""
+        weight = torch.zeros(shape)
+        if not config.init_weights and weight.device.type != "meta":
+            weight.normal_(std=_RANDOM_INIT_STD)
+        return nn.Parameter(weight)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
         self.was_called = True
@@ -111,7 +143,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return output
         hidden, rebuild = _first_tensor(output)
-        active = [name for name in self.active_adapters if name in self.lreg_coefficients]
+        active = [name for name in self.active_adapters if name in self.lreg_nodes]
         if not active and self.batch_adapter_names is None:
             return output
         features = self._features(args, kwargs)
@@ -139,12 +171,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             coords = project(
                 features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name]
             )  # [..., components]
-            value = evaluate(
-                coords,
-                self.lreg_nodes[adapter_name],
-                self.lreg_coefficients[adapter_name].to(like.dtype),
-                validate=False,
-            )  # [..., out_features]
+            value = self._head(adapter_name, coords, like.dtype)  # [..., out_features]
         if channels_first:
             value = value.movedim(-1, 1)
             if value.shape[2:] != like.shape[2:]:
@@ -156,11 +183,31 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             )
         return value
 
+    def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
+        nodes = self.lreg_nodes[name]
+        if name in self.lreg_profile:
+            direction = self.lreg_direction[name].to(dtype)
+            return evaluate_factored(coords, nodes, self.lreg_profile[name], direction, validate=False)
+        return evaluate(coords, nodes, self.nodal_coefficients(name).to(dtype), validate=False)
+
+    def nodal_coefficients(self, adapter_name: str) -> Tensor:
+        """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
+        if adapter_name in self.lreg_profile:
+            return self.lreg_profile[adapter_name].unsqueeze(-1) * self.lreg_direction[adapter_name].unsqueeze(1)
+        coefficients = self.lreg_coefficients[adapter_name]
+        if adapter_name not in self.lreg_constant:
+            return coefficients
+        # Every component is zero at its first node; one component carries the constant for all.
+        shift = F.pad(self.lreg_constant[adapter_name].view(1, 1, -1), (0, 0, 0, 0, 0, coefficients.shape[0] - 1))
+        return F.pad(coefficients, (0, 0, 1, 0)) + shift
+
     def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Weight, nodes and coefficients of every active adapter with a curvature penalty."""
+        """Weight, nodes and penalised parameter of every active adapter with a curvature penalty."""
         for name in self.active_adapters:
             if self.curvature_weight.get(name, 0) > 0:
-                yield self.curvature_weight[name], self.lreg_nodes[name], self.lreg_coefficients[name]
+                values = self.lreg_profile if name in self.lreg_profile else self.lreg_coefficients
+                yield self.curvature_weight[name], self.lreg_nodes[name], values[name]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -178,7 +225,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         expanded = [name for name in names for _ in range(batch // len(names))]
         result = hidden.clone()
         for name in dict.fromkeys(expanded):
-            if name not in self.lreg_coefficients:
+            if name not in self.lreg_nodes:
                 continue  # "__base__", or an adapter that does not cover this module
             rows = torch.tensor([i for i, item in enumerate(expanded) if item == name], device=hidden.device)
             result[rows] += self.shortcut(name, features[rows], hidden[rows])

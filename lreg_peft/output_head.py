@@ -25,7 +25,7 @@ def adjust(model: nn.Module) -> None:
     assert isinstance(model, PreTrainedModel)
     if "resize_token_embeddings" in model.__dict__:
         return
-    tied = model.get_expanded_tied_weights_keys(all_submodels=False)
+    tied = model.all_tied_weights_keys  # as expanded at construction: patterns no longer match behind a wrapper
     own, wrapped = f"{name}.", f"{name}.base_layer."
     renamed = {_swap(k, own, wrapped): _swap(v, own, wrapped) for k, v in tied.items()}
     for attribute in _TIED:
@@ -90,7 +90,7 @@ def _clear_call_flag(model: nn.Module, args: Any) -> None:
 def _check_head_was_called(model: nn.Module, args: Any, output: Any) -> Tensor | None:
     if is_compiling() or (head := _head(model)) is None or head.was_called or head.disable_adapters:
         return None
-    if not any(name in head.lreg_coefficients for name in head.active_adapters):
+    if not any(name in head.lreg_nodes for name in head.active_adapters):
         return None
     raise RuntimeError(
         "the model computed its output without calling its output head, so the LReg adapter on that head had no part "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -20,7 +21,11 @@ class Penalised(Protocol):
     """A layer that says which of its coefficients are penalised."""
 
     def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """(weight, nodes `[components, dof]`, coefficients `[components, dof, out_features]`) per active adapter."""
+        """(weight, nodes `[components, dof]`, parameter) per active adapter.
+
+        The parameter holds values at nodes: `[components, dof, out_features]`, without the first node (which is zero
+        then), or `[components, dof]`.
+        """
         ...
 
 
@@ -49,5 +54,13 @@ def _add_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 continue
             with torch.enable_grad():
                 variable = coefficients.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(weight * curvature_penalty(nodes, variable), variable)
+                penalty = curvature_penalty(nodes, _nodal(variable, nodes))
+                (gradient,) = torch.autograd.grad(weight * penalty, variable)
             coefficients.grad.add_(gradient if scale is None else gradient * scale)
+
+
+def _nodal(values: Tensor, nodes: Tensor) -> Tensor:
+    """Bring the parameter of any head to `[components, dof, out_features]`."""
+    if values.ndim == 2:
+        return values.unsqueeze(-1)
+    return values if values.shape[1] == nodes.shape[1] else F.pad(values, (0, 0, 1, 0))

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import LRegConfig
+from .config import LRegConfig, head_parameters
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -47,7 +47,7 @@ _ATTENTION_PROJECTIONS = {
     "qwen3": ["q_proj", "k_proj"],
     "roberta": ["query", "key"],
     "t5": ["q", "k"],
-    "vit": ["query", "key"],
+    "vit": ["q_proj", "k_proj", "query", "key"],  # renamed within Transformers 5: those that exist are taken
     "xlm-roberta": ["query", "key"],
 }
 _LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -137,7 +137,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         _check_supported(name, base)
         in_features, out_features = feature_sizes(name, base, config)
         n_components, dof = mesh_size(name, config)
-        count = n_components * dof * out_features
+        count = head_parameters(config.head, n_components, dof, out_features)
         if config.train_projection:
             count += (in_features + 1) * n_components
         targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
@@ -217,8 +217,10 @@ def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
             return [head]
     elif task in _CLASSIFICATION_TASKS:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in _ATTENTION_PROJECTIONS:
-            return list(_ATTENTION_PROJECTIONS[model_type])
+        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        projections = [name for name in _ATTENTION_PROJECTIONS.get(model_type, ()) if name in there]
+        if projections:
+            return projections
     raise ValueError(
         f"no default target_modules for {type(model).__name__} (task_type={config.task_type}). Set "
         f"LRegConfig(target_modules=...) to names from this model, for example: {', '.join(_candidates(model))}."

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mesh import check_coords, check_nodes, locate
+from .mesh import check_coords, check_nodes, locate, take
 
 Form = Literal["auto", "dense", "gather"]
 
@@ -103,6 +103,41 @@ def evaluate(
         basis = expand_basis(element, local, dof)  # [..., components, dof]
         return basis.flatten(-2) @ table
     return _gather(element, local, table, dof)
+
+
+def evaluate_factored(
+    coords: Tensor, nodes: Tensor, profile: Tensor, direction: Tensor, *, validate: bool = True
+) -> Tensor:
+    """Sum one scalar piecewise-linear function per component, each times its own output vector.
+
+    y = sum_i s_i(coords_i) v_i with s_i(p_ij) = profile_ij: `evaluate` for coefficients of the rank-one form
+    c_ij = profile_ij direction_i, at a cost that does not grow with dof.
+
+    Args:
+        coords: `[..., components]`; values outside the mesh are clamped to its ends.
+        nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
+        profile: s, `[components, dof]`.
+        direction: v, `[components, out_features]`.
+        validate: see `locate`.
+
+    Returns:
+        `[..., out_features]` in the dtype of `direction`; differentiable in all but `nodes`, twice.
+
+    Raises:
+        ValueError: for invalid nodes, NaN coordinates, or shapes that do not fit; the message gives the shapes.
+    """
+    if validate:
+        check_nodes(nodes)
+        check_coords(coords, nodes)
+        if profile.shape != nodes.shape or direction.ndim != 2 or direction.shape[0] != nodes.shape[0]:
+            raise ValueError(
+                f"profile must have the shape of nodes and direction [components, out_features], got profile "
+                f"{tuple(profile.shape)}, direction {tuple(direction.shape)} and nodes {tuple(nodes.shape)}."
+            )
+    element, local = locate(coords, nodes, validate=False)
+    profile = profile.to(local.dtype)
+    scalar = torch.lerp(take(profile[:, :-1], element), take(profile[:, 1:], element), local)  # [..., components]
+    return scalar.to(direction.dtype) @ direction
 
 
 def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:

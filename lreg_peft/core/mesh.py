@@ -192,12 +192,12 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
             flat = by_component.reshape(nodes.shape[0], -1).contiguous()
             element = torch.searchsorted(inner.contiguous(), flat, right=True)
             element = element.reshape(by_component.shape).movedim(0, -1)
-    left, right = _take(nodes[:, :-1], element), _take(nodes[:, 1:], element)
+    left, right = take(nodes[:, :-1], element), take(nodes[:, 1:], element)
     local = ((coords - left) / (right - left)).clamp(0, 1)
     return element, local
 
 
-def _take(values: Tensor, element: Tensor) -> Tensor:
+def take(values: Tensor, element: Tensor) -> Tensor:
     """`values[i, element[..., i]]` for every component i; values `[components, m]`, element `[..., components]`."""
     flat = element.reshape(-1, element.shape[-1])  # [N, components]
     return values.T.gather(0, flat).reshape(element.shape)

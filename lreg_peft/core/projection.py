@@ -3,6 +3,8 @@
 Source: Li, Cheng & Gu (2025), section 2.7: u = sigmoid(P x + b).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,3 +51,15 @@ def initial_projection(
     if projection.device.type == "meta":
         return projection
     return torch.nn.init.orthogonal_(projection, gain=LOGISTIC_NORMAL_SCALE)
+
+
+def standard_profile(nodes: Tensor) -> Tensor:
+    """Scalar functions for the factored head to start from: affine in u, mean 0 and variance 1 for uniform u.
+
+    Args:
+        nodes: `[components, dof]` on [0, 1].
+
+    Returns:
+        `[components, dof]`, the values at the nodes.
+    """
+    return math.sqrt(12) * (nodes - 0.5)

@@ -14,10 +14,20 @@ doi:10.3390/info16100921.
 from . import _registration
 from ._version import __version__
 from .config import LRegConfig
+from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .model import LRegModel
 from .targets import Target, TargetReport, inspect_targets
 
-__all__ = ["__version__", "LRegConfig", "LRegLayer", "LRegModel", "Target", "TargetReport", "inspect_targets"]
+__all__ = [
+    "__version__",
+    "LRegConfig",
+    "LRegLayer",
+    "LRegModel",
+    "Target",
+    "TargetReport",
+    "initialize_lreg_weights",
+    "inspect_targets",
+]
 
 _registration.register(LRegConfig, LRegModel)

@@ -91,10 +91,11 @@ class LRegConfig(PeftConfig):
         "Sizes (in_features, out_features) of modules they cannot be read off: name, name ending or regular "
         "expression -> pair.",
     )
-    init_weights: bool = _option(
+    init_weights: bool | Literal["pca"] = _option(
         True,
-        "True: zero coefficients, so that the adapted model starts exactly as the base model. False: random "
-        "coefficients, which only tests want.",
+        "True: zero coefficients, so that the adapted model starts exactly as the base model, a random projection and "
+        "uniform meshes. 'pca': the same, and a promise to call `initialize_lreg_weights(model, dataloader)`, which "
+        "fits projections and meshes to the inputs. False: random coefficients, which only tests want.",
     )
     train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
     backbone_eval: bool = _option(
@@ -127,7 +128,9 @@ class LRegConfig(PeftConfig):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
         self._check_targets()
         self._check_patterns()
-        for name in ("init_weights", "train_projection", "backbone_eval"):
+        if self.init_weights not in (True, False, "pca"):
+            raise ValueError(f"init_weights must be True, False or 'pca', got {self.init_weights!r}.")
+        for name in ("train_projection", "backbone_eval"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_curvature_weight()

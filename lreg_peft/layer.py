@@ -93,6 +93,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
         self.was_called = False
+        #: Adapters whose configuration promises a start from data that has not been made yet.
+        self.start_is_owed: set[str] = set()
         #: Set for the time of a mixed batch: one adapter name per sample.
         self.batch_adapter_names: Sequence[str] | None = None
         parameters = inspect.signature(base_layer.forward).parameters
@@ -125,8 +127,43 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names.pop(adapter_name, None)
         if not config.train_projection:
             self.frozen_peft_weight_names[adapter_name] = ("lreg_projection", "lreg_projection_bias")
+        self.start_is_owed.discard(adapter_name)
+        if config.init_weights == "pca" and not inference_mode:
+            self.start_is_owed.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def is_identity(self, adapter_name: str) -> bool:
+        """Whether this adapter adds nothing yet."""
+        weights = (self.lreg_coefficients, self.lreg_constant, self.lreg_direction)
+        return not any(weight[adapter_name].any() for weight in weights if adapter_name in weight)
+
+    @torch.no_grad()
+    def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
+        """Give an adapter that is still the identity another projection and mesh, in place.
+
+        Args:
+            adapter_name: which adapter.
+            projection: P, `[components, in_features]`.
+            bias: b, `[components]`.
+            nodes: `[components, dof]`.
+        """
+        check_nodes(nodes)
+        self.lreg_projection[adapter_name].copy_(projection)
+        self.lreg_projection_bias[adapter_name].copy_(bias)
+        self.lreg_nodes[adapter_name].copy_(nodes)
+        if adapter_name in self.lreg_profile:
+            self.lreg_profile[adapter_name].copy_(standard_profile(nodes))
+        self.start_is_owed.discard(adapter_name)
+
+    def register_input_hook(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            features = self._features(args, kwargs)
+            hook(features.movedim(1, -1) if self._is_channels_first(features, _first_tensor(output)[0]) else features)
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
 
     @staticmethod
     def _linear_weight(config: LRegConfig, *shape: int) -> nn.Parameter:
@@ -165,8 +202,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             A tensor of the shape and dtype of `like`.
         """
         channels_first = self._is_channels_first(features, like)
+        shapes = tuple(features.shape), tuple(like.shape)
         if channels_first:
             features = features.movedim(1, -1)
+        if features.shape[-1] != self.in_features:
+            raise self._misfit(*shapes)
         with torch.autocast(features.device.type, enabled=False):
             coords = project(
                 features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name]
@@ -177,10 +217,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             if value.shape[2:] != like.shape[2:]:
                 value = _average_pool(value, like.shape[2:])
         if value.shape != like.shape:
-            raise ValueError(
-                f"the shortcut around {type(self.get_base_layer()).__name__} gives {tuple(value.shape)} where the "
-                f"module gives {tuple(like.shape)}. Set its sizes in LRegConfig(feature_sizes=...)."
-            )
+            raise self._misfit(*shapes)
         return value
 
     def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,12 +277,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                 f"a shortcut around {kind} needs a floating-point tensor as the first input of the module, got {got}. "
                 "Target a module whose first input is the hidden state."
             )
-        if self.in_features not in (features.shape[-1], features.shape[min(1, features.ndim - 1)]):
-            raise ValueError(
-                f"the shortcut around {kind} expects {self.in_features} input features, got an input of shape "
-                f"{tuple(features.shape)}. Set the sizes in LRegConfig(feature_sizes=...)."
-            )
         return features
+
+    def _misfit(self, got: tuple[int, ...], gives: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"a shortcut from {self.in_features} to {self.out_features} features does not fit around this "
+            f"{type(self.get_base_layer()).__name__}, which takes {got} to {gives}. Set the sizes in "
+            "LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
+        )
 
     def _is_channels_first(self, features: Tensor, like: Tensor) -> bool:
         if features.ndim < 3 or features.shape[1] != self.in_features or like.shape[1] != self.out_features:

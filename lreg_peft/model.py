@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import backbone, output_head
 from .config import LRegConfig
+from .initialization import install_reminder, remove_reminder
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
 from .targets import (
@@ -83,6 +84,8 @@ class LRegModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         backbone.install(model)
         output_head.adjust(model)
+        if self.peft_config[adapter_name].init_weights == "pca":
+            install_reminder(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG])  # type: ignore[operator]
 
@@ -137,6 +140,7 @@ class LRegModel(BaseTuner):
         model = self.model
         output_head.restore(model)
         backbone.release(model)
+        remove_reminder(model)
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):
                 parent, _, child = name.rpartition(".")
@@ -153,6 +157,9 @@ class LRegModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_saved_adapter(model, adapter_name, remapped)
+        for module in model.modules():
+            if isinstance(module, LRegLayer):
+                module.start_is_owed.discard(adapter_name)  # the file brings projection and mesh
         return remapped
 
 

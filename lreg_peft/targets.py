@@ -47,7 +47,7 @@ _ATTENTION_PROJECTIONS = {
     "qwen3": ["q_proj", "k_proj"],
     "roberta": ["query", "key"],
     "t5": ["q", "k"],
-    "vit": ["q_proj", "k_proj", "query", "key"],  # renamed within Transformers 5: those that exist are taken
+    "vit": ["q_proj", "k_proj", "query", "key"],  # two generations of names
     "xlm-roberta": ["query", "key"],
 }
 _LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -216,7 +216,7 @@ def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
         if head is not None:
             return [head]
     elif task in _CLASSIFICATION_TASKS:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = str(getattr(getattr(model, "config", None), "model_type", None))
         there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         projections = [name for name in _ATTENTION_PROJECTIONS.get(model_type, ()) if name in there]
         if projections:

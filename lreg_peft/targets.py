@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -91,7 +90,7 @@ class TargetReport:
             + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
             for t in self.targets
         ]
-        rows.append((f"{len(self)} modules", "", "", "", "", "", f"{self.trainable_parameters:,}"))
+        rows.append((f"{len(self)} module{'s' * (len(self) != 1)}", "", "", "", "", "", f"{self.trainable_parameters:,}"))
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         return "\n".join(
             "  ".join(
@@ -328,9 +327,3 @@ def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
             warnings.warn(
                 f"{option} keys {idle} match no adapted module and have no effect.", UserWarning, stacklevel=2
             )
-
-
-def parameter_device(module: nn.Module) -> torch.device | None:
-    """Device of the first parameter of `module`, or None if it has none."""
-    parameter = next(module.parameters(), None)
-    return None if parameter is None else parameter.device

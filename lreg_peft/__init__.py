@@ -17,6 +17,7 @@ from .config import LRegConfig
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .model import LRegModel
+from .model_card import push_model_card
 from .targets import Target, TargetReport, inspect_targets
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "TargetReport",
     "initialize_lreg_weights",
     "inspect_targets",
+    "push_model_card",
 ]
 
 _registration.register(LRegConfig, LRegModel)

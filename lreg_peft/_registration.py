@@ -1,12 +1,16 @@
 """Makes PEFT know the method LREG. The only file that touches PEFT's private tables.
 
 PEFT keeps its methods in the str-enum `PeftType` and has no plugin discovery, so importing this package has to add a
-member. Nothing is imported at module level: `add_enum_member` is plain Python and is tested on every interpreter.
+member. PEFT is not imported at module level: `add_enum_member` is plain Python and is tested on every interpreter.
 """
 
+import functools
+import os
 from enum import Enum
+from typing import Any
 
 METHOD = "lreg"
+_ORIGINAL = "_before_lreg_peft"
 _OWN_PACKAGE = __name__.partition(".")[0]
 
 
@@ -68,4 +72,45 @@ def register(config_class: type, model_class: type) -> bool:
     mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
+    _extend_model_cards(peft_type)
     return True
+
+
+def _extend_model_cards(peft_type: Any) -> None:
+    """Have PEFT's model cards say how to load an LReg adapter; cards of other methods stay as they are.
+
+    A tuner has no hook for the card: `save_pretrained` writes it before the tuner's turn, and `push_to_hub` replaces
+    that one by a card of its own that names neither the method nor the base model.
+    """
+    from peft import PeftModel
+
+    from .model_card import add_usage_to_card, push_model_card
+
+    def is_ours(model: Any) -> bool:
+        return any(config.peft_type == peft_type for config in model.peft_config.values())
+
+    write_card = _original(PeftModel.create_or_update_model_card)
+    push = _original(PeftModel.push_to_hub)
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        write_card(self, output_dir)
+        if is_ours(self):
+            add_usage_to_card(os.path.join(output_dir, "README.md"))
+
+    @functools.wraps(push)
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        commit = push(self, repo_id, **kwargs)
+        if is_ours(self):
+            revision = getattr(commit, "pr_revision", None) or kwargs.get("revision")
+            push_model_card(self, repo_id, token=kwargs.get("token"), revision=revision)
+        return commit
+
+    for replacement, original in ((create_or_update_model_card, write_card), (push_to_hub, push)):
+        setattr(replacement, _ORIGINAL, original)
+        setattr(PeftModel, replacement.__name__, replacement)
+
+
+def _original(method: Any) -> Any:
+    """PEFT's own method, also if an earlier import of this package has extended it."""
+    return getattr(method, _ORIGINAL, method)

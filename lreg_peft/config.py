@@ -10,7 +10,6 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ._registration import METHOD, upstream_has_lreg
-from .model_card import add_usage_to_card
 
 
 def _option(default: Any, text: str) -> Any:
@@ -188,11 +187,6 @@ class LRegConfig(PeftConfig):
                 f"curvature_weight={weight} has nothing to act on: a mesh of dof=2 has no interior node. "
                 "Set dof to 3 or more, or curvature_weight to 0."
             )
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does; a PEFT model card in the same folder also gets the import line this method needs."""
-        super().save_pretrained(save_directory, **kwargs)
-        add_usage_to_card(save_directory)
 
 
 def _check_count(name: str, value: Any, lowest: int) -> None:

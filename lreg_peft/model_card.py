@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
 
 TAG = "lreg"
 _IMPORT = "import lreg_peft"
@@ -21,25 +23,48 @@ An adapter for a task loads the same way with the class of that task, e.g. `Auto
 """
 
 
-def add_usage_to_card(save_directory: str | Path) -> None:
-    """Put the import line into the model card of a saved adapter.
+def add_usage_to_card(path: str | Path) -> None:
+    """Put the import line into the model card in the file `path`, once."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if _add_usage(card):
+        card.save(path)
 
-    The card lies in the folder itself, or in its parent for an adapter that is not called "default". Only a card that
-    PEFT wrote for a model with the tag `lreg` is touched, and only once.
+
+def push_model_card(
+    model: nn.Module, repo_id: str, *, token: str | bool | None = None, revision: str | None = None
+) -> str:
+    """Put tag, base model and import line into the card of a repository on the Hub; what else it says stays.
+
+    `push_to_hub` of a `PeftModel` does this by itself. A Transformers model with an adapter of its own
+    (`model.add_adapter`) uploads a card without the import line: call this after pushing it.
+
+    Args:
+        model: the pushed model: a `PeftModel`, or a Transformers model with an adapter.
+        repo_id: the repository.
+        token: as for `push_to_hub`.
+        revision: branch or pull request to commit to.
+
+    Returns:
+        Address of the commit.
     """
-    folder = Path(save_directory)
-    for path in (folder / "README.md", folder.parent / "README.md"):
-        if path.is_file() and _is_lreg_card(path):
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if _IMPORT not in card.text:
-                card.text = f"{card.text.rstrip()}\n\n{_USAGE}"
-                card.save(path)
-            return
+    try:
+        file = hf_hub_download(repo_id, "README.md", token=token, revision=revision)
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    except EntryNotFoundError:
+        card = ModelCard.from_template(ModelCardData())
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
+    base_model = next(iter(model.peft_config.values())).base_model_name_or_path  # type: ignore[union-attr,operator]
+    if base_model and not Path(base_model).exists():  # the Hub refuses local paths
+        card.data["base_model"] = base_model
+    _add_usage(card)
+    message = "Say in the model card how to load the adapter"
+    return card.push_to_hub(repo_id, token=token, commit_message=message, revision=revision)  # type: ignore[arg-type]
 
 
-def _is_lreg_card(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
+def _add_usage(card: ModelCard) -> bool:
+    """Append the import line unless it is there; whether the card changed."""
+    if _IMPORT in card.text:
         return False
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    return data.get("library_name") == "peft" and TAG in (data.get("tags") or [])
+    card.text = f"{card.text.rstrip()}\n\n{_USAGE}"
+    return True

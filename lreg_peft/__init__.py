@@ -13,23 +13,36 @@ doi:10.3390/info16100921.
 
 from . import _registration
 from ._version import __version__
+from .adaptation import MeshUpdate, ModuleUpdate, update_meshes
+from .callback import LRegCallback
 from .config import LRegConfig
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .model import LRegModel
 from .model_card import push_model_card
+from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
 from .targets import Target, TargetReport, inspect_targets
+from .tracking import count_hard_samples, track_statistics
 
 __all__ = [
     "__version__",
+    "LRegCallback",
     "LRegConfig",
     "LRegLayer",
     "LRegModel",
+    "MeshSnapshot",
+    "MeshUpdate",
+    "ModuleUpdate",
     "Target",
     "TargetReport",
+    "count_hard_samples",
     "initialize_lreg_weights",
     "inspect_targets",
+    "plot_meshes",
     "push_model_card",
+    "snapshot_meshes",
+    "track_statistics",
+    "update_meshes",
 ]
 
 _registration.register(LRegConfig, LRegModel)

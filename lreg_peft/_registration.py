@@ -73,6 +73,7 @@ def register(config_class: type, model_class: type) -> bool:
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     _extend_model_cards(peft_type)
+    _extend_loading(peft_type)
     return True
 
 
@@ -109,6 +110,26 @@ def _extend_model_cards(peft_type: Any) -> None:
     for replacement, original in ((create_or_update_model_card, write_card), (push_to_hub, push)):
         setattr(replacement, _ORIGINAL, original)
         setattr(PeftModel, replacement.__name__, replacement)
+
+
+def _extend_loading(peft_type: Any) -> None:
+    """Have PEFT take an LReg adapter back out if its file turns out to be damaged, which it adds before it reads."""
+    from peft import PeftModel
+
+    load = _original(PeftModel.load_adapter)
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        is_new = adapter_name not in self.peft_config
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_new and adapter_name in self.peft_config and self.peft_config[adapter_name].peft_type == peft_type:
+                self.delete_adapter(adapter_name)
+            raise
+
+    setattr(load_adapter, _ORIGINAL, load)
+    PeftModel.load_adapter = load_adapter
 
 
 def _original(method: Any) -> Any:

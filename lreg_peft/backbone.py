@@ -4,6 +4,7 @@ Li, Cheng & Gu (2025), section 2.7, train shortcuts on a frozen network with dro
 statistics. The switch must survive every `model.train()`, which training loops call all the time.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,35 +37,42 @@ class _CheckpointInEval:
         return self.checkpoint(forward_in_eval, *args, **kwargs)
 
 
-def hold_in_eval(model: nn.Module) -> None:
-    """Put everything in eval mode but adapter layers and `modules_to_save`."""
+def hold_in_eval(model: nn.Module) -> bool:
+    """Put everything in eval mode but adapter layers and `modules_to_save`; say whether layers are checkpointed."""
     if isinstance(model, AuxiliaryTrainingWrapper):
-        return
-    if isinstance(model, GradientCheckpointingLayer) and model.gradient_checkpointing:
+        return False
+    checkpointed = isinstance(model, GradientCheckpointingLayer) and model.gradient_checkpointing
+    if checkpointed:
         checkpoint = model._gradient_checkpointing_func
         if not isinstance(checkpoint, _CheckpointInEval):
-            model._gradient_checkpointing_func = _CheckpointInEval(checkpoint, model)  # type: ignore[assignment]
+            model._gradient_checkpointing_func = _CheckpointInEval(checkpoint, model)  # type: ignore[assignment,arg-type]
         model.training = True
     elif not isinstance(model, BaseTunerLayer):
         model.training = False
-    for child in model.children():
-        hold_in_eval(child)
+    return any([checkpointed, *map(hold_in_eval, model.children())])
 
 
-def hold_before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the base model, for adapters injected without a `PeftModel` around it.
+def hold_before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of the base model, for what `LRegModel.train` does not see.
 
-    There `train()` is the model's own and leaves dropout on; a `PeftModel` has already done this work.
+    Adapters injected without a `PeftModel` leave `train()` to the model itself, which switches dropout on; and
+    checkpointing may be switched on or off after `train()`. Adapter layers are in train mode whenever the model trains.
     """
-    if model.training and asks_for_eval(model):
-        hold_in_eval(model)
+    if is_compiling() or not asks_for_eval(model):
+        return None
+    checkpointed = hold_in_eval(model)
+    if checkpointed and "use_cache" in inspect.signature(model.forward).parameters:
+        # Transformers switches the key-value cache off if the stack itself is in train mode. With a cache, the layers
+        # that backward recomputes would find their own keys in it.
+        return args, {**kwargs, "use_cache": False}
+    return None
 
 
 def asks_for_eval(model: nn.Module) -> bool:
-    """Whether an active LReg adapter of `model` wants the backbone in eval mode."""
+    """Whether `model` is training and an active LReg adapter of it wants the backbone in eval mode."""
     configs = getattr(model, "peft_config", {})
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    if layer is None or layer.disable_adapters:
+    if layer is None or not layer.training or layer.disable_adapters:
         return False
     return any(getattr(configs.get(name), "backbone_eval", False) for name in layer.active_adapters)
 
@@ -72,18 +80,18 @@ def asks_for_eval(model: nn.Module) -> bool:
 def install(model: nn.Module) -> None:
     """Register `hold_before_forward` once."""
     if hold_before_forward not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(hold_before_forward)
+        model.register_forward_pre_hook(hold_before_forward, with_kwargs=True)
 
 
 def release(model: nn.Module) -> None:
     """Undo `install` and `hold_in_eval`'s hold on checkpointing, when the last adapter is removed."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is hold_before_forward:
-            del model._forward_pre_hooks[key]
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointInEval):
-            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment,arg-type]
 
 
 def is_compiling() -> bool:

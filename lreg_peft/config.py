@@ -21,6 +21,8 @@ def _option(default: Any, text: str) -> Any:
 
 Head = Literal["full", "reduced", "factored"]
 HEADS: tuple[str, ...] = get_args(Head)
+#: Values of `init_weights` that ask for `initialize_lreg_weights`.
+DATA_STARTS = ("pca", "gradient")
 
 
 def head_parameters(head: str, n_components: int, dof: int, out_features: int) -> int:
@@ -90,11 +92,12 @@ class LRegConfig(PeftConfig):
         "Sizes (in_features, out_features) of modules they cannot be read off: name, name ending or regular "
         "expression -> pair.",
     )
-    init_weights: bool | Literal["pca"] = _option(
+    init_weights: bool | Literal["pca", "gradient"] = _option(
         True,
         "True: zero coefficients, so that the adapted model starts exactly as the base model, a random projection and "
-        "uniform meshes. 'pca': the same, and a promise to call `initialize_lreg_weights(model, dataloader)`, which "
-        "fits projections and meshes to the inputs. False: random coefficients, which only tests want.",
+        "uniform meshes. 'pca' or 'gradient': the same, and a promise to call `initialize_lreg_weights(model, "
+        "dataloader)`, which fits projections and meshes to the data. False: random coefficients, which only tests "
+        "want.",
     )
     train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
     backbone_eval: bool = _option(
@@ -127,8 +130,10 @@ class LRegConfig(PeftConfig):
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
         self._check_targets()
         self._check_patterns()
-        if self.init_weights not in (True, False, "pca"):
-            raise ValueError(f"init_weights must be True, False or 'pca', got {self.init_weights!r}.")
+        if self.init_weights not in (True, False, *DATA_STARTS):
+            raise ValueError(
+                f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
+            )
         for name in ("train_projection", "backbone_eval"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")

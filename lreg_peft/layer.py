@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import penalty
-from .config import LRegConfig
+from . import penalty, statistics
+from .config import DATA_STARTS, LRegConfig
 from .core import check_nodes, evaluate, evaluate_factored, initial_projection, project, uniform_nodes
 from .core.projection import standard_profile
 
@@ -50,7 +51,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     f is any module whose first input is a float tensor with the features in its last dimension (or, channels first,
     in dimension 1) and whose output is such a tensor, or a tuple or ModelOutput that begins with one; the shortcut is
-    added to that one. If a channels-first module changes the spatial size, the shortcut is average-pooled to it.
+    added to that one. If a channels-first module changes the spatial size, the shortcut is average-pooled to it. If f
+    turns a sequence into one vector, as the classification heads of encoders do, it reads the first position.
 
     Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
     `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
@@ -73,7 +75,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         "lreg_profile",
         "lreg_direction",
     )
-    other_param_names = ("lreg_nodes", "curvature_weight")
+    other_param_names = ("lreg_nodes", "curvature_weight", "lreg_statistics")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -95,6 +97,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.was_called = False
         #: Adapters whose configuration promises a start from data that has not been made yet.
         self.start_is_owed: set[str] = set()
+        #: What a mesh update looks at, of the adapters that `track_statistics` asked for.
+        self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
         #: Set for the time of a mixed batch: one adapter name per sample.
         self.batch_adapter_names: Sequence[str] | None = None
         parameters = inspect.signature(base_layer.forward).parameters
@@ -120,6 +124,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             )
             if config.head == "reduced":
                 self.lreg_constant[adapter_name] = self._linear_weight(config, self.out_features)
+        self.lreg_statistics.pop(adapter_name, None)
         self.curvature_weight[adapter_name] = config.curvature_weight
         if config.curvature_weight > 0:
             penalty.watch(self)
@@ -128,15 +133,19 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if not config.train_projection:
             self.frozen_peft_weight_names[adapter_name] = ("lreg_projection", "lreg_projection_bias")
         self.start_is_owed.discard(adapter_name)
-        if config.init_weights == "pca" and not inference_mode:
+        if config.init_weights in DATA_STARTS and not inference_mode:
             self.start_is_owed.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def is_identity(self, adapter_name: str) -> bool:
         """Whether this adapter adds nothing yet."""
+        return not any(weight.any() for weight in self.output_weights(adapter_name))
+
+    def output_weights(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters that the shortcut's value is linear in, zero at the start."""
         weights = (self.lreg_coefficients, self.lreg_constant, self.lreg_direction)
-        return not any(weight[adapter_name].any() for weight in weights if adapter_name in weight)
+        return [weight[adapter_name] for weight in weights if adapter_name in weight]
 
     @torch.no_grad()
     def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
@@ -160,8 +169,20 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            features = self._features(args, kwargs)
-            hook(features.movedim(1, -1) if self._is_channels_first(features, _first_tensor(output)[0]) else features)
+            hook(self._channels_last(self._features(args, kwargs), _first_tensor(output)[0])[0])
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
+
+    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+        """Call `hook` in every backward pass with the features `[..., in_features]` and the gradient of the loss in the
+        module's output `[..., out_features]`; returns what removes it."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = _first_tensor(output)[0]
+            if hidden.requires_grad:
+                features, channels_first = self._channels_last(self._features(args, kwargs), hidden)
+                features = features.detach()
+                hidden.register_hook(lambda g: hook(features, g.movedim(1, -1) if channels_first else g))
 
         return self.register_forward_hook(call, with_kwargs=True).remove
 
@@ -201,17 +222,15 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor of the shape and dtype of `like`.
         """
-        channels_first = self._is_channels_first(features, like)
         shapes = tuple(features.shape), tuple(like.shape)
-        if channels_first:
-            features = features.movedim(1, -1)
+        features, channels_first = self._channels_last(features, like)
         if features.shape[-1] != self.in_features:
             raise self._misfit(*shapes)
         with torch.autocast(features.device.type, enabled=False):
             coords = project(
                 features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name]
             )  # [..., components]
-            value = self._head(adapter_name, coords, like.dtype)  # [..., out_features]
+            value = self._observed_head(adapter_name, coords, like.dtype)  # [..., out_features]
         if channels_first:
             value = value.movedim(-1, 1)
             if value.shape[2:] != like.shape[2:]:
@@ -219,6 +238,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if value.shape != like.shape:
             raise self._misfit(*shapes)
         return value
+
+    def _observed_head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `_head`; in training, statistics that somebody asked for are noted down."""
+        observer = self.lreg_statistics.get(name)
+        if observer is None or not (self.training and torch.is_grad_enabled()):
+            return self._head(name, coords, dtype)
+        head = partial(self._head, name, dtype=dtype)
+        return observer.observe(coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
 
     def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
@@ -239,17 +266,22 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         shift = F.pad(self.lreg_constant[adapter_name].view(1, 1, -1), (0, 0, 0, 0, 0, coefficients.shape[0] - 1))
         return F.pad(coefficients, (0, 0, 1, 0)) + shift
 
+    def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
+        """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
+        return (self.lreg_profile if adapter_name in self.lreg_profile else self.lreg_coefficients)[adapter_name]
+
     def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
         """Weight, nodes and penalised parameter of every active adapter with a curvature penalty."""
         for name in self.active_adapters:
             if self.curvature_weight.get(name, 0) > 0:
-                values = self.lreg_profile if name in self.lreg_profile else self.lreg_coefficients
-                yield self.curvature_weight[name], self.lreg_nodes[name], values[name]
+                yield self.curvature_weight[name], self.lreg_nodes[name], self.nodal_parameter(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if any(weight > 0 for weight in self.curvature_weight.values()):
             penalty.watch(self)  # a copy or an unpickled layer is not known to the optimiser hook yet
+        if self.lreg_statistics:
+            statistics.watch(self)
 
     def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
         batch = features.shape[0]
@@ -286,6 +318,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             "LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
         )
 
+    def _channels_last(self, features: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+        """Features as `[..., in_features]`, and whether the channels had to be moved there."""
+        if features.ndim == 3 and like.ndim == 2:
+            return features[:, 0], False  # the token that classification heads take out of a sequence
+        if self._is_channels_first(features, like):
+            return features.movedim(1, -1), True
+        return features, False
+
     def _is_channels_first(self, features: Tensor, like: Tensor) -> bool:
         if features.ndim < 3 or features.shape[1] != self.in_features or like.shape[1] != self.out_features:
             return False
@@ -293,10 +333,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             return True
         return not (features.shape[-1] == self.in_features and like.shape[-1] == self.out_features)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
+    ) -> None:
         # Not PEFT's version: that one would also round the nodes to the dtype of the base module, and reads device
-        # and dtype off `weight`, which a whole block does not have.
-        source = next((p for p in self.base_layer.parameters() if p.device.type != "meta"), None)
+        # and dtype off `weight`, which a whole block does not have. `like` stands in for a base without parameters.
+        source = next((p for p in self.base_layer.parameters() if p.device.type != "meta"), like)
         device = device or (None if source is None else source.device)
         dtype = getattr(self.get_base_layer(), "compute_dtype", None)  # of a quantised layer
         if dtype is None and source is not None and source.is_floating_point() and source.dtype.itemsize > 1:

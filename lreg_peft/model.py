@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import backbone, output_head
-from .config import LRegConfig
+from .config import DATA_STARTS, LRegConfig
 from .initialization import install_reminder, remove_reminder
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
@@ -19,7 +19,6 @@ from .targets import (
     default_targets,
     feature_sizes,
     mesh_size,
-    parameter_device,
     release_targeted_heads,
     resolve_targets,
 )
@@ -71,8 +70,8 @@ class LRegModel(BaseTuner):
         layer.update_layer(
             adapter_name, n_components, dof, config=peft_config, inference_mode=peft_config.inference_mode
         )
-        if parameter_device(layer.base_layer) is None:  # a module without parameters goes with the model
-            layer._move_adapter_to_device_of_base_layer(adapter_name, parameter_device(self.model))
+        if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
+            layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Not PEFT's version: that one assigns `weight` and `bias`, which a whole block does not have. The adapter
@@ -84,7 +83,7 @@ class LRegModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         backbone.install(model)
         output_head.adjust(model)
-        if self.peft_config[adapter_name].init_weights == "pca":
+        if self.peft_config[adapter_name].init_weights in DATA_STARTS:
             install_reminder(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG])  # type: ignore[operator]
@@ -97,11 +96,6 @@ class LRegModel(BaseTuner):
         if mode and any(self.peft_config[name].backbone_eval for name in self.active_adapters):
             backbone.hold_in_eval(self.model)
         return self
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base model's; works in whichever order it and `train()` are called."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
-        self.train(self.training)
 
     # Inference with one adapter per sample
 
@@ -182,7 +176,7 @@ def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[s
     prefix = "base_model.model."
     saved = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     missing = []
-    for key in model.state_dict():
+    for key, own in model.state_dict().items():
         path, _, owner = key.rpartition(".")
         if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
             continue
@@ -191,6 +185,11 @@ def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[s
             missing.append(path.removeprefix(prefix))
         elif not value.is_floating_point() or not torch.isfinite(value).all():
             raise ValueError(f"the adapter file is damaged: {path} holds values that are not finite numbers.")
+        elif value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
+            raise ValueError(
+                f"size mismatch for {path}: the model and the configuration ask for {tuple(own.shape)}, the adapter "
+                f"file holds {tuple(value.shape)}. It was saved for another model or another configuration."
+            )
         elif path.endswith("lreg_nodes"):
             check_saved_nodes(path, value)
     if missing:

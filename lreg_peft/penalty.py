@@ -6,7 +6,7 @@ loss and loop as they are.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,16 @@ def watch(layer: Penalised) -> None:
         register_optimizer_step_pre_hook(_add_gradients)
         _hook_is_installed = True
     _layers.add(layer)
+
+
+def value(layers: Iterable[Penalised]) -> Tensor | None:
+    """What the penalty adds to the loss, over the given layers; None if none of them is penalised."""
+    terms = [
+        weight * curvature_penalty(nodes, _nodal(coefficients.detach(), nodes))
+        for layer in layers
+        for weight, nodes, coefficients in layer.curvature_terms()
+    ]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _add_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

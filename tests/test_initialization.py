@@ -1,5 +1,6 @@
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
 from lreg_peft.core import locate, project
-from lreg_peft.core.projection import principal_start
+from lreg_peft.core.projection import principal_axes, standardised_start
 
 VOCABULARY = 101
 
@@ -65,7 +66,7 @@ def test_projection_standardises_the_principal_components():
     scale = torch.tensor([9.0, 4.0, 1.0, 0.1, 0.1, 0.1])
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     samples = (torch.randn(5000, 6, dtype=torch.float64) * scale) @ rotation.T + 3
-    projection, bias, nodes = principal_start(samples, 3, 7)
+    projection, bias, nodes = standardised_start(samples, principal_axes(samples, 3), 3, 7)
     standard = (samples @ projection.T + bias) / 1.702
     torch.testing.assert_close(standard.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
     torch.testing.assert_close(standard.T.cov(), torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -75,11 +76,63 @@ def test_projection_standardises_the_principal_components():
     assert (nodes - torch.linspace(0, 1, 7, dtype=torch.float64)).abs().max() < 0.03
 
 
+class TestGradientMethod:
+    @staticmethod
+    def regression(head: str = "factored") -> nn.Module:
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(12, 5)
+
+            def forward(self, x, labels=None):
+                prediction = self.layer(x)
+                loss = None if labels is None else (prediction - labels).square().mean()
+                return SimpleNamespace(loss=loss, logits=prediction)
+
+        torch.manual_seed(0)
+        config = LRegConfig(target_modules=["layer"], head=head, n_components=2, dof=4, init_weights="gradient")
+        return get_peft_model(Model(), config).eval()
+
+    @pytest.mark.parametrize("head", ["full", "factored"])
+    def test_finds_the_directions_that_lower_the_loss(self, head):
+        """The target differs from the model along two directions of small variance, which "pca" would not find."""
+        model = self.regression(head)
+        base = model.get_base_model().layer.base_layer
+        change = torch.randn(5, 2) @ torch.linalg.qr(torch.randn(12, 2))[0].T
+        scale = torch.linspace(3, 0.5, 12)
+        data = []
+        for _ in range(8):
+            x = torch.randn(256, 12) * scale + 1
+            data.append({"x": x, "labels": (base(x) + x @ change.T).detach()})
+        initialize_lreg_weights(model, data, show_progress=False)
+        # g = 2 (change x) / size, so that sum g (x - mean)^T is change times the covariance of x.
+        wanted = torch.linalg.qr((change * scale.square()).T)[0]
+        found = torch.linalg.qr(layers(model)[0].lreg_projection["default"].T)[0]
+        assert torch.linalg.svdvals(wanted.T @ found).min() > 0.98
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_needs_a_loss(self):
+        with pytest.raises(ValueError, match="batches with labels, or use 'pca'"):
+            initialize_lreg_weights(self.regression(), [{"x": torch.randn(4, 12)}], show_progress=False)
+
+    def test_language_model(self):
+        model = adapted(head="factored")
+        data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
+        before = model(**data[0]).logits
+        projection = layers(model)[0].lreg_projection["default"].detach().clone()
+        initialize_lreg_weights(model, data, method="gradient", show_progress=False)
+        assert torch.equal(model(**data[0]).logits, before)
+        assert not torch.equal(layers(model)[0].lreg_projection["default"], projection)
+
+    def test_unknown_method(self):
+        with pytest.raises(ValueError, match="'pca' or 'gradient', got 'svd'"):
+            initialize_lreg_weights(adapted(), batches(), method="svd", show_progress=False)
+
+
 def test_more_components_than_the_data_has_directions():
     torch.manual_seed(0)
     samples = torch.randn(50, 2) @ torch.randn(2, 8)
-    projection, bias, nodes = principal_start(samples, 4, 3)
-    for tensor in (projection, bias, nodes):
+    for tensor in standardised_start(samples, principal_axes(samples, 4), 4, 3):
         assert torch.isfinite(tensor).all()
 
 

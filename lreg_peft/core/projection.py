@@ -65,17 +65,39 @@ def standard_profile(nodes: Tensor) -> Tensor:
     return math.sqrt(12) * (nodes - 0.5)
 
 
-def principal_start(samples: Tensor, n_components: int, dof: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection, bias and mesh for the inputs of a module: principal components, logistic scaling, quantiles.
+def principal_axes(samples: Tensor, n_components: int) -> Tensor:
+    """Directions of largest variance of `samples` `[n_samples, in_features]`: orthonormal `[k, in_features]`.
 
-    Row i of P is the i-th principal axis over its standard deviation, times `LOGISTIC_NORMAL_SCALE`, and b centres it,
-    so that u = sigmoid(P x + b) is close to uniform ("the built-in PCA can be obtained through standard unsupervised
-    methods", Li, Cheng & Gu 2025, sec. 2.7). The nodes are the quantiles of u, which makes the shares of the elements
-    equal whatever the distribution.
+    k is `n_components`, or the smaller side of `samples` if that is less. The samples are centred first.
+    """
+    return leading_axes(samples - samples.mean(dim=0), n_components)
+
+
+def leading_axes(matrix: Tensor, n_components: int) -> Tensor:
+    """Leading right singular vectors of `[m, in_features]` by a randomised SVD: orthonormal `[k, in_features]`.
+
+    Equal inputs give equal results. An exact SVD of a 3072-wide layer takes seconds, times the number of layers.
+    """
+    rank = min(n_components, *matrix.shape)
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)
+        axes = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=4)[2][:, :rank].T
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    return axes * largest.sign()  # the sign of an axis is arbitrary: fix it
+
+
+def standardised_start(samples: Tensor, axes: Tensor, n_components: int, dof: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection, bias and mesh along given axes: logistic scaling, and nodes at the quantiles.
+
+    Row i of P is the i-th axis over the standard deviation of the samples along it, times `LOGISTIC_NORMAL_SCALE`, and
+    b centres it, so that u = sigmoid(P x + b) is close to uniform. The nodes are the quantiles of u, which makes the
+    shares of the elements equal whatever the distribution.
 
     Args:
         samples: `[n_samples >= 2, in_features]`, finite.
-        n_components: components; those beyond the rank of the samples get random directions.
+        axes: `[k, in_features]`, orthonormal. Components beyond k, and those along which the samples do not vary, get
+            random directions.
+        n_components: components.
         dof: nodes per component.
 
     Returns:
@@ -89,18 +111,13 @@ def principal_start(samples: Tensor, n_components: int, dof: int) -> tuple[Tenso
         raise ValueError(f"samples must be finite and [n_samples >= 2, in_features], got {tuple(samples.shape)}.")
     mean = samples.mean(dim=0)
     centred = samples - mean
-    rank = min(n_components, *samples.shape)
-    # A randomised SVD: an exact one of a 3072-wide layer takes seconds, times the number of layers.
+    axes = axes[:n_components]
     with torch.random.fork_rng(devices=[samples.device] if samples.is_cuda else []):
         torch.manual_seed(0)
-        axes = torch.svd_lowrank(centred, q=min(rank + 8, *samples.shape), niter=4)[2][:, :rank].T
-        spare = initial_projection(n_components, samples.shape[1], dtype=samples.dtype, device=samples.device)
-    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
-    axes = axes * largest.sign()  # the sign of an axis is arbitrary: fix it
-    deviation = (centred @ axes.T).std(dim=0)  # [rank]
-    spread = deviation > 1e-6 * centred.norm() / math.sqrt(centred.numel())
+        projection = initial_projection(n_components, samples.shape[1], dtype=samples.dtype, device=samples.device)
+    deviation = (centred @ axes.T).std(dim=0)  # [k]
+    varies = deviation > 1e-6 * centred.norm() / math.sqrt(centred.numel())
     scaled = axes * (LOGISTIC_NORMAL_SCALE / deviation.clamp_min(torch.finfo(samples.dtype).tiny)).unsqueeze(1)
-    projection = spare.clone()
-    projection[:rank] = torch.where(spread.unsqueeze(1), scaled, spare[:rank])
+    projection[: len(axes)] = torch.where(varies.unsqueeze(1), scaled, projection[: len(axes)])
     bias = -projection @ mean
     return projection, bias, quantile_nodes(project(samples, projection, bias), dof)

@@ -1,0 +1,200 @@
+"""Pictures of meshes: where the nodes are, what the coefficients do there, and where the samples fall."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import project
+from .tracking import Site, all_sites
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BINS = 60
+# Two hues that stay apart for colour-blind readers and in grey.
+_NOW, _BEFORE = "#0b5394", "#e08214"
+
+
+@dataclass(frozen=True)
+class MeshSnapshot:
+    """The meshes of one module at one time, on the CPU.
+
+    Attributes:
+        nodes: `[components, dof]`.
+        coefficients: `[components, dof, out_features]`, the values at the nodes.
+        coords: `[samples, components]`, or None if no batches were given.
+    """
+
+    nodes: Tensor
+    coefficients: Tensor
+    coords: Tensor | None
+
+
+@torch.no_grad()
+def snapshot_meshes(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, *, adapter_name: str | None = None
+) -> dict[str, MeshSnapshot]:
+    """Copy nodes and coefficients, and the coordinates of the samples in a few batches.
+
+    Args:
+        model: any module that contains LReg layers.
+        batches: keyword arguments of the model, one dictionary per batch, on the model's device. The model runs on
+            them in eval mode. None leaves the coordinates out.
+        adapter_name: which adapter; None takes the first active one of every layer.
+
+    Returns:
+        One snapshot per module, by its path in the model.
+
+    Raises:
+        ValueError: if the model has no such adapter.
+    """
+    sites: dict[str, Site] = {}
+    for site in all_sites(model, adapter_name):
+        sites.setdefault(site.module, site)
+    seen: dict[str, list[Tensor]] = {path: [] for path in sites}
+    removers = [site.layer.register_input_hook(_CoordinateNote(site, seen[path])) for path, site in sites.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in batches or ():
+            model(**batch)
+    finally:
+        for remove in removers:
+            remove()
+        for module, training in modes:
+            module.training = training
+    return {
+        path: MeshSnapshot(
+            site.nodes.detach().cpu().clone(),
+            site.layer.nodal_coefficients(site.adapter).detach().float().cpu().clone(),
+            torch.cat(seen[path]) if seen[path] else None,
+        )
+        for path, site in sites.items()
+    }
+
+
+def plot_meshes(
+    model: nn.Module,
+    modules: Sequence[str] | None = None,
+    before: Mapping[str, MeshSnapshot] | None = None,
+    *,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    channels: Sequence[int] | None = None,
+    max_components: int = 3,
+    adapter_name: str | None = None,
+) -> "Figure":
+    """Draw meshes: one row per module, one column per component.
+
+    Each panel shows the nodes now (and before, if given) as ticks, the coefficients as piecewise-linear curves, and
+    as shaded areas how the samples' coordinates are distributed.
+
+    Args:
+        model: any module that contains LReg layers.
+        modules: paths of modules in the model, or ends of paths; None takes the first four.
+        before: an earlier `snapshot_meshes(model, ...)`, to compare with.
+        batches: see `snapshot_meshes`; None draws no distribution for now.
+        channels: output channels whose coefficients to draw; None draws the norm over all channels of the slope in
+            each element, which is what the nodes resolve.
+        max_components: columns at most.
+        adapter_name: which adapter; None takes the first active one of every layer.
+
+    Returns:
+        A matplotlib figure; save it with `figure.savefig("meshes.png")`.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if no LReg layer matches `modules`, or a channel does not exist.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_meshes draws with matplotlib. Install it: pip install matplotlib.") from error
+    now = snapshot_meshes(model, batches, adapter_name=adapter_name)
+    paths = _choose(list(now), modules)
+    columns = min(max_components, max(now[path].nodes.shape[0] for path in paths))
+    figure = Figure(figsize=(4.2 * columns, 2.7 * len(paths) + 0.6), layout="constrained")
+    axes = figure.subplots(len(paths), columns, squeeze=False)
+    for row, path in zip(axes, paths, strict=True):
+        for component, panel in enumerate(row):
+            if component >= now[path].nodes.shape[0]:
+                panel.set_axis_off()
+                continue
+            panel.set_title(f"{path}, component {component}", fontsize=8)
+            behind = panel.twinx()  # the distributions, with an axis of their own that nobody needs to read
+            behind.set_yticks([])
+            panel.set_zorder(behind.get_zorder() + 1)
+            panel.patch.set_visible(False)
+            if before is not None and path in before:
+                _draw(panel, behind, before[path], component, channels, _BEFORE, "before", 0.0)
+            _draw(panel, behind, now[path], component, channels, _NOW, "now", 0.06)
+            panel.set_xlim(0, 1)
+            panel.set_xlabel("coordinate u", fontsize=8)
+            panel.tick_params(labelsize=7)
+        row[0].set_ylabel("norm of slope" if channels is None else "coefficient", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
+
+
+class _CoordinateNote:
+    """Input hook that keeps the coordinates of the samples."""
+
+    def __init__(self, site: Site, seen: list[Tensor]) -> None:
+        self.site = site
+        self.seen = seen
+
+    def __call__(self, features: Tensor) -> None:
+        layer, name = self.site.layer, self.site.adapter
+        coords = project(features, layer.lreg_projection[name], layer.lreg_projection_bias[name])
+        self.seen.append(coords.reshape(-1, coords.shape[-1]).cpu())
+
+
+def _choose(paths: list[str], modules: Sequence[str] | None) -> list[str]:
+    if modules is None:
+        return paths[:4]
+    chosen = [path for path in paths if any(path == name or path.endswith(f".{name}") for name in modules)]
+    if not chosen:
+        raise ValueError(f"no LReg layer matches modules={list(modules)}. The layers are: {paths}.")
+    return chosen
+
+
+def _draw(
+    panel: "Axes",
+    behind: "Axes",
+    mesh: MeshSnapshot,
+    component: int,
+    channels: Sequence[int] | None,
+    colour: str,
+    label: str,
+    lift: float,
+) -> None:
+    nodes, values = mesh.nodes[component], mesh.coefficients[component]  # [dof], [dof, out_features]
+    if channels is None:
+        slope = torch.linalg.vector_norm(values.diff(dim=0), dim=-1) / nodes.diff()
+        panel.stairs(slope, nodes, color=colour, label=f"slope {label}", baseline=None)
+    else:
+        for index, channel in enumerate(channels):
+            if not 0 <= channel < values.shape[1]:
+                raise ValueError(f"channels must lie in [0, {values.shape[1] - 1}], got {channel}.")
+            name = f"coefficients {label}" if index == 0 else None
+            panel.plot(
+                nodes, values[:, channel], color=colour, linewidth=1, alpha=1 - 0.6 * index / len(channels), label=name
+            )
+    # Ticks along the lower edge, in fractions of the panel's height.
+    panel.vlines(
+        nodes,
+        lift,
+        lift + 0.05,
+        transform=panel.get_xaxis_transform(),
+        color=colour,
+        linewidth=2.5,
+        label=f"nodes {label}",
+    )
+    if mesh.coords is not None:
+        samples = mesh.coords[:, component].numpy()
+        behind.hist(samples, bins=_BINS, range=(0, 1), density=True, color=colour, alpha=0.18)
+        panel.fill([], [], color=colour, alpha=0.18, label=f"samples {label}")

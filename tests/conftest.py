@@ -1,0 +1,12 @@
+import pytest
+import torch
+from transformers.utils import logging
+
+# The models of these tests are so small that a second thread only costs.
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

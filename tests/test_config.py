@@ -1,0 +1,169 @@
+"""Every field of the configuration: values, messages, JSON."""
+
+import dataclasses
+import json
+
+import pytest
+from lreg_peft import LRegConfig
+from peft import PeftConfig
+
+EVERYTHING = {
+    "task_type": "CAUSAL_LM",
+    "n_components": 3,
+    "dof": 4,
+    "head": "reduced",
+    "target_modules": ["a", "b"],
+    "exclude_modules": ["c"],
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["layers"],
+    "modules_to_save": ["head"],
+    "component_pattern": {"a": 5},
+    "dof_pattern": {r"layers\.\d": 6},
+    "feature_sizes": {"b": (7, 8)},
+    "init_weights": False,
+    "train_projection": False,
+    "backbone_eval": False,
+    "curvature_weight": 0.25,
+}
+
+REFUSED = [
+    ({"n_components": 0}, ValueError, "n_components must be at least 1, got 0"),
+    ({"n_components": -2}, ValueError, "n_components must be at least 1, got -2"),
+    ({"n_components": 2.0}, TypeError, "n_components must be a whole number, got 2.0"),
+    ({"n_components": True}, TypeError, "n_components must be a whole number, got True"),
+    ({"n_components": None}, TypeError, "n_components must be a whole number, got None"),
+    ({"dof": 1}, ValueError, "dof must be at least 2, got 1"),
+    ({"dof": "4"}, TypeError, "dof must be a whole number, got '4'"),
+    ({"head": "whole"}, ValueError, "head must be one of full, reduced, factored, got 'whole'"),
+    ({"target_modules": 3}, TypeError, "target_modules must be a list of module names, got 3"),
+    ({"target_modules": [1]}, ValueError, "target_modules must hold non-empty module names"),
+    ({"target_modules": [""]}, ValueError, "target_modules must hold non-empty module names"),
+    ({"target_modules": ""}, ValueError, "target_modules must be a non-empty string"),
+    ({"target_modules": "a("}, ValueError, "target_modules='a\\(' is not a valid regular expression"),
+    ({"exclude_modules": "["}, ValueError, "exclude_modules='\\[' is not a valid regular expression"),
+    ({"exclude_modules": {"a": 1}}, TypeError, "exclude_modules must be a list"),
+    ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of module names, got 'head'"),
+    ({"modules_to_save": [None]}, ValueError, "modules_to_save must hold non-empty module names"),
+    (
+        {"target_modules": ["a", "b"], "modules_to_save": ["b"]},
+        ValueError,
+        r"\['b'\] stand in both target_modules and modules_to_save",
+    ),
+    (
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        ValueError,
+        "layers_to_transform needs target_modules as a list of names, got target_modules='all-linear'",
+    ),
+    ({"layers_pattern": "h"}, ValueError, "layers_pattern='h' only has an effect together with layers_to_transform"),
+    ({"component_pattern": {"a": 0}}, ValueError, r"component_pattern\['a'\] must be at least 1, got 0"),
+    ({"component_pattern": {"a(": 1}}, ValueError, "component_pattern key='a\\(' is not a valid regular expression"),
+    ({"dof_pattern": {"a": 1}}, ValueError, r"dof_pattern\['a'\] must be at least 2, got 1"),
+    ({"dof_pattern": {"": 3}}, ValueError, "dof_pattern key must be a non-empty string"),
+    ({"feature_sizes": {"a": 3}}, ValueError, r"feature_sizes\['a'\] must be a pair \(in_features, out_features\)"),
+    ({"feature_sizes": {"a": (3, 4, 5)}}, ValueError, r"feature_sizes\['a'\] must be a pair"),
+    ({"feature_sizes": {"a": (0, 4)}}, ValueError, r"feature_sizes\['a'\] in_features must be at least 1, got 0"),
+    ({"feature_sizes": {"a": (1, 4.0)}}, TypeError, r"feature_sizes\['a'\] out_features must be a whole number"),
+    ({"init_weights": "random"}, ValueError, "init_weights must be True, False, .*'pca'.*, got 'random'"),
+    ({"train_projection": 1}, TypeError, "train_projection must be True or False, got 1"),
+    ({"backbone_eval": None}, TypeError, "backbone_eval must be True or False, got None"),
+    ({"curvature_weight": "0.1"}, TypeError, "curvature_weight must be a number, got '0.1'"),
+    ({"curvature_weight": True}, TypeError, "curvature_weight must be a number, got True"),
+    ({"curvature_weight": -0.1}, ValueError, "curvature_weight must be finite and not negative, got -0.1"),
+    ({"curvature_weight": float("nan")}, ValueError, "curvature_weight must be finite and not negative, got nan"),
+    ({"curvature_weight": float("inf")}, ValueError, "curvature_weight must be finite and not negative, got inf"),
+    ({"curvature_weight": 0.1, "dof": 2}, ValueError, "has nothing to act on: a mesh of dof=2 has no interior node"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED, ids=[str(row[0]) for row in REFUSED])
+def test_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        LRegConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        EVERYTHING,
+        {"target_modules": ("a", "b")},
+        {"target_modules": r"layers\.\d+\.mlp"},
+        {"layers_to_transform": 1, "target_modules": ["a"], "layers_pattern": "h"},
+        {"layers_to_transform": [1]},  # with the default targets
+        {"curvature_weight": 1, "dof": 2, "dof_pattern": {"mlp": 3}},
+        {"init_weights": "pca"},
+        {"feature_sizes": {"a": [3, 4]}},
+        {"component_pattern": {"a": 1}},
+    ],
+)
+def test_accepts(options):
+    LRegConfig(**options)
+
+
+def test_every_field_has_a_description_once():
+    own = [f for f in dataclasses.fields(LRegConfig) if f.name in LRegConfig.__annotations__]
+    assert {f.name for f in own} >= set(EVERYTHING) - {"task_type"}
+    for item in own:
+        assert LRegConfig.__doc__.count(f"\n        {item.name}: ") == 1
+        assert item.metadata["help"] in LRegConfig.__doc__
+
+
+def test_everything_is_covered_here():
+    """A new field must join the round trip below."""
+    own = {f.name for f in dataclasses.fields(LRegConfig) if f.name in LRegConfig.__annotations__}
+    assert own == set(EVERYTHING) - {"task_type"}
+    defaults = LRegConfig()
+    assert not [name for name, value in EVERYTHING.items() if getattr(defaults, name) == value]
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_json_round_trip(options, tmp_path):
+    config = LRegConfig(**options)
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    for loaded in (LRegConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is LRegConfig
+        # What PEFT writes differently on purpose: an adapter is loaded for inference, by its full type name.
+        ignored = {"inference_mode", "peft_type", "peft_version"}
+        found, expected = dataclasses.asdict(loaded), dataclasses.asdict(config)
+        assert {k: v for k, v in found.items() if k not in ignored} == {
+            k: v for k, v in expected.items() if k not in ignored
+        }
+        assert loaded.peft_type == config.peft_type
+    assert content["peft_type"] == "LREG"
+    assert "trainable_token_indices" not in content
+
+
+def test_sets_are_saved_in_one_order():
+    assert LRegConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+
+
+def test_pairs_from_json_become_tuples():
+    assert LRegConfig(feature_sizes={"a": [3, 4]}).feature_sizes == {"a": (3, 4)}
+
+
+def test_defaults_are_not_shared():
+    one, other = LRegConfig(), LRegConfig()
+    one.dof_pattern["a"] = 3
+    assert other.dof_pattern == {}
+
+
+def test_the_callers_containers_are_not_changed():
+    sizes, names = {"a": [3, 4]}, ["a"]
+    config = LRegConfig(feature_sizes=sizes, target_modules=names)
+    config.target_modules.append("b")
+    assert sizes == {"a": [3, 4]}
+    assert names == ["a"]
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="degrees"):
+        LRegConfig(degrees=3)
+
+
+def test_file_with_a_bad_value_is_refused(tmp_path):
+    LRegConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dof": 1}))
+    with pytest.raises(ValueError, match="dof must be at least 2, got 1"):
+        PeftConfig.from_pretrained(tmp_path)

@@ -1,0 +1,88 @@
+"""The picture of the meshes."""
+
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import gpt2, inputs, layers, shake
+from torch import nn
+
+from lreg_peft import LRegConfig, plot_meshes, snapshot_meshes
+from lreg_peft.core import project
+
+PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h.1.mlp"]
+
+
+def adapted():
+    model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, dof=5))
+    shake(model)
+    return model
+
+
+def move(model):
+    for layer in layers(model):
+        layer.lreg_nodes["default"].pow_(2)
+
+
+class TestSnapshot:
+    def test_is_a_copy_with_the_coordinates_of_the_batches(self):
+        model = adapted().train()
+        features = []
+        first = layers(model)[0]
+        first.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+        snapshot = snapshot_meshes(model, [inputs("gpt2")])
+        assert list(snapshot) == PATHS
+        mesh, nodes = snapshot[PATHS[0]], first.lreg_nodes["default"].clone()
+        coords = project(features[0], first.lreg_projection["default"], first.lreg_projection_bias["default"])
+        assert torch.equal(mesh.coords, coords.detach().reshape(-1, 2))
+        assert torch.equal(mesh.coefficients, first.lreg_coefficients["default"])
+        move(model)
+        assert torch.equal(mesh.nodes, nodes)
+        assert model.training
+        assert len(first._forward_hooks) == 0
+
+    def test_without_batches(self):
+        assert snapshot_meshes(adapted())[PATHS[0]].coords is None
+
+    def test_without_layers(self):
+        with pytest.raises(ValueError, match="has no LReg layer"):
+            snapshot_meshes(nn.Linear(2, 2))
+
+
+class TestPlot:
+    def test_before_and_after(self):
+        model = adapted()
+        before = snapshot_meshes(model, [inputs("gpt2")])
+        move(model)
+        figure = plot_meshes(model, before=before, batches=[inputs("gpt2")])
+        panels = [panel for panel in figure.axes if panel.get_title()]
+        assert [panel.get_title() for panel in panels] == [f"{path}, component {i}" for path in PATHS for i in (0, 1)]
+        labels = panels[0].get_legend_handles_labels()[1]
+        assert {"nodes now", "nodes before", "slope now", "slope before", "samples now", "samples before"} <= set(
+            labels
+        )
+        old, new = (collection.get_segments() for collection in panels[0].collections)
+        assert [segment[0][0] for segment in old] == pytest.approx(before[PATHS[0]].nodes[0].tolist())
+        nodes = layers(model)[0].lreg_nodes["default"]
+        assert [segment[0][0] for segment in new] == pytest.approx(nodes[0].tolist())
+        slope = layers(model)[0].lreg_coefficients["default"][0].diff(dim=0).norm(dim=1) / nodes[0].diff()
+        (drawn,) = (patch.get_data().values for patch in panels[0].patches if patch.get_label() == "slope now")
+        assert drawn == pytest.approx(slope.detach().numpy(), rel=1e-5)
+
+    def test_chosen_modules_and_channels(self, tmp_path):
+        figure = plot_meshes(adapted(), ["h.1.mlp"], channels=[0, 3], max_components=1)
+        (panel,) = figure.axes
+        assert panel.get_title().startswith(PATHS[1])
+        assert len(panel.lines) == 2
+        figure.savefig(tmp_path / "meshes.png")
+        assert (tmp_path / "meshes.png").stat().st_size > 10_000
+
+    def test_errors(self, monkeypatch):
+        with pytest.raises(ValueError, match=r"no LReg layer matches modules=\['nothing'\].*h\.0\.mlp"):
+            plot_meshes(adapted(), ["nothing"])
+        with pytest.raises(ValueError, match=r"channels must lie in \[0, 15\], got 16"):
+            plot_meshes(adapted(), channels=[16])
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(ImportError, match="pip install matplotlib"):
+            plot_meshes(adapted())

@@ -90,7 +90,9 @@ class TargetReport:
             + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
             for t in self.targets
         ]
-        rows.append((f"{len(self)} module{'s' * (len(self) != 1)}", "", "", "", "", "", f"{self.trainable_parameters:,}"))
+        rows.append(
+            (f"{len(self)} module{'s' * (len(self) != 1)}", "", "", "", "", "", f"{self.trainable_parameters:,}")
+        )
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         return "\n".join(
             "  ".join(
@@ -212,6 +214,11 @@ def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
     task = config.task_type or _task_of(model)
     if task in _LANGUAGE_MODEL_TASKS or task == "MASKED_LM":
         head = output_head_name(model)
+        if head is not None and config.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform has no effect on the default target {head!r}, which lies in no layer. "
+                "Name the target_modules inside the layers, or leave layers_to_transform out."
+            )
         if head is not None:
             return [head]
     elif task in _CLASSIFICATION_TASKS:
@@ -308,7 +315,7 @@ def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:
 def _suggestion(model: nn.Module, config: LRegConfig) -> str:
     there = _candidates(model, limit=1000)
     wanted = config.target_modules if isinstance(config.target_modules, list) else []
-    close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2)]
+    close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2) if m not in wanted]
     hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
     return f"{hint}The model has for example: {', '.join(there[:12])}."
 

@@ -5,8 +5,9 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import lreg_peft
 import pytest
+
+import lreg_peft
 
 PACKAGE = Path(lreg_peft.__file__).parent
 MODULES = {

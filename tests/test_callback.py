@@ -254,6 +254,13 @@ class TestLife:
         trainer(model, tmp_path, own).train()
         assert len(model._forward_pre_hooks) == before - 1
 
+    def test_state_goes_through_json(self):
+        own = LRegCallback(every=3, unit="epochs", size=0.5, n_refine=2)
+        own.current_size, own.n_accepted, own.n_refused = 0.125, 4, 2
+        twin = LRegCallback.from_state(json.loads(json.dumps(own.state())))
+        assert twin.state() == own.state()
+        assert (twin.current_size, twin.n_accepted, twin.n_refused) == (0.125, 4, 2)
+
     def test_resumes_exactly(self, tmp_path):
         options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
         whole, first = adapted(), LRegCallback(every=2, size=0.5)
@@ -270,17 +277,17 @@ class TestLife:
         assert first.n_accepted + first.n_refused == 4
         assert same_state(state(whole), state(resumed))
 
-    def test_compiled(self, tmp_path, always, monkeypatch):
-        always(True)
+    def test_compiled(self, tmp_path, monkeypatch):
         torch._dynamo.reset()
         for name in ("BACKEND", "MODE"):
             monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")  # undoes what the Trainer writes there
-        record = Recorder()
+        record, own = Recorder(), LRegCallback(every=2, stop=1.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.compile itself
             options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
-            trainer(Small(), tmp_path, LRegCallback(every=2, stop=1.0), record, **options).train()
-        assert record.moved_at() == [2, 4]
+            trainer(Small(), tmp_path, own, record, **options).train()
+        assert own.n_accepted + own.n_refused == 2
+        assert len(record.moved_at()) == own.n_accepted
 
 
 class TestErrors:

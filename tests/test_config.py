@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from lreg_peft import LRegConfig
 from peft import PeftConfig
+
+from lreg_peft import LRegConfig
 
 EVERYTHING = {
     "task_type": "CAUSAL_LM",

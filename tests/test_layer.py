@@ -6,13 +6,14 @@ from collections import namedtuple
 
 import pytest
 import torch
-from lreg_peft import LRegConfig
-from lreg_peft.core import hat_basis, project
-from lreg_peft.layer import LRegLayer, LRegLinear, NodeDict, wrap
 from tiny import shake
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
+
+from lreg_peft import LRegConfig
+from lreg_peft.core import hat_basis, project
+from lreg_peft.layer import LRegLayer, LRegLinear, NodeDict, wrap
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -162,16 +163,14 @@ class TestModuleKinds:
 
         layer, features = layer_around(Block(), 5, 7), torch.randn(4, 5)
         shake(layer)
-        check_shortcut(
-            layer, features, layer(scale=2.0, hidden_states=features), layer.base_layer(features, scale=2.0)
-        )
+        check_shortcut(layer, features, layer(scale=2.0, hidden_states=features), layer.base_layer(features, scale=2.0))
 
     @pytest.mark.parametrize(
         "make",
         [
             lambda h: (h, "rest"),
             lambda h: [h, "rest"],
-            lambda h: namedtuple("Pair", "hidden rest")(h, "rest"),  # noqa: PYI024
+            lambda h: namedtuple("Pair", "hidden rest")(h, "rest"),
             lambda h: BaseModelOutput(last_hidden_state=h, attentions=("rest",)),
             lambda h: {"hidden": h, "rest": "rest"},
         ],
@@ -230,17 +229,28 @@ class TestPrecision:
         # One rounding of the coefficients, one of each of the basis values, products and sums: 3 x components terms.
         assert (result.double() - expected).abs().max() <= 12 * torch.finfo(dtype).eps * 4
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_coordinates_are_not_rounded(self, dtype):
-        """A mesh finer than the dtype's resolution near 1 still tells coordinates apart."""
+    def fine_mesh(self, dtype: torch.dtype) -> LRegLayer:
+        """A mesh with two nodes that are closer than the dtype's resolution near 1, and a hat between them."""
         layer = layer_around(nn.Linear(1, 1).to(dtype), 1, 1, n_components=1, dof=3)
         with torch.no_grad():
             layer.lreg_projection["default"].fill_(1.0)
             layer.lreg_nodes["default"].copy_(torch.tensor([[0.0, 0.9990, 1.0]]))
             layer.lreg_coefficients["default"].copy_(torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1))
-        features = torch.tensor([[7.0], [8.0]], dtype=dtype)  # sigmoid: .99909, .99966; both 1.0 in bf16
-        value = layer.shortcut("default", features, features)
-        assert (value.float() - torch.tensor([[0.9109], [0.3354]])).abs().max() < 4 * torch.finfo(dtype).eps
+        return layer
+
+    # sigmoid: .99909, .99966; both 1.0 in bf16
+    FINE, VALUES = torch.tensor([[7.0], [8.0]]), torch.tensor([[0.9111], [0.3354]])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_coordinates_are_not_rounded(self, dtype):
+        features = self.FINE.to(dtype)
+        value = self.fine_mesh(dtype).shortcut("default", features, features)
+        assert (value.float() - self.VALUES).abs().max() < 4 * torch.finfo(dtype).eps
+
+    def test_autocast_does_not_round_coordinates(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = self.fine_mesh(torch.float32).shortcut("default", self.FINE, self.FINE)
+        assert (value - self.VALUES).abs().max() < 1e-3  # the digits given above
 
     @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
     def test_casting_the_model_keeps_nodes(self, cast):
@@ -319,6 +329,7 @@ class TestAdapters:
 
     def test_layers_share_no_bookkeeping(self):
         one, other = layer_around(nn.Linear(5, 7), 5, 7, train_projection=False), layer_around(nn.Linear(5, 7), 5, 7)
+        assert one.frozen_peft_weight_names == {"default": ("lreg_projection", "lreg_projection_bias")}
         assert other.frozen_peft_weight_names == {}
         assert one.merged_adapters is not other.merged_adapters
 

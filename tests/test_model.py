@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 import transformers
-from lreg_peft import LRegConfig, LRegLayer
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from tiny import (
     adapt,
@@ -26,6 +25,8 @@ from tiny import (
 )
 from torch import nn
 
+from lreg_peft import LRegConfig, LRegLayer
+
 PLACEMENTS = {
     "lm_head": {},
     "mlp": {"target_modules": ["mlp"]},
@@ -35,6 +36,8 @@ PLACEMENTS = {
     "activation": {"target_modules": ["act"], "feature_sizes": {"act": (64, 64)}},
     "whole layer": {"target_modules": r"transformer\.h\.\d"},
     "all-linear": {"target_modules": "all-linear"},
+    "reduced head": {"head": "reduced", "dof": 4},
+    "factored head": {"head": "factored", "dof": 4, "target_modules": ["mlp"]},
 }
 placements = pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
 
@@ -278,6 +281,14 @@ class TestMergingIsRefused:
         assert same_state(state(model), before)
         assert torch.equal(outputs(model), logits)
         assert model.active_adapters == ["one"]
+
+    def test_also_when_a_trained_module_comes_first(self):
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model = adapt(net, target_modules=["1"], modules_to_save=["0"])
+        before = state(model)
+        with pytest.raises(NotImplementedError, match="cannot be merged"):
+            model.merge_and_unload()
+        assert same_state(state(model), before)
 
 
 class TestPrecision:

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lreg_peft import LRegConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import adapt, build, gpt2, inputs, layers, llama, outputs, roberta, same_state, shake, state
+
+from lreg_peft import LRegConfig
 
 BUILDERS = {
     "gpt2": gpt2,

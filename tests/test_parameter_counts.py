@@ -3,11 +3,12 @@
 import pytest
 import torch
 import transformers
-from lreg_peft import LRegConfig, inspect_targets
 from peft import get_peft_model
 from safetensors import safe_open
 from tiny import layers, trainable
 from torch import nn
+
+from lreg_peft import LRegConfig, inspect_targets
 
 
 def on_meta(model_class, config) -> nn.Module:
@@ -96,9 +97,7 @@ def test_vit_parallel_to_the_classification_head():
 )
 def test_given_feature_sizes(sizes, n_components, dof, expected):
     model = nn.Sequential(nn.Identity())
-    check(
-        model, expected, n_components=n_components, dof=dof, target_modules=["0"], feature_sizes={"0": sizes}
-    )
+    check(model, expected, n_components=n_components, dof=dof, target_modules=["0"], feature_sizes={"0": sizes})
 
 
 def test_formula_with_other_sizes_on_every_kind_of_layer():

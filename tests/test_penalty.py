@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
-from lreg_peft import LRegConfig, penalty
-from lreg_peft.core import curvature_penalty
 from tiny import adapt, gpt2, inputs, layers, shake
 from torch import nn
+
+from lreg_peft import LRegConfig, penalty
+from lreg_peft.core import curvature_penalty
 
 WEIGHT = 0.7
 

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lreg_peft
 import pytest
-from lreg_peft import _registration
 from peft import mapping
 from peft.utils.peft_types import PeftType
+
+import lreg_peft
+from lreg_peft import _registration
 
 SOURCE = Path(_registration.__file__)
 
@@ -215,5 +216,3 @@ print("fine")
 """
         )
         assert out.strip() == "fine"
-
-

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import transformers
-from lreg_peft import LRegConfig
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -19,6 +18,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from tiny import adapt, gpt2, inputs, layers, outputs, roberta, same_state, shake, state
 from transformers.trainer_utils import get_last_checkpoint
+
+from lreg_peft import LRegConfig
 
 OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "dof": 5, "target_modules": ["lm_head", "mlp"]}
 
@@ -297,7 +298,7 @@ class TestBadFiles:
         model = trained(target_modules=["attn"])
         expected = outputs(model)
         truncate(folder / "adapter_model.safetensors")
-        with pytest.raises(Exception, match="incomplete|deserializ"):
+        with pytest.raises(Exception, match=r"incomplete|deserializ"):
             model.load_adapter(folder, "damaged")
         assert torch.equal(outputs(model), expected)
         assert not [name for name in model.state_dict() if name.endswith(".damaged")]

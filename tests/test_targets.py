@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from lreg_peft import LRegConfig, LRegLayer, inspect_targets
 from peft.utils.error import NoMatchingPeftModuleError
 from tiny import adapt, build, gpt2, inputs, layers, llama, outputs, roberta, same_state, shake, state, trainable
 from torch import nn
+
+from lreg_peft import LRegConfig, LRegLayer, inspect_targets
 
 LANGUAGE_MODELS = [
     ("gpt2", "CAUSAL_LM", "lm_head"),
@@ -131,7 +132,7 @@ class TestDefaults:
         )
         with torch.device("meta"):
             model = transformers.Wav2Vec2ForSequenceClassification(config)
-        for function in (inspect_targets, lambda m, c: adapt(m, **{"task_type": c.task_type})):
+        for function in (inspect_targets, lambda m, c: adapt(m, task_type=c.task_type)):
             with pytest.raises(ValueError, match=r"no default target_modules for Wav2Vec2.*q_proj.*"):
                 function(model, LRegConfig(task_type="SEQ_CLS"))
 
@@ -172,9 +173,7 @@ class TestInspection:
             assert (target.in_features, target.out_features) == (layer.in_features, layer.out_features)
             assert tuple(layer.lreg_nodes["default"].shape) == (target.n_components, target.dof)
             assert target.module_type == type(layer.base_layer).__name__
-            assert target.trainable_parameters == sum(
-                p.numel() for n, p in layer.named_parameters() if p.requires_grad
-            )
+            assert target.trainable_parameters == sum(p.numel() for n, p in layer.named_parameters() if p.requires_grad)
 
     def test_table(self):
         lines = str(inspect_targets(gpt2(), LRegConfig(target_modules=["mlp"]))).splitlines()
@@ -327,8 +326,11 @@ class TestRefusals:
     def test_everything_excluded(self):
         self.check(r"outside exclude_modules=\['mlp'\]", target_modules=["mlp"], exclude_modules=["mlp"])
 
+    def test_layers_of_the_default_head(self):
+        self.check(r"layers_to_transform has no effect on the default target 'lm_head'", layers_to_transform=[0])
+
     def test_layer_that_is_not_there(self):
-        self.check(r"in layers \[7\]", target_modules=["mlp"], layers_to_transform=[7])
+        self.check(r"in layers \[7\]\. The model has", target_modules=["c_fc"], layers_to_transform=[7])
 
     def test_embedding(self):
         self.check("'transformer.wte' is an embedding", TypeError, target_modules=["wte"])

@@ -4,9 +4,10 @@ import copy
 
 import torch
 import transformers
-from lreg_peft import LRegConfig, LRegLayer
 from peft import get_peft_model
 from torch import nn
+
+from lreg_peft import LRegConfig, LRegLayer
 
 VOCABULARY = 61
 HIDDEN = 16

@@ -219,10 +219,9 @@ def coarsen(nodes: Tensor, mass: Tensor, dof: int) -> Tensor:
     mass = mass.double() / mass.double().sum(dim=1, keepdim=True)
     reached = _prefix_sums(mass)  # [components, dof_fine - 1]: cumulative mass at the right end of each element
     level = torch.arange(1, dof - 1, dtype=torch.float64, device=nodes.device) / (dof - 1) * reached[:, -1:]
-    element = torch.searchsorted(reached[:, :-1].contiguous(), level.contiguous(), right=True)  # [components, dof - 2]
-    inside = mass.gather(1, element)
-    # `right=True` lands on an element of positive mass, or on a last one of zero mass through rounding: stay left.
-    share = (level - (reached - mass).gather(1, element)) / inside.clamp_min(torch.finfo(torch.float64).tiny)
+    # The first element that reaches the level; it has mass, since the one before falls short of it.
+    element = torch.searchsorted(reached[:, :-1].contiguous(), level.contiguous())  # [components, dof - 2]
+    share = (level - (reached - mass).gather(1, element)) / mass.gather(1, element)
     inner = torch.lerp(fine.gather(1, element), fine.gather(1, element + 1), share.clamp(0, 1))
     return _as_mesh(torch.cat((fine[:, :1], inner, fine[:, -1:]), dim=1), nodes)
 
@@ -412,9 +411,9 @@ def adapt_mesh(
 def _resample(nodes: Tensor, hits: Tensor, n_refine: int, pseudocount: float) -> Tensor:
     """The `"mrc"` move."""
     hits = hits.double()
+    seen = hits.sum(dim=1, keepdim=True) + pseudocount > 0
+    hits = torch.where(seen, hits, 1.0)  # equal masses keep the mesh
     fine, mass = refine(nodes.double(), mark(hits, n_refine), hits + pseudocount)
-    if pseudocount == 0:
-        mass = torch.where(mass.sum(dim=1, keepdim=True) > 0, mass, 1.0)  # no sample seen: no preference
     return _as_mesh(coarsen(fine, mass, nodes.shape[1]), nodes)
 
 

@@ -54,7 +54,10 @@ def initial_projection(
 
 
 def standard_profile(nodes: Tensor) -> Tensor:
-    """Scalar functions for the factored head to start from: affine in u, mean 0 and variance 1 for uniform u.
+    """Scalar functions for the factored head to start from: affine in u, mean 1 and variance 1 for uniform u.
+
+    With a mean of zero the output vector would first learn what varies with u alone. A change of domain asks for a
+    constant shift above all, and with a mean of one the same vector starts on both.
 
     Args:
         nodes: `[components, dof]` on [0, 1].
@@ -62,7 +65,7 @@ def standard_profile(nodes: Tensor) -> Tensor:
     Returns:
         `[components, dof]`, the values at the nodes.
     """
-    return math.sqrt(12) * (nodes - 0.5)
+    return 1 + math.sqrt(12) * (nodes - 0.5)
 
 
 def principal_axes(samples: Tensor, n_components: int) -> Tensor:

@@ -196,7 +196,10 @@ def _exchanges(x: Tensor, y: Tensor, first: _Solved, ridge: float, n_rounds: int
 
 
 def _thinned(x: Tensor, y: Tensor, first: _Solved, ridge: float) -> _Solved:
-    """A finer quantile mesh, refitted and thinned by the cheapest nodes until it has as many as `first`."""
+    """A finer quantile mesh, refitted and thinned by the cheapest nodes until it has as many as `first`.
+
+    `first` if samples support no finer mesh; a fit of infinite loss if they do not determine its coefficients.
+    """
     dof = first.nodes.shape[1]
     n_fine = min(_FINER * (dof - 1), len(x) // _SAMPLES_PER_ELEMENT) + 1
     if n_fine <= dof:
@@ -209,7 +212,7 @@ def _thinned(x: Tensor, y: Tensor, first: _Solved, ridge: float) -> _Solved:
         surplus = fit.nodes.shape[1] - dof
         # Half of the surplus at a time: about log2(surplus) refits, and the last nodes to go are chosen singly.
         fit = _solve(x, y, remove(fit.nodes, _cost(fit), (surplus + 1) // 2), ridge)
-    return fit if fit.loss < math.inf else first
+    return fit
 
 
 def _cost(fit: _Solved) -> Tensor:

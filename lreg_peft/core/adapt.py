@@ -217,12 +217,15 @@ def coarsen(nodes: Tensor, mass: Tensor, dof: int) -> Tensor:
         raise ValueError(f"mass must be positive in sum, got {mass[i].tolist()} for component {i}.")
     fine = nodes.double()
     mass = mass.double() / mass.double().sum(dim=1, keepdim=True)
-    reached = _prefix_sums(mass)  # [components, dof_fine - 1]: cumulative mass at the right end of each element
+    # Cumulative mass at the right end of each element; rounding must not make it fall where the mass is zero.
+    reached = _prefix_sums(mass).cummax(dim=1).values  # [components, dof_fine - 1]
+    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
     level = torch.arange(1, dof - 1, dtype=torch.float64, device=nodes.device) / (dof - 1) * reached[:, -1:]
-    # The first element that reaches the level; it has mass, since the one before falls short of it.
+    # The first element that reaches the level; it has mass, since the one before falls short.
     element = torch.searchsorted(reached[:, :-1].contiguous(), level.contiguous())  # [components, dof - 2]
-    share = (level - (reached - mass).gather(1, element)) / mass.gather(1, element)
-    inner = torch.lerp(fine.gather(1, element), fine.gather(1, element + 1), share.clamp(0, 1))
+    before, reached = before.gather(1, element), reached.gather(1, element)
+    share = (level - before) / (reached - before)
+    inner = torch.lerp(fine.gather(1, element), fine.gather(1, element + 1), share)
     return _as_mesh(torch.cat((fine[:, :1], inner, fine[:, -1:]), dim=1), nodes)
 
 
@@ -338,6 +341,9 @@ def adapt_mesh(
 ) -> AdaptedMesh:
     """Propose a mesh that follows the residual. Whether to keep it is the caller's decision.
 
+    Decide after the coefficients have been refitted or trained for some steps: a node that enters does not change the
+    function yet, whereas the one that leaves does.
+
     `"mrc"` (Li, Cheng & Gu 2025, Algorithms 2-3): `pseudocount` is added to each hit count, the most-hit elements are
     split, and the new nodes are the quantiles of the resulting density. (Halving an element and its count does not
     change a density, so `n_refine` does not influence the new nodes.)
@@ -350,7 +356,8 @@ def adapt_mesh(
         K_j = sum over samples of |slope|^2 psi_j^2,  E_j = indicator of the two elements at the node,
 
     is the correlation, over the samples at the node, between the residual and what sliding would change. It needs
-    no knowledge of the scale or the curvature of the loss, and vanishes where the position is optimal.
+    no knowledge of the scale or the curvature of the loss, and vanishes where the position is optimal for coefficients
+    that are.
 
     Args:
         nodes: `[components, dof]`, strictly increasing, fp32 or fp64. With dof 2 nothing moves.

@@ -145,6 +145,18 @@ class TestPublishedAlgorithms:
         expected = torch.tensor([[0.0, 0.25 + 0.25 / 3, 0.25 + 0.5 / 3, 1.0]], dtype=torch.float64)
         torch.testing.assert_close(new, expected)
 
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(2, 1024), st.integers(2, 1024), st.floats(0, 1), st.integers(0, 2**31))
+    def test_coarsen_copes_with_empty_elements_anywhere(self, dof, dof_new, filled, seed):
+        generator = torch.Generator().manual_seed(seed)
+        nodes = random_nodes(2, dof, torch.float64, generator)
+        mass = torch.rand(2, dof - 1, dtype=torch.float64, generator=generator)
+        mass *= torch.rand(mass.shape, generator=generator) < filled
+        mass[:, (seed % (dof - 1))] = 0.1
+        new = coarsen(nodes, mass, dof_new)
+        check_nodes(new)
+        assert new.shape == (2, dof_new)
+
 
 class TestRefine:
     @settings(max_examples=60, deadline=None)
@@ -278,6 +290,13 @@ class TestInvariants:
             assert torch.equal(move(one, strategy).nodes, together.nodes[i : i + 1])
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_without_a_single_hit_the_mesh_stays(self, strategy):
+        nodes = random_nodes(2, 12, torch.float64, torch.Generator().manual_seed(0))
+        hits = torch.zeros(2, 11)
+        new = adapt_mesh(nodes, torch.randn(2, 12, 1), hits, strategy=strategy, pseudocount=0.0).nodes
+        torch.testing.assert_close(new, nodes, atol=1e-14, rtol=0)
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_two_nodes_cannot_move(self, strategy):
         nodes = uniform_nodes(3, 2)
         adapted = adapt_mesh(nodes, torch.randn(3, 2, 5), torch.rand(3, 1), strategy=strategy)
@@ -397,8 +416,26 @@ class TestExchange:
     def test_a_node_leaves_a_straight_line_for_the_largest_residual(self):
         nodes = uniform_nodes(1, 6)  # 0, .2, .4, .6, .8, 1
         coefficients = torch.tensor([0.0, 1.0, 2.0, 5.0, 1.0, 3.0]).view(1, 6, 1)  # straight at node 1 only
-        new = adapt_mesh(nodes, coefficients, torch.tensor([[1.0, 1.0, 1.0, 9.0, 1.0]]), n_refine=1).nodes
-        torch.testing.assert_close(new, torch.tensor([[0.0, 0.4, 0.6, 0.7, 0.8, 1.0]]))
+        for size in (1.0, 0.1):  # nothing else could move without a node gradient
+            indicator = torch.tensor([[1.0, 1.0, 1.0, 9.0, 1.0]])
+            new = adapt_mesh(nodes, coefficients, indicator, n_refine=1, size=size).nodes
+            torch.testing.assert_close(new, torch.tensor([[0.0, 0.4, 0.6, 0.7, 0.8, 1.0]]))
+
+    def test_an_element_too_short_to_split_is_passed_over(self):
+        nodes = torch.tensor([[0.0, 0.3, 0.5, 0.500015, 0.8, 1.0]], dtype=torch.float64)
+        coefficients = torch.tensor([0.0, 0.3, 2.0, 5.0, 1.0, 3.0], dtype=torch.float64).view(1, 6, 1)
+        coefficients[0, 1] = 2.0 * 0.3 / 0.5  # on the line through its neighbours
+        new = adapt_mesh(nodes, coefficients, torch.tensor([[1.0, 1.0, 9.0, 4.0, 1.0]]), n_refine=1).nodes
+        expected = torch.tensor([[0.0, 0.5, 0.500015, (0.500015 + 0.8) / 2, 0.8, 1.0]], dtype=torch.float64)
+        torch.testing.assert_close(new, expected)
+
+    @settings(max_examples=60, deadline=None)
+    @given(problems(min_dof=3, max_dof=100))
+    def test_neighbours_do_not_leave_together(self, problem):
+        nodes = problem["nodes"]
+        new = move(problem, "exchange", node_gradient=None, n_refine=nodes.shape[1]).nodes
+        stayed = (nodes.unsqueeze(2) == new.unsqueeze(1)).any(dim=2)
+        assert (stayed[:, 1:] | stayed[:, :-1]).all()
 
     def test_a_sliding_node_finds_a_kink(self):
         coords = torch.linspace(0, 1, 2001, dtype=torch.float64).unsqueeze(1)

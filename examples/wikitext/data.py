@@ -1,0 +1,215 @@
+"""Where the text comes from, and how it becomes blocks of tokens.
+
+Three sources, one result: `load_corpus` returns documents for the base stage, for adaptation, for choosing learning
+rates (tuning) and for the reported figure (test).
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+
+import torch
+from arguments import DataArguments
+from errors import UserError
+from hub import load_dataset
+from offline_text import load_offline_text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents per use; `base` is empty where the base stage has no text of its own."""
+
+    source: str
+    base: list[str]
+    train: list[str]
+    tuning: list[str]
+    test: list[str]
+
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """Size and fingerprint of every part, so that two runs can be seen to have used the same text."""
+        parts = {"base": self.base, "train": self.train, "tuning": self.tuning, "test": self.test}
+        return {
+            name: {
+                "documents": len(documents),
+                "characters": sum(map(len, documents)),
+                "sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16],
+            }
+            for name, documents in parts.items()
+        }
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def load_corpus(options: DataArguments, needs_base_text: bool, max_base_chars: int | None) -> Corpus:
+    """Read the text from the hub, from local files or from Python itself, whichever the options name.
+
+    Args:
+        options: what the command line says about text.
+        needs_base_text: whether the model starts from nothing and needs English of another domain first.
+        max_base_chars: upper limit on that text.
+    """
+    check_source(options)
+    if options.dataset_name is not None:
+        source = "/".join(filter(None, (options.dataset_name, options.dataset_config_name)))
+        train, tuning, test = read_hub_dataset(options.dataset_name, options.dataset_config_name, options.text_column)
+    elif options.train_file and options.validation_file:
+        source = Path(options.train_file).name
+        train, tuning = [read_text_file(options.train_file)], [read_text_file(options.validation_file)]
+        test = [read_text_file(options.test_file)] if options.test_file else []
+    else:
+        offline = load_offline_text(max_base_chars)
+        base = offline.base if needs_base_text else []
+        return Corpus("Python's language reference", base, offline.train, offline.tuning, offline.test)
+
+    if not test:
+        tuning, test = halve(tuning)
+    base = load_offline_text(max_base_chars).base if needs_base_text else []
+    return Corpus(source, base, train, tuning, test)
+
+
+def check_source(options: DataArguments) -> None:
+    """Refuse options that contradict each other or name half a source."""
+    files = (options.train_file, options.validation_file, options.test_file)
+    if options.dataset_name is not None and any(files):
+        raise UserError("Give either --dataset_name or local files, not both.")
+    if any(files) and not (options.train_file and options.validation_file):
+        missing = "--validation_file" if options.train_file else "--train_file"
+        raise UserError(f"Local text needs both --train_file and --validation_file; {missing} is missing.")
+    if options.dataset_config_name is not None and options.dataset_name is None:
+        raise UserError("--dataset_config_name needs --dataset_name.")
+
+
+def read_hub_dataset(name: str, config: str | None, column: str) -> tuple[list[str], list[str], list[str]]:
+    """The train, validation and test texts of a hub data set; test is empty where the data set has none."""
+    splits = load_dataset(name, config)
+    texts = {}
+    for split in ("train", "validation", "test"):
+        if split not in splits:
+            texts[split] = ""
+            continue
+        if column not in splits[split].column_names:
+            raise UserError(
+                f"The data set '{name}' has no column '{column}'; choose one of "
+                f"{', '.join(splits[split].column_names)} with --text_column."
+            )
+        rows = splits[split][column]
+        texts[split] = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
+    for split in ("train", "validation"):
+        if not texts[split].strip():
+            raise UserError(f"The data set '{name}' has no text in its split '{split}'.")
+    return [texts["train"]], [texts["validation"]], [texts["test"]] if texts["test"].strip() else []
+
+
+def read_text_file(path: str) -> str:
+    """A local UTF-8 text file, refused with one sentence if there is nothing in it to learn from."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"The file '{path}' is not UTF-8 text (byte {error.object[error.start]:#04x} at position "
+            f"{error.start}); convert it to UTF-8 first."
+        ) from error
+    except OSError as error:
+        raise UserError(f"The file '{path}' cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise UserError(f"The file '{path}' has no text in it.")
+    return text
+
+
+def halve(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Split one document into a tuning half and a held-out half, at the line end nearest the middle."""
+    (text,) = documents
+    cut = text.find("\n", len(text) // 2) + 1
+    first, second = text[:cut], text[cut:]
+    if not first.strip() or not second.strip():
+        raise UserError(
+            "The validation text is too short to be split into a tuning and a held-out half; "
+            "give more lines, or a --test_file."
+        )
+    return [first], [second]
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of its own for a model that starts from nothing; every byte has a token, nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> torch.Tensor:
+    """All documents as one row of token ids; several documents are separated by the end-of-text token.
+
+    Line by line, because one call on a whole book is slow and needs memory out of proportion.
+    """
+    separator = [] if tokenizer.eos_token_id is None or len(documents) < 2 else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for document in documents:
+        lines = document.splitlines(keepends=True)
+        encoded = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(itertools.chain.from_iterable(encoded))
+        ids.extend(separator)
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def training_blocks(tokens: torch.Tensor, block_size: int, what: str) -> list[dict[str, list[int]]]:
+    """Whole blocks side by side, as Trainer wants them; the rest that fills no block is left out."""
+    n_blocks = len(tokens) // block_size
+    if n_blocks == 0:
+        raise UserError(
+            f"The {what} text has {len(tokens)} tokens, fewer than one block of {block_size}; "
+            "give more text or a smaller --block_size."
+        )
+    blocks = tokens[: n_blocks * block_size].view(n_blocks, block_size).tolist()
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def evaluation_batches(tokens: torch.Tensor, block_size: int, batch_size: int) -> list[torch.Tensor]:
+    """The whole text as [batch, block] tensors, each block starting at the last token of the one before.
+
+    A block predicts every token but its first, so with an overlap of one token each token of the text but the very
+    first is predicted exactly once. The ragged end is a batch of its own.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"An evaluation text of {len(tokens)} tokens predicts nothing; give more text.")
+    stride = block_size - 1
+    n_full = (len(tokens) - 1) // stride
+    full = tokens.unfold(0, block_size, stride)[:n_full] if n_full else tokens.new_empty(0, block_size)
+    batches = list(full.split(batch_size)) if n_full else []
+    rest = tokens[n_full * stride :]  # starts with the last token of the last full block
+    if len(rest) > 1:
+        batches.append(rest.unsqueeze(0))
+    return batches
+
+
+def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, vocab_size: int) -> float:
+    """Perplexity of token frequencies with add-one smoothing: what a model without any context reaches."""
+    counts = Counter(train.tolist())
+    total = len(train) + vocab_size
+    nll = sum(n * -log((counts[token] + 1) / total) for token, n in Counter(test.tolist()).items())
+    return exp(nll / len(test))

@@ -1,0 +1,284 @@
+"""The WikiText example: a small run end to end, what it writes, and one clear sentence for each kind of bad input."""
+
+import importlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "wikitext"
+SCRIPT = EXAMPLE / "run_wikitext.py"
+METHODS = ["ft", "bitfit", "vocab-bias", "lora", "lreg-head", "lreg-mlp"]
+SIZED = {"lora": "rank", "lreg-head": "n_components", "lreg-mlp": "n_components"}
+
+# One worker of pytest-xdist runs this module, so the small run happens once.
+pytestmark = pytest.mark.xdist_group("wikitext")
+
+
+def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user types it, with the checkout importable."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """Output folder, standard output and JSON of one small run."""
+    folder = tmp_path_factory.mktemp("wikitext")
+    done = launch(
+        ["-m", "accelerate.commands.launch", str(SCRIPT), "--smoke", "--no_progress", "--output_dir", str(folder)]
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of the example by its plain name; forget all of them and their side effects afterwards."""
+    before, n_threads = set(sys.modules), torch.get_num_threads()
+    verbosity = transformers.utils.logging.get_verbosity()
+    sys.path.insert(0, str(EXAMPLE))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLE))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(EXAMPLE)):
+            del sys.modules[name]
+    torch.set_num_threads(n_threads)
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+
+
+# --- the small run --------------------------------------------------------------------------------------------------
+
+
+def test_table_has_one_row_per_method(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    folder, output, results = smoke
+    assert [row["method"] for row in results["rows"]] == ["base", *METHODS]
+    table = [line for line in output.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["base", *METHODS]
+    assert len({len(line) for line in table}) == 1, "columns are not aligned"
+    for line, row in zip(table[2:], results["rows"], strict=True):
+        assert f"{row['test_perplexity']:.2f}" in line
+        assert f"{row['trainable_parameters']:,}" in line
+    markdown = (folder / "results.md").read_text(encoding="utf-8")
+    assert all(line in markdown for line in table)
+
+
+def test_base_model_is_trained_and_every_method_gains(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    """Bounds at about half of the gains seen, 3 to 20 %; a method that trains nothing stays at exactly 1."""
+    results = smoke[2]
+    perplexity = {row["method"]: row["test_perplexity"] for row in results["rows"]}
+    assert perplexity["base"] < 0.9 * results["unigram_perplexity"]
+    bounds = {"ft": 0.88, "bitfit": 0.985, "vocab-bias": 0.94, "lora": 0.985, "lreg-head": 0.94, "lreg-mlp": 0.975}
+    for method, bound in bounds.items():
+        assert perplexity[method] < bound * perplexity["base"], method
+
+
+def test_budget_is_kept_and_used(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    results = smoke[2]
+    rows = {row["method"]: row for row in results["rows"]}
+    for method, size_name in SIZED.items():
+        count, size = rows[method]["trainable_parameters"], rows[method]["size"][size_name]
+        assert count <= results["budget"] < count + count // size, "one size more would still be within the budget"
+    assert rows["lreg-head"]["trainable_parameters"] == results["budget"]
+
+
+def test_same_number_of_trials_and_best_one_taken(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    rows = smoke[2]["rows"][1:]
+    assert {len(row["trials"]) for row in rows} == {smoke[2]["settings"]["comparison"]["lr_trials"]}
+    for row in rows:
+        best = min(row["trials"], key=lambda trial: trial["tuning_perplexity"])
+        assert row["learning_rate"] == best["learning_rate"]
+
+
+def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    folder, _, results = smoke
+    assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "base" / "model.safetensors").is_file()
+    assert (folder / "base" / "tokenizer.json").is_file()
+    for row in results["rows"][1:]:
+        saved = sum(path.stat().st_size for path in (folder / "adapters" / row["method"]).glob("*.safetensors"))
+        # fp32 values, mesh nodes and file headers; a saved backbone or head would be far beyond.
+        assert 4 * row["trainable_parameters"] <= saved == row["adapter_bytes"]
+        assert saved < 4 * row["trainable_parameters"] + 8_000
+        assert row["tokens_per_second"] > 0
+    provenance = results["provenance"]
+    assert {"lreg_peft", "peft", "torch", "transformers", "python"} <= provenance["versions"].keys()
+    assert {"command", "device", "dtype", "threads per process", "wall time in seconds"} <= provenance.keys()
+    assert results["settings"]["comparison"]["seeds"] == [42]
+
+
+@pytest.mark.parametrize("method", list(SIZED))
+def test_saved_adapter_gives_the_reported_perplexity(
+    smoke: tuple[Path, str, dict[str, Any]], modules: Callable[[str], ModuleType], method: str
+) -> None:
+    """An evaluation of its own: every token but the first predicted once, from the tokens before it in its block."""
+    folder, _, results = smoke
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    documents = modules("offline_text").load_offline_text(max_base_chars=1).test
+    ids = [token for text in documents for token in [*encode_lines(tokenizer, text), tokenizer.eos_token_id]]
+    assert len(ids) == results["tokens"]["test"]
+    with warnings.catch_warnings():
+        # PEFT notes that it tied weights of the base model; here nothing is merged.
+        warnings.simplefilter("ignore", UserWarning)
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = PeftModel.from_pretrained(base, folder / "adapters" / method).eval()
+    block_size = results["settings"]["data"]["block_size"]
+    nll, predicted = 0.0, 0
+    for start in range(0, len(ids) - 1, block_size - 1):
+        block = torch.tensor([ids[start : start + block_size]])
+        with torch.no_grad():
+            log_probabilities = model(input_ids=block).logits[0, :-1].double().log_softmax(-1)
+        nll -= log_probabilities.gather(1, block[0, 1:, None]).sum().item()
+        predicted += block.shape[1] - 1
+    assert predicted == len(ids) - 1
+    reported = next(row for row in results["rows"] if row["method"] == method)["test_perplexity"]
+    # fp32 logits of two batch shapes: relative differences of a few 1e-7 per token, in the mean far less.
+    assert math.exp(nll / predicted) == pytest.approx(reported, rel=1e-5)
+
+
+def test_two_processes_give_the_same_figures(smoke: tuple[Path, str, dict[str, Any]], tmp_path: Path) -> None:
+    """The batch is divided, not multiplied, so two processes take the same steps on the same data."""
+    # Not on the GPUs of a machine that has them: they may be fewer than two.
+    done = launch(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+        + ["--num_threads", "1", "--smoke", "--no_progress", "--methods", "lreg-mlp", "--output_dir", str(tmp_path)],
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| base ") == 1, "more than one process prints"
+    together = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert together["provenance"]["processes"] == 2
+    alone = {row["method"]: row for row in smoke[2]["rows"]}
+    for row in together["rows"]:
+        # Gradients are summed in another order; 260 steps of fp32 training let that grow from 1e-7.
+        assert row["test_perplexity"] == pytest.approx(alone[row["method"]]["test_perplexity"], rel=2e-3)
+
+
+def encode_lines(tokenizer: Any, text: str) -> list[int]:
+    return [token for line in text.splitlines(keepends=True) for token in tokenizer(line)["input_ids"]]
+
+
+# --- the text and the blocks ----------------------------------------------------------------------------------------
+
+
+def test_offline_splits_share_no_paragraph(modules: Callable[[str], ModuleType]) -> None:
+    offline_text = modules("offline_text")
+    text = offline_text.load_offline_text()
+    again = offline_text.load_offline_text(max_base_chars=1)
+    assert (text.train, text.tuning, text.test) == (again.train, again.tuning, again.test), "not deterministic"
+    paragraphs = {}
+    for part, documents in vars(text).items():
+        assert sum(map(len, documents)) > 20_000, f"too little text in {part}"
+        keys = (offline_text.paragraph_key(p) for document in documents for p in document.split("\n\n"))
+        paragraphs[part] = {key for key in keys if len(key) >= offline_text.MIN_DUPLICATE_CHARS}
+    parts = list(paragraphs)
+    for index, part in enumerate(parts):
+        for other in parts[index + 1 :]:
+            assert not paragraphs[part] & paragraphs[other], f"{part} and {other} overlap"
+
+
+@pytest.mark.parametrize("n_tokens", [2, 5, 8, 9, 15, 16, 100])
+def test_evaluation_predicts_every_token_but_the_first_once(
+    modules: Callable[[str], ModuleType], n_tokens: int
+) -> None:
+    batches = modules("data").evaluation_batches(torch.arange(n_tokens), block_size=8, batch_size=3)
+    predicted = torch.cat([batch[:, 1:].flatten() for batch in batches])
+    assert torch.equal(predicted, torch.arange(1, n_tokens))
+
+
+def test_labels_in_the_picture_keep_their_distance(modules: Callable[[str], ModuleType]) -> None:
+    heights = modules("report").spread_out([0.1, 0.1, 0.1, 0.95, 0.99, 1.0], 0.06)
+    assert heights == sorted(heights)
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 0.06 - 1e-12
+    assert heights[0] >= 0.0
+    assert heights[-1] <= 1.0
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(
+    modules: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Callable[..., str]:
+    """Run the script in this process, expect exit code 2 and one sentence, return the sentence."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_text("One line of text.\nAnother line of text.\n" * 200, encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "latin1.txt").write_bytes("Füße".encode("latin-1"))
+
+    def run(*argv: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            modules("run_wikitext").main(["--smoke", "--no_progress", *argv])
+        assert ended.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--methods", "lora", "loar"], ["'loar'", "ft, bitfit, vocab-bias, lora, lreg-head, lreg-mlp"]),
+        (["--train_file", "empty.txt", "--validation_file", "good.txt"], ["'empty.txt'", "no text"]),
+        (["--train_file", "latin1.txt", "--validation_file", "good.txt"], ["'latin1.txt'", "UTF-8", "0xfc"]),
+        (["--train_file", "missing.txt", "--validation_file", "good.txt"], ["'missing.txt'", "No such file"]),
+        (["--train_file", "good.txt"], ["--validation_file is missing"]),
+        (["--train_file", "good.txt", "--validation_file", "good.txt", "--dataset_name", "x"], ["not both"]),
+        (["--train_file", "good.txt", "--validation_file", "good.txt", "--block_size", "9999"], ["--block_size"]),
+        (["--budget", "10"], ["budget of 10", "lreg-head has", "--budget"]),
+        (["--budget", "0"], ["--budget must be at least 1"]),
+        (["--base_steps", "0"], ["--base_steps must be at least 1"]),
+        (["--dof", "1"], ["--dof must be at least 2"]),
+        (["--model_name_or_path", "./missing"], ["'./missing'", "does not exist"]),
+        (["--model_name_or_path", "."], ["Could not load '.'", "its folder"]),
+        (["--learning_rates", "lora=fast"], ["--learning_rates", "'lora=fast'"]),
+        (["--output_dir", "good.txt"], ["'good.txt'", "cannot be created"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input_is_one_sentence(refused: Callable[..., str], argv: list[str], expected: list[str]) -> None:
+    error = refused(*argv)
+    for part in expected:
+        assert part in error
+
+
+def test_unreachable_hub_is_one_sentence_that_names_the_offline_way() -> None:
+    """In a process of its own: the hub client reads its address once, when it is imported."""
+    nowhere = "http://127.0.0.1:9"  # the discard port: nothing listens
+    done = launch([str(SCRIPT), "--smoke", "--dataset_name", "someone/text"], HF_ENDPOINT=nowhere)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (error,) = done.stderr.strip().splitlines()
+    assert "'someone/text'" in error
+    assert "without a hub, run with no arguments or give local text with --train_file" in error

@@ -40,7 +40,9 @@ class ModelArguments:
 class DataArguments:
     """Which text. Without any of these options, the language reference that Python carries."""
 
-    dataset_name: str | None = option(None, "Data set on the hub with the splits train, validation and, best, test.")
+    dataset_name: str | None = option(
+        None, "Data set on the hub with the splits train, validation and, if possible, test."
+    )
     dataset_config_name: str | None = option(None, "Configuration of that data set, such as wikitext-2-raw-v1.")
     text_column: str = option("text", "Column of that data set that holds the text.")
     train_file: str | None = option(None, "Local UTF-8 text to adapt to.")

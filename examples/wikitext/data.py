@@ -101,7 +101,9 @@ def read_hub_dataset(name: str, config: str | None, column: str) -> tuple[list[s
                 f"The data set '{name}' has no column '{column}'; choose one of "
                 f"{', '.join(splits[split].column_names)} with --text_column."
             )
-        rows = splits[split][column]
+        rows = [row for row in splits[split][column] if row]
+        if rows and not isinstance(rows[0], str):
+            raise UserError(f"The column '{column}' of the data set '{name}' holds no text; choose another.")
         texts[split] = "".join(row if row.endswith("\n") else row + "\n" for row in rows)
     for split in ("train", "validation"):
         if not texts[split].strip():

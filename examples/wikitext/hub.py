@@ -1,6 +1,5 @@
 """Loading by name, with one clear sentence where it fails."""
 
-import os
 import urllib.error
 import urllib.request
 from functools import cache
@@ -25,9 +24,8 @@ def prefer_cache_if_unreachable() -> None:
     except urllib.error.HTTPError:
         return  # an answer, whatever it says
     except (OSError, ValueError):
-        import datasets.config
+        import datasets.config  # here, because most runs do not need it and it is slow to import
 
-        os.environ["HF_HUB_OFFLINE"] = "1"
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
 
@@ -49,7 +47,7 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
 
 def load_dataset(name: str, config: str | None) -> Any:
     """`datasets.load_dataset` with all splits."""
-    import datasets  # here, because only this source needs it and it is slow to import
+    import datasets
 
     datasets.disable_progress_bars()
     prefer_cache_if_unreachable()

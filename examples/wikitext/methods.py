@@ -100,12 +100,12 @@ def attach_lreg_mlp(model: PreTrainedModel, size: int, dof: int) -> nn.Module:
 METHODS = {
     method.name: method
     for method in (
-        Method("ft", "full fine-tuning", attach_full, 2e-3, 3e-4),
-        Method("bitfit", "every bias of the backbone", attach_bitfit, 3e-2, 3e-3),
-        Method("vocab-bias", "a bias on the logits, nothing else", attach_vocab_bias, 1e-1, 1e-2),
-        Method("lora", "LoRA on the attention projections", attach_lora, 1e-2, 3e-3, "rank"),
-        Method("lreg-head", "LReg at the LM head", attach_lreg_head, 3e-2, 1e-2, "n_components"),
-        Method("lreg-mlp", "LReg around every MLP block", attach_lreg_mlp, 3e-2, 1e-2, "n_components"),
+        Method("ft", "full fine-tuning", attach_full, 2e-3, 5e-4),
+        Method("bitfit", "every bias of the backbone", attach_bitfit, 3e-2, 1e-2),
+        Method("vocab-bias", "a bias on the logits, nothing else", attach_vocab_bias, 1e-1, 5e-2),
+        Method("lora", "LoRA on the attention projections", attach_lora, 1e-2, 5e-3, "rank"),
+        Method("lreg-head", "LReg at the LM head", attach_lreg_head, 3e-2, 2e-2, "n_components"),
+        Method("lreg-mlp", "LReg around every MLP block", attach_lreg_mlp, 3e-2, 2e-2, "n_components"),
     )
 }
 

@@ -9,7 +9,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import accelerate
 import matplotlib
+import peft
+import tokenizers
+import torch
+import transformers
+
+import lreg_peft
 
 matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
@@ -226,14 +233,6 @@ def format_bytes(n_bytes: int) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can move a figure."""
-    import accelerate
-    import peft
-    import tokenizers
-    import torch
-    import transformers
-
-    import lreg_peft
-
     packages = (lreg_peft, peft, transformers, accelerate, tokenizers, torch)
     return {
         "python": platform.python_version(),

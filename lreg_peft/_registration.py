@@ -115,6 +115,7 @@ def _extend_model_cards(peft_type: Any) -> None:
 def _extend_loading(peft_type: Any) -> None:
     """Have PEFT take an LReg adapter back out if its file turns out to be damaged, which it adds before it reads."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     load = _original(PeftModel.load_adapter)
 
@@ -123,9 +124,16 @@ def _extend_loading(peft_type: Any) -> None:
         is_new = adapter_name not in self.peft_config
         try:
             return load(self, model_id, adapter_name, *args, **kwargs)
-        except Exception:
-            if is_new and adapter_name in self.peft_config and self.peft_config[adapter_name].peft_type == peft_type:
+        except Exception as error:
+            config = self.peft_config.get(adapter_name)
+            if config is None or config.peft_type != peft_type:
+                raise
+            if is_new:
                 self.delete_adapter(adapter_name)
+            if isinstance(error, SafetensorError):
+                raise ValueError(
+                    f"the adapter file in {model_id!r} is damaged or incomplete ({error}). Copy or download it again."
+                ) from error
             raise
 
     setattr(load_adapter, _ORIGINAL, load)

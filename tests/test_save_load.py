@@ -214,7 +214,7 @@ def edit(change):
 
 HEAD = "base_model.model.lm_head.lreg_"
 DAMAGE = {
-    "truncated": (truncate, "incomplete|deserializ"),
+    "truncated": (truncate, r"is damaged or incomplete \(.*\)\. Copy or download it again"),
     "missing tensor": (
         edit(lambda tensors: tensors.pop(HEAD + "coefficients")),
         r"lacks 1 tensors of this configuration, the first is 'lm_head.lreg_coefficients'",

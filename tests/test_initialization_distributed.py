@@ -1,0 +1,62 @@
+"""The data-driven start on two processes: every rank sees other batches and ends with the same tensors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+
+from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
+
+
+def test_two_processes_end_with_the_same_start(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            __file__,
+            str(tmp_path),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["rows"] != second["rows"]  # they did see different data
+    for method in ("pca", "gradient"):
+        for mine, other in zip(first[method], second[method], strict=True):
+            assert torch.equal(mine, other)
+
+
+def _start(folder: Path) -> None:
+    from tiny import gpt2
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    results = {}
+    for method in ("pca", "gradient"):
+        model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], dof=4))
+        size = model.config.vocab_size
+        ids = [torch.randint(0, size, (2, 10), generator=generator) for _ in range(3)]
+        batches = [{"input_ids": batch, "labels": batch} for batch in ids]
+        initialize_lreg_weights(model, batches, method=method, show_progress=False)
+        layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
+        names = ("lreg_projection", "lreg_projection_bias", "lreg_nodes")
+        results[method] = [getattr(layer, name)["default"].detach() for layer in layers for name in names]
+        results["rows"] = ids[0].tolist()
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _start(Path(sys.argv[1]))

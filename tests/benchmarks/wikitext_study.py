@@ -239,14 +239,14 @@ def table(runs: list[dict[str, Any]], seeds: list[int]) -> tuple[str, list[dict[
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Test perplexity per method, with the spread over seeds."""
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
-    names = [row["method"] for row in rows][::-1]
-    colours = ["#c23b22" if name.startswith("lreg") else "#7a8698" for name in names]
-    means, spreads = ([row[key] for row in rows][::-1] for key in ("mean", "std"))
-    axes.barh(names, means, xerr=spreads, color=colours, height=0.65, capsize=3)
-    for position, mean in enumerate(means):
-        axes.text(mean * 0.985, position, f"{mean:.1f}", va="center", ha="right", color="white", fontsize=8)
-    axes.set_xlabel("test perplexity, mean and standard deviation over seeds (lower is better)")
-    axes.set_xlim(left=0.8 * min(means, default=0))
+    for position, row in enumerate(reversed(rows)):
+        colour = "#c23b22" if row["method"].startswith("lreg") else "#4a5568"
+        axes.errorbar(row["mean"], position, xerr=row["std"], fmt="o", color=colour, capsize=3)
+        axes.annotate(f"{row['mean']:.1f}", (row["mean"], position), (0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.3)
+    axes.set_xlabel("test perplexity, mean and spread over seeds")
+    axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -276,7 +276,7 @@ def main() -> None:
     print(text)
     names = ("torch", "transformers", "peft")
     provenance = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(Path(part).name if "/" in part else part for part in sys.argv),  # names, not places
         "settings": {name: getattr(arguments, name) for name in ("seeds", "steps", "batch_size", "block_size")},
         "learning_rates": {name: method.learning_rates for name, method in METHODS.items()},
         "device": f"{platform.machine()} CPU, fp32, {torch.get_num_threads()} threads",

@@ -5,7 +5,8 @@ statistics. The switch must survive every `model.train()`, which training loops 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,31 @@ def release(model: nn.Module) -> None:
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointInEval):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment,arg-type]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of a block; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `PeftModel`, `DistributedDataParallel` and `torch.compile` wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def is_compiling() -> bool:

@@ -1,8 +1,8 @@
 """A start that has seen data: projections along the directions that matter, meshes at quantiles."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .backbone import eval_mode
 from .config import DATA_STARTS
 from .core.projection import leading_axes, principal_axes, standardised_start
 from .layer import LRegLayer
@@ -77,7 +78,7 @@ def initialize_lreg_weights(
     with_gradient = method == "gradient"
     collector = _Collector(layers, quota, seed + 7919 * rank, with_gradient)
     device = next(model.parameters()).device
-    with collector, _in_eval(model), torch.set_grad_enabled(with_gradient):
+    with collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
             if not isinstance(batch, Mapping):
                 raise TypeError(f"a batch must be a dictionary of model inputs, got {type(batch).__name__}.")
@@ -188,18 +189,6 @@ class _Collector(ExitStack):
         """sum (S^T g) (x - mean)^T: `[sketch, in_features]`, whose row space is that of the full matrix up to S."""
         product, total = self._products[name]
         return product - torch.outer(total, mean.to(total))
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of a block; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -169,7 +169,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            hook(self._channels_last(self._features(args, kwargs), _first_tensor(output)[0])[0])
+            hook(self._channels_last(self._features(args, kwargs), first_tensor(output)[0])[0])
 
         return self.register_forward_hook(call, with_kwargs=True).remove
 
@@ -178,7 +178,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         module's output `[..., out_features]`; returns what removes it."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            hidden = _first_tensor(output)[0]
+            hidden = first_tensor(output)[0]
             if hidden.requires_grad:
                 features, channels_first = self._channels_last(self._features(args, kwargs), hidden)
                 features = features.detach()
@@ -200,7 +200,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
-        hidden, rebuild = _first_tensor(output)
+        hidden, rebuild = first_tensor(output)
         active = [name for name in self.active_adapters if name in self.lreg_nodes]
         if not active and self.batch_adapter_names is None:
             return output
@@ -397,7 +397,7 @@ def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool
     return (LRegLinear if linear else LRegLayer)(module, in_features, out_features)
 
 
-def _first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The tensor that a shortcut is added to, and a function that puts its replacement back in place."""
     if isinstance(output, Tensor):
         return output, lambda hidden: hidden

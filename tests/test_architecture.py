@@ -24,7 +24,8 @@ ORDER = [
     ["core.regression"],
     ["config", "penalty", "statistics"],
     ["layer"],
-    ["targets", "backbone", "tracking", "initialization"],
+    ["targets", "backbone", "tracking"],
+    ["initialization", "terminal"],
     ["output_head", "adaptation", "plotting"],
     ["model", "callback"],
 ]

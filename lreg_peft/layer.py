@@ -10,10 +10,21 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
-from .core import check_nodes, evaluate, evaluate_factored, initial_projection, project, uniform_nodes
+from .core import (
+    add_product,
+    check_nodes,
+    dense_is_faster,
+    evaluate,
+    evaluate_profile,
+    hat_basis,
+    initial_projection,
+    project,
+    uniform_nodes,
+)
 from .core.projection import standard_profile
 
 MERGE_REFUSED = (
@@ -208,8 +219,27 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if self.batch_adapter_names is not None:
             return rebuild(self._add_per_sample(features, hidden, self.batch_adapter_names))
         for name in active:
-            hidden = hidden + self.shortcut(name, features, hidden)
+            hidden = self._add_shortcut(name, features, hidden)
         return rebuild(hidden)
+
+    def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
+        row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
+            *features.shape[:-1],
+            self.out_features,
+        )
+        if not row_by_row or self._is_channels_first(features, hidden) or not self.has_design(name):
+            return hidden + self.shortcut(name, features, hidden)
+        # These two return a new tensor. What other modules return may be their input or something they keep.
+        is_new = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
+        with torch.autocast(features.device.type, enabled=False):
+            coords = self.coords(name, features)  # [..., components]
+            observation = self._observe(name, coords)
+            design, table = self.design(name, coords).to(hidden.dtype), self.table(name).to(hidden.dtype)
+            total = add_product(hidden, design, table, in_place=is_new)
+        if observation is not None:
+            observation.follow(total)
+        return total
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
         """The shortcut's value alone.
@@ -227,10 +257,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if features.shape[-1] != self.in_features:
             raise self._misfit(*shapes)
         with torch.autocast(features.device.type, enabled=False):
-            coords = project(
-                features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name]
-            )  # [..., components]
-            value = self._observed_head(adapter_name, coords, like.dtype)  # [..., out_features]
+            coords = self.coords(adapter_name, features)  # [..., components]
+            observation = self._observe(adapter_name, coords)
+            value = self._head(adapter_name, coords, like.dtype)  # [..., out_features]
+        if observation is not None:
+            observation.follow(value)
         if channels_first:
             value = value.movedim(-1, 1)
             if value.shape[2:] != like.shape[2:]:
@@ -239,21 +270,57 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             raise self._misfit(*shapes)
         return value
 
-    def _observed_head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `_head`; in training, statistics that somebody asked for are noted down."""
+    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
+        """u = sigmoid(P x + b): `[..., in_features]` -> `[..., components]`, fp32 or fp64."""
+        return project(features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+
+    def has_design(self, adapter_name: str) -> bool:
+        """Whether one GEMM with `design` is the faster way to evaluate this adapter."""
+        nodes = self.lreg_nodes[adapter_name]
+        return adapter_name in self.lreg_profile or dense_is_faster(nodes.shape[1], nodes.device)
+
+    def design(self, adapter_name: str, coords: Tensor) -> Tensor:
+        """What the rows of `table` are weighted by, so that the shortcut is `design @ table`, for every head.
+
+        Args:
+            adapter_name: which adapter.
+            coords: `[..., components]`.
+
+        Returns:
+            `[..., K]`, fp32 or fp64, differentiable in `coords`. Full head: the hat basis, K = components x dof.
+            Reduced: without the first node of each component, and a one for the constant. Factored: the values of the
+            profiles, K = components.
+        """
+        nodes = self.lreg_nodes[adapter_name]
+        if adapter_name in self.lreg_profile:
+            return evaluate_profile(coords, nodes, self.lreg_profile[adapter_name])
+        basis = hat_basis(coords, nodes, validate=False)  # [..., components, dof]
+        if adapter_name not in self.lreg_constant:
+            return basis.flatten(-2)
+        return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
+
+    def table(self, adapter_name: str) -> Tensor:
+        """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
+        if adapter_name in self.lreg_profile:
+            return self.lreg_direction[adapter_name]
+        table = self.lreg_coefficients[adapter_name].flatten(0, 1)
+        if adapter_name not in self.lreg_constant:
+            return table
+        return torch.cat((table, self.lreg_constant[adapter_name].unsqueeze(0)))
+
+    def _observe(self, name: str, coords: Tensor) -> statistics.Observation | None:
+        """In training, note down the statistics that somebody asked for."""
         observer = self.lreg_statistics.get(name)
         if observer is None or not (self.training and torch.is_grad_enabled()):
-            return self._head(name, coords, dtype)
-        head = partial(self._head, name, dtype=dtype)
+            return None
+        head = partial(self._head, name, dtype=coords.dtype)
         return observer.observe(coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
 
     def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
-        nodes = self.lreg_nodes[name]
-        if name in self.lreg_profile:
-            direction = self.lreg_direction[name].to(dtype)
-            return evaluate_factored(coords, nodes, self.lreg_profile[name], direction, validate=False)
-        return evaluate(coords, nodes, self.nodal_coefficients(name).to(dtype), validate=False)
+        if self.has_design(name):
+            return self.design(name, coords).to(dtype) @ self.table(name).to(dtype)
+        return evaluate(coords, self.lreg_nodes[name], self.nodal_coefficients(name).to(dtype), validate=False)
 
     def nodal_coefficients(self, adapter_name: str) -> Tensor:
         """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""

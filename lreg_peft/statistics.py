@@ -154,8 +154,10 @@ class RunningStatistics:
         return type(self), (self.n_rows, self.n_hard_samples)
 
     @torch.compiler.disable(reason=_NO_GRAPH)
-    def observe(self, coords: Tensor, parameter: Tensor, nodes: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Evaluate a head and note down what its backward pass will see.
+    def observe(
+        self, coords: Tensor, parameter: Tensor, nodes: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> "Observation | None":
+        """Prepare to note down what the backward pass of a head will see.
 
         Args:
             coords: `[..., components]`.
@@ -164,43 +166,13 @@ class RunningStatistics:
             head: from coordinates to the shortcut's output `[..., out_features]`.
 
         Returns:
-            `head(coords)`.
+            What to call `follow` of with the shortcut's output; None if there is nothing to train.
         """
         self.coords = coords.detach()
-        value = head(coords)
-        if not value.requires_grad:
-            return value
+        if not (coords.requires_grad or parameter.requires_grad):
+            return None
         self._watch(parameter)
-        flat = self.coords.reshape(-1, coords.shape[-1])
-        stride = -(-len(flat) // self.n_rows) or 1
-        picked = slice(self._n_passes % stride, None, stride)
-        noted = flat[picked].clone()  # not a view: that would keep all rows alive
-        entry: list[_Rows] = []
-
-        def note_slope(gradient: Tensor) -> None:
-            entry.pop().slope = _pick(gradient, picked).clone()
-
-        def note_energy(gradient: Tensor) -> None:
-            self._forget_skipped_step(parameter)
-            if self._pending.is_full():
-                self._pending.fold(nodes)
-            gradient = _pick(gradient, picked)
-            energy = torch.linalg.vector_norm(gradient, dim=-1, dtype=coordinate_dtype(gradient)).square()
-            rows = _Rows(noted, energy)
-            if coords.requires_grad:
-                entry.append(rows)
-            else:
-                rows.slope = _slope(head, noted, gradient)
-            self._pending.rows.append(rows)
-            if self.n_hard_samples is not None:
-                hardest = energy.topk(min(self.n_hard_samples, len(energy))).indices
-                self._pending.hard.append(noted[hardest])
-            self._n_passes += 1
-
-        if coords.requires_grad:
-            coords.register_hook(note_slope)
-        value.register_hook(note_energy)
-        return value
+        return Observation(self, coords, parameter, nodes, head)
 
     def count(self, hard: Tensor, parameter: Tensor) -> None:
         """Count samples `[samples, components]` of coordinates as hits of the step in progress."""
@@ -245,6 +217,56 @@ class RunningStatistics:
         if self._saw_gradient and parameter.grad is None:
             self._pending = _Account()
             self._saw_gradient = False
+
+
+class Observation:
+    """One forward pass that is being watched; see `RunningStatistics.observe`."""
+
+    def __init__(
+        self,
+        account: RunningStatistics,
+        coords: Tensor,
+        parameter: Tensor,
+        nodes: Tensor,
+        head: Callable[[Tensor], Tensor],
+    ) -> None:
+        flat = coords.detach().reshape(-1, coords.shape[-1])
+        stride = -(-len(flat) // account.n_rows) or 1
+        #: The rows that are noted.
+        self.picked = slice(account._n_passes % stride, None, stride)
+        self._coords = flat[self.picked].clone()  # not a view: that would keep all rows alive
+        self._account, self._parameter, self._nodes, self._head = account, parameter, nodes, head
+        self._awaits_slope: list[_Rows] = []
+        self._slope_comes = coords.requires_grad
+        if self._slope_comes:
+            coords.register_hook(self._note_slope)
+
+    def follow(self, output: Tensor) -> None:
+        """Watch `[..., out_features]`: the shortcut's value, or a sum it is part of."""
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.note(_pick(gradient, self.picked)))
+
+    def note(self, gradient: Tensor) -> None:
+        """Note the gradient of the loss in the picked rows of the output, `[picked, out_features]`."""
+        account = self._account
+        account._forget_skipped_step(self._parameter)
+        if account._pending.is_full():
+            account._pending.fold(self._nodes)
+        energy = torch.linalg.vector_norm(gradient, dim=-1, dtype=coordinate_dtype(gradient)).square()
+        rows = _Rows(self._coords, energy)
+        if self._slope_comes:
+            self._awaits_slope.append(rows)
+        else:
+            rows.slope = _slope(self._head, self._coords, gradient)
+        account._pending.rows.append(rows)
+        if account.n_hard_samples is not None:
+            hardest = energy.topk(min(account.n_hard_samples, len(energy))).indices
+            account._pending.hard.append(self._coords[hardest])
+        account._n_passes += 1
+
+    def _note_slope(self, gradient: Tensor) -> None:
+        if self._awaits_slope:
+            self._awaits_slope.pop().slope = _pick(gradient, self.picked).clone()
 
 
 def _pick(gradient: Tensor, picked: slice) -> Tensor:

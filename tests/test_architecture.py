@@ -20,7 +20,7 @@ ORDER = [
     ["_version", "_registration"],
     ["model_card"],
     ["core.mesh"],
-    ["core.basis", "core.projection", "core.adapt"],
+    ["core.basis", "core.projection", "core.adapt", "core.product"],
     ["core.regression"],
     ["config", "penalty", "statistics"],
     ["layer"],

@@ -1,8 +1,17 @@
 """The numerical core: pure functions on torch tensors, without PEFT or Transformers."""
 
 from .adapt import AdaptedMesh, adapt_mesh, interpolate
-from .basis import curvature_penalty, evaluate, evaluate_factored, expand_basis, hat_basis
+from .basis import (
+    curvature_penalty,
+    dense_is_faster,
+    evaluate,
+    evaluate_factored,
+    evaluate_profile,
+    expand_basis,
+    hat_basis,
+)
 from .mesh import check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
+from .product import add_product
 from .projection import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .regression import PiecewiseLinearFit, fit_piecewise_linear
 
@@ -11,10 +20,13 @@ __all__ = [
     "AdaptedMesh",
     "PiecewiseLinearFit",
     "adapt_mesh",
+    "add_product",
     "check_nodes",
     "curvature_penalty",
+    "dense_is_faster",
     "evaluate",
     "evaluate_factored",
+    "evaluate_profile",
     "expand_basis",
     "fit_piecewise_linear",
     "hat_basis",

@@ -97,12 +97,32 @@ def evaluate(
     local = local.to(coefficients.dtype)
     table = coefficients.reshape(components * dof, out_features)
     if form == "auto":
-        limit = _DENSE_MAX_DOF.get(coords.device.type, _DENSE_MAX_DOF_ELSEWHERE)
-        form = "dense" if dof <= limit else "gather"
+        form = "dense" if dense_is_faster(dof, coords.device) else "gather"
     if form == "dense":
         basis = expand_basis(element, local, dof)  # [..., components, dof]
         return basis.flatten(-2) @ table
     return _gather(element, local, table, dof)
+
+
+def dense_is_faster(dof: int, device: torch.device) -> bool:
+    """Whether multiplying by the dense basis beats gathering two rows per component, for meshes of `dof` nodes."""
+    return dof <= _DENSE_MAX_DOF.get(device.type, _DENSE_MAX_DOF_ELSEWHERE)
+
+
+def evaluate_profile(coords: Tensor, nodes: Tensor, profile: Tensor) -> Tensor:
+    """One scalar piecewise-linear function per component, at a cost that does not grow with dof.
+
+    Args:
+        coords: `[..., components]`; values outside the mesh are clamped to its ends.
+        nodes: `[components, dof]`, valid.
+        profile: values at the nodes, `[components, dof]`.
+
+    Returns:
+        `[..., components]`, fp32 (fp64 if an input is), differentiable in `coords` and `profile`.
+    """
+    element, local = locate(coords, nodes, validate=False)
+    profile = profile.to(local.dtype)
+    return torch.lerp(take(profile[:, :-1], element), take(profile[:, 1:], element), local)
 
 
 def evaluate_factored(
@@ -134,10 +154,7 @@ def evaluate_factored(
                 f"profile must have the shape of nodes and direction [components, out_features], got profile "
                 f"{tuple(profile.shape)}, direction {tuple(direction.shape)} and nodes {tuple(nodes.shape)}."
             )
-    element, local = locate(coords, nodes, validate=False)
-    profile = profile.to(local.dtype)
-    scalar = torch.lerp(take(profile[:, :-1], element), take(profile[:, 1:], element), local)  # [..., components]
-    return scalar.to(direction.dtype) @ direction
+    return evaluate_profile(coords, nodes, profile).to(direction.dtype) @ direction
 
 
 def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -35,6 +35,8 @@ class _CheckpointInEval:
             finally:
                 self.layer.training = True
 
+        if not torch.is_grad_enabled():  # nothing will be recomputed, and reentrant checkpoints warn of that
+            return forward_in_eval(*args, **kwargs)
         return self.checkpoint(forward_in_eval, *args, **kwargs)
 
 
@@ -78,21 +80,63 @@ def asks_for_eval(model: nn.Module) -> bool:
     return any(getattr(configs.get(name), "backbone_eval", False) for name in layer.active_adapters)
 
 
+def leave_out_of_graph(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the backbone: no graph if it holds nothing that trains and gets nothing that does.
+
+    Frozen weights alone do not build a graph. But `gradient_checkpointing_enable()` and the preparation of quantised
+    models make the embeddings' output require gradients, which would then be computed for every layer.
+    """
+    if is_compiling() or not torch.is_grad_enabled():
+        return
+    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if any(tensor.requires_grad for tensor in (*inputs, *module.parameters())):
+        return
+    module._lreg_left_graph = True  # type: ignore[assignment]
+    torch.set_grad_enabled(False)
+
+
+def return_to_graph(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook, also after an error: undo `leave_out_of_graph`."""
+    if module.__dict__.pop("_lreg_left_graph", False):
+        torch.set_grad_enabled(True)
+
+
 def install(model: nn.Module) -> None:
-    """Register `hold_before_forward` once."""
+    """Register the hooks of this file once."""
     if hold_before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(hold_before_forward, with_kwargs=True)
+        if (backbone := _backbone(model)) is not None:
+            backbone.register_forward_pre_hook(leave_out_of_graph, with_kwargs=True)
+            backbone.register_forward_hook(return_to_graph, always_call=True)
+
+
+def _backbone(model: nn.Module) -> nn.Module | None:
+    """The part of a Transformers model below its heads; None if it is not a part."""
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    return backbone if isinstance(backbone, nn.Module) and backbone is not model else None
 
 
 def release(model: nn.Module) -> None:
     """Undo `install` and `hold_in_eval`'s hold on checkpointing, when the last adapter is removed."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is hold_before_forward:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for module in filter(None, (model, _backbone(model))):
+        remove_hooks(module, hold_before_forward, leave_out_of_graph, return_to_graph)
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointInEval):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment,arg-type]
+
+
+def remove_hooks(module: nn.Module, *own: Callable[..., Any]) -> None:
+    """Take functions out of the forward hooks and pre-hooks of a module."""
+    for hooks, options in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for key, hook in list(hooks.items()):
+            if hook in own:
+                for table in (hooks, *options):
+                    table.pop(key, None)
 
 
 @contextmanager

@@ -110,6 +110,12 @@ class LRegConfig(PeftConfig):
         "Weight of the L1 penalty on the curvature of the coefficients along the mesh. Its gradient is added once per "
         "optimiser step, whatever the training loop.",
     )
+    fused_loss: bool = _option(
+        True,
+        "With a shortcut on the output head of a language model: compute the training loss in chunks, without a tensor "
+        "of [batch, length, vocabulary]. While the model trains with labels, its output then has no logits. Applies "
+        "where the result is the same; with several active adapters one False is enough to switch it off.",
+    )
 
     # PEFT reads this attribute to decide whether to save the output embedding next to an adapter that targets it. An
     # adapter that leaves the embedding frozen must not: the file would grow from 0.8 MB to 155 MB on GPT-2. It is a
@@ -134,7 +140,7 @@ class LRegConfig(PeftConfig):
             raise ValueError(
                 f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
             )
-        for name in ("train_projection", "backbone_eval"):
+        for name in ("train_projection", "backbone_eval", "fused_loss"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_curvature_weight()

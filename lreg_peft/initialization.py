@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .backbone import eval_mode
+from .backbone import eval_mode, remove_hooks
 from .config import DATA_STARTS
 from .core.projection import leading_axes, principal_axes, standardised_start
 from .layer import LRegLayer
@@ -233,9 +233,7 @@ def install_reminder(model: nn.Module) -> None:
 
 def remove_reminder(model: nn.Module) -> None:
     """Undo `install_reminder`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _remind:
-            del model._forward_pre_hooks[key]
+    remove_hooks(model, _remind)
 
 
 def _remind(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -25,6 +25,7 @@ from .core import (
     project,
     uniform_nodes,
 )
+from .core.fused_loss import fused_cross_entropy
 from .core.projection import standard_profile
 
 MERGE_REFUSED = (
@@ -112,6 +113,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
         #: Set for the time of a mixed batch: one adapter name per sample.
         self.batch_adapter_names: Sequence[str] | None = None
+        #: Set for the time of a forward pass in which this output head computes the loss.
+        self.loss_request: Any = None
         parameters = inspect.signature(base_layer.forward).parameters
         self._input_name = next(iter(parameters), None)
 
@@ -208,6 +211,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
         self.was_called = True
+        if self.loss_request is not None:
+            return self.loss_request(self, self._features(args, kwargs))
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -269,6 +274,39 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if value.shape != like.shape:
             raise self._misfit(*shapes)
         return value
+
+    def fused_loss(self, features: Tensor, targets: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
+        """Cross-entropy of this module's output, with the active shortcuts, in chunks of rows.
+
+        Args:
+            features: `[n, in_features]`.
+            targets: int64 `[n]`.
+            normaliser: what the summed loss is divided by; None takes n.
+
+        Returns:
+            A scalar; see `core.fused_loss`.
+        """
+        kind = features.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def base(rows: Tensor) -> Tensor:
+            with torch.autocast(kind, dtype, enabled):
+                return first_tensor(self.base_layer(rows))[0]
+
+        designs, tables, watchers = [], [], []
+        with torch.autocast(kind, enabled=False):
+            for name in self.active_adapters:
+                if name not in self.lreg_nodes:
+                    continue
+                coords = self.coords(name, features)  # [n, components]
+                if name in self.lreg_statistics and not coords.requires_grad:
+                    coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
+                if (observation := self._observe(name, coords)) is not None:
+                    watchers.append((observation.picked, observation.record))
+                designs.append(self.design(name, coords))
+                tables.append(self.table(name))
+            design, table = torch.cat(designs, dim=-1), torch.cat(tables)
+            return fused_cross_entropy(base, features, targets, design, table, normaliser=normaliser, watchers=watchers)
 
     def coords(self, adapter_name: str, features: Tensor) -> Tensor:
         """u = sigmoid(P x + b): `[..., in_features]` -> `[..., components]`, fp32 or fp64."""

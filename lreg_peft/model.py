@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import backbone, output_head
+from . import backbone, fused, output_head
 from .config import DATA_STARTS, LRegConfig
 from .initialization import install_reminder, remove_reminder
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
@@ -83,6 +83,7 @@ class LRegModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         backbone.install(model)
         output_head.adjust(model)
+        fused.install(model)
         if self.peft_config[adapter_name].init_weights in DATA_STARTS:
             install_reminder(model)
         if hasattr(model, "add_model_tags"):
@@ -134,6 +135,7 @@ class LRegModel(BaseTuner):
         model = self.model
         output_head.restore(model)
         backbone.release(model)
+        fused.release(model)
         remove_reminder(model)
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbone import is_compiling
+from .backbone import is_compiling, remove_hooks
 from .layer import LRegLayer
 from .targets import output_head_name
 
@@ -42,13 +42,7 @@ def restore(model: nn.Module) -> None:
         return
     del model.__dict__["resize_token_embeddings"]
     model.__dict__.pop("_tied_weights_keys", None)
-    for hooks, own in (
-        (model._forward_pre_hooks, _clear_call_flag),
-        (model._forward_hooks, _check_head_was_called),
-    ):
-        for key, hook in list(hooks.items()):
-            if hook is own:
-                del hooks[key]
+    remove_hooks(model, _clear_call_flag, _check_head_was_called)
 
 
 def restore_tied_keys(model: nn.Module) -> None:
@@ -76,19 +70,20 @@ def _refuse_resize(
     )
 
 
-def _head(model: nn.Module) -> LRegLayer | None:
+def wrapped_head(model: nn.Module) -> LRegLayer | None:
+    """The output head of `model` if it carries a shortcut."""
     name = output_head_name(model)
     head = None if name is None else model.get_submodule(name)
     return head if isinstance(head, LRegLayer) else None
 
 
 def _clear_call_flag(model: nn.Module, args: Any) -> None:
-    if not is_compiling() and (head := _head(model)) is not None:
+    if not is_compiling() and (head := wrapped_head(model)) is not None:
         head.was_called = False
 
 
 def _check_head_was_called(model: nn.Module, args: Any, output: Any) -> Tensor | None:
-    if is_compiling() or (head := _head(model)) is None or head.was_called or head.disable_adapters:
+    if is_compiling() or (head := wrapped_head(model)) is None or head.was_called or head.disable_adapters:
         return None
     if not any(name in head.lreg_nodes for name in head.active_adapters):
         return None

@@ -248,16 +248,19 @@ class Observation:
 
     def note(self, gradient: Tensor) -> None:
         """Note the gradient of the loss in the picked rows of the output, `[picked, out_features]`."""
+        energy = torch.linalg.vector_norm(gradient, dim=-1, dtype=coordinate_dtype(gradient)).square()
+        self.record(energy, None if self._slope_comes else _slope(self._head, self._coords, gradient))
+
+    def record(self, energy: Tensor, slope: Tensor | None = None) -> None:
+        """As `note`, from the squared norms `[picked]` of that gradient and, where the backward pass does not reach
+        the coordinates, the gradient in them `[picked, components]`."""
         account = self._account
         account._forget_skipped_step(self._parameter)
         if account._pending.is_full():
             account._pending.fold(self._nodes)
-        energy = torch.linalg.vector_norm(gradient, dim=-1, dtype=coordinate_dtype(gradient)).square()
-        rows = _Rows(self._coords, energy)
-        if self._slope_comes:
+        rows = _Rows(self._coords, energy, slope)
+        if slope is None:
             self._awaits_slope.append(rows)
-        else:
-            rows.slope = _slope(self._head, self._coords, gradient)
         account._pending.rows.append(rows)
         if account.n_hard_samples is not None:
             hardest = energy.topk(min(account.n_hard_samples, len(energy))).indices

@@ -20,13 +20,14 @@ ORDER = [
     ["_version", "_registration"],
     ["model_card"],
     ["core.mesh"],
-    ["core.basis", "core.projection", "core.adapt", "core.product"],
+    ["core.basis", "core.projection", "core.adapt", "core.product", "core.fused_loss"],
     ["core.regression"],
     ["config", "penalty", "statistics"],
     ["layer"],
     ["targets", "backbone", "tracking"],
     ["initialization", "terminal"],
     ["output_head", "adaptation", "plotting"],
+    ["fused"],
     ["model", "callback"],
 ]
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import adapt, build, gpt2, gradients, inputs, layers, llama, outputs, roberta, shake
+from peft import get_peft_model
+from tiny import HIDDEN, VOCABULARY, adapt, build, gpt2, gradients, inputs, layers, llama, outputs, roberta, shake
 from torch import nn
 
 from lreg_peft import LRegConfig, LRegLayer
@@ -240,3 +241,59 @@ class TestCheckpointing:
         model.eval()
         outputs(model)
         assert not any(module.training for module in model.modules())
+
+
+class TestNoGraphThroughAFrozenBackbone:
+    """Inputs that require gradients would send them through every layer; here nothing asks for them."""
+
+    IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def adapted(self, **options):
+        model = gpt2(use_cache=False)
+        return get_peft_model(model, LRegConfig(init_weights=False, fused_loss=False, **options)).train()
+
+    def step(self, model):
+        """Whether the hidden states that reach the head carry a graph, and the gradients of a step."""
+        carries = []
+        head = model.get_base_model().lm_head
+        hook = head.register_forward_pre_hook(lambda module, args: carries.append(args[0].requires_grad))
+        model.zero_grad()
+        model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+        hook.remove()
+        return carries, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_with_checkpointing_switched_on(self, reentrant):
+        model = self.adapted()
+        carries, expected = self.step(model)
+        assert carries == [False]
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        carries, gradients = self.step(model)
+        assert carries == [False]
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name])
+        assert torch.is_grad_enabled()
+
+    def test_a_shortcut_inside_keeps_the_graph(self):
+        carries, gradients = self.step(self.adapted(target_modules=["mlp", "lm_head"]))
+        assert carries == [True]
+        assert any(".mlp." in name for name in gradients)
+
+    def test_embeddings_given_by_the_caller_get_their_gradient(self):
+        model = self.adapted()
+        embeddings = torch.randn(2, 8, HIDDEN, requires_grad=True)
+        model(inputs_embeds=embeddings, labels=self.IDS).loss.backward()
+        assert embeddings.grad.abs().sum() > 0
+
+    def test_an_error_in_the_backbone_gives_gradients_back(self):
+        with pytest.raises(IndexError):
+            self.adapted()(input_ids=self.IDS + VOCABULARY)
+        assert torch.is_grad_enabled()
+
+    def test_where_somebody_has_switched_gradients_off_they_stay_off(self):
+        with torch.no_grad():
+            self.adapted()(input_ids=self.IDS)
+            assert not torch.is_grad_enabled()

@@ -24,6 +24,7 @@ EVERYTHING = {
     "init_weights": False,
     "train_projection": False,
     "backbone_eval": False,
+    "fused_loss": False,
     "curvature_weight": 0.25,
 }
 
@@ -67,6 +68,7 @@ REFUSED = [
     ({"init_weights": "random"}, ValueError, "init_weights must be True, False, .*'pca'.*, got 'random'"),
     ({"train_projection": 1}, TypeError, "train_projection must be True or False, got 1"),
     ({"backbone_eval": None}, TypeError, "backbone_eval must be True or False, got None"),
+    ({"fused_loss": "no"}, TypeError, "fused_loss must be True or False, got 'no'"),
     ({"curvature_weight": "0.1"}, TypeError, "curvature_weight must be a number, got '0.1'"),
     ({"curvature_weight": True}, TypeError, "curvature_weight must be a number, got True"),
     ({"curvature_weight": -0.1}, ValueError, "curvature_weight must be finite and not negative, got -0.1"),

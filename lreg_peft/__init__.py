@@ -14,8 +14,10 @@ doi:10.3390/info16100921.
 from . import _registration
 from ._version import __version__
 from .adaptation import MeshUpdate, ModuleUpdate, update_meshes
+from .cache import FeatureCache, cache_features
 from .callback import LRegCallback
 from .config import LRegConfig
+from .core.fused_loss import fused_cross_entropy
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .model import LRegModel
@@ -26,6 +28,7 @@ from .tracking import count_hard_samples, track_statistics
 
 __all__ = [
     "__version__",
+    "FeatureCache",
     "LRegCallback",
     "LRegConfig",
     "LRegLayer",
@@ -35,7 +38,9 @@ __all__ = [
     "ModuleUpdate",
     "Target",
     "TargetReport",
+    "cache_features",
     "count_hard_samples",
+    "fused_cross_entropy",
     "initialize_lreg_weights",
     "inspect_targets",
     "plot_meshes",

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .backbone import eval_mode, remove_hooks
 from .config import DATA_STARTS
 from .core.projection import leading_axes, principal_axes, standardised_start
+from .core.rank import from_main, gather_objects, rank_and_world
 from .layer import LRegLayer
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
@@ -72,7 +73,7 @@ def initialize_lreg_weights(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     main = rank == 0 and show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
@@ -191,21 +192,13 @@ class _Collector(ExitStack):
         return product - torch.outer(total, mean.to(total))
 
 
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _gather(rows: list[Tensor], world: int) -> Tensor:
     """Rows of all processes in the order of their ranks: `[n, in_features]`, fp32 or fp64."""
     own = torch.cat(rows) if rows else torch.empty(0, 0)
     own = own if own.dtype == torch.float64 else own.float()
     if world == 1:
         return own
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, own.cpu())
-    parts = [part for part in parts if part.shape[0]]
+    parts = [part for part in gather_objects(own.cpu()) if part.shape[0]]
     return torch.cat(parts).to(own.device) if parts else own
 
 
@@ -220,9 +213,7 @@ def _from_main(tensors: tuple[Tensor, ...], world: int) -> tuple[Tensor, ...]:
     """The main process's tensors on every process: the same rows need not give the same bits on other hardware."""
     if world == 1:
         return tensors
-    box = [tuple(tensor.cpu() for tensor in tensors)]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return from_main(tuple(tensor.cpu() for tensor in tensors))
 
 
 def install_reminder(model: nn.Module) -> None:

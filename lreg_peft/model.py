@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import backbone, fused, output_head
+from . import backbone, cached_forward, fused, output_head
 from .config import DATA_STARTS, LRegConfig
 from .initialization import install_reminder, remove_reminder
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
@@ -136,6 +136,7 @@ class LRegModel(BaseTuner):
         output_head.restore(model)
         backbone.release(model)
         fused.release(model)
+        cached_forward.release(model)
         remove_reminder(model)
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):

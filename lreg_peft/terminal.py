@@ -99,6 +99,11 @@ class Terminal:
         with torch.no_grad(), eval_mode(self.model):
             return self._run(batch, stop=True)[0]
 
+    def rows_per_sample(self, labels: Tensor) -> list[int]:
+        """How many rows each sample of token labels `[batch, length]` gives."""
+        counted = labels[:, 1:] if shifts_labels(self.model) else labels
+        return (counted != IGNORE_INDEX).sum(dim=1).tolist()  # type: ignore[no-any-return]
+
     def base_output(self, features: Tensor, without: tuple[str, ...] | None = None) -> Tensor:
         """What everything but this adapter gives for rows: the offset of a convex fit.
 

@@ -19,7 +19,7 @@ MODULES = {
 ORDER = [
     ["_version", "_registration"],
     ["model_card"],
-    ["core.mesh"],
+    ["core.mesh", "core.rank"],
     ["core.basis", "core.projection", "core.adapt", "core.product", "core.fused_loss"],
     ["core.regression"],
     ["config", "penalty", "statistics"],
@@ -27,8 +27,8 @@ ORDER = [
     ["targets", "backbone", "tracking"],
     ["initialization", "terminal"],
     ["output_head", "adaptation", "plotting"],
-    ["fused"],
-    ["model", "callback"],
+    ["fused", "cached_forward"],
+    ["model", "callback", "cache"],
 ]
 
 

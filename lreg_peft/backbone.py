@@ -15,6 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+_NAME = "_lreg_first_layer"
+
 
 class _CheckpointInEval:
     """A checkpointing function that runs its layer in eval mode, now and when backward recomputes it.
@@ -74,10 +76,27 @@ def hold_before_forward(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> 
 def asks_for_eval(model: nn.Module) -> bool:
     """Whether `model` is training and an active LReg adapter of it wants the backbone in eval mode."""
     configs = getattr(model, "peft_config", {})
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    layer = _some_adapter_layer(model)
     if layer is None or not layer.training or layer.disable_adapters:
         return False
     return any(getattr(configs.get(name), "backbone_eval", False) for name in layer.active_adapters)
+
+
+def _some_adapter_layer(model: nn.Module) -> BaseTunerLayer | None:
+    """The first adapter layer; its name is kept, because a walk over all modules costs more than a short forward."""
+    name = model.__dict__.get(_NAME)
+    if name is not None:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if isinstance(layer, BaseTunerLayer):
+            return layer
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            model.__dict__[_NAME] = name
+            return module
+    return None
 
 
 def leave_out_of_graph(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -119,6 +138,7 @@ def _backbone(model: nn.Module) -> nn.Module | None:
 
 def release(model: nn.Module) -> None:
     """Undo `install` and `hold_in_eval`'s hold on checkpointing, when the last adapter is removed."""
+    model.__dict__.pop(_NAME, None)
     for module in filter(None, (model, _backbone(model))):
         remove_hooks(module, hold_before_forward, leave_out_of_graph, return_to_graph)
     for module in model.modules():

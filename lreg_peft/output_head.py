@@ -14,6 +14,8 @@ from .backbone import is_compiling, remove_hooks
 from .layer import LRegLayer
 from .targets import output_head_name
 
+# Where a model keeps the name of its wrapped head: looking for it takes longer than a small model's forward pass.
+_NAME = "_lreg_output_head"
 _TIED = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
@@ -23,8 +25,9 @@ def adjust(model: nn.Module) -> None:
     if name is None or not isinstance(model.get_submodule(name), LRegLayer):
         return
     assert isinstance(model, PreTrainedModel)
-    if "resize_token_embeddings" in model.__dict__:
+    if _NAME in model.__dict__:
         return
+    model.__dict__[_NAME] = name
     tied = model.all_tied_weights_keys  # as expanded at construction: patterns no longer match behind a wrapper
     own, wrapped = f"{name}.", f"{name}.base_layer."
     renamed = {_swap(k, own, wrapped): _swap(v, own, wrapped) for k, v in tied.items()}
@@ -38,9 +41,9 @@ def adjust(model: nn.Module) -> None:
 
 def restore(model: nn.Module) -> None:
     """Undo `adjust`."""
-    if "resize_token_embeddings" not in model.__dict__:
+    if _NAME not in model.__dict__:
         return
-    del model.__dict__["resize_token_embeddings"]
+    del model.__dict__["resize_token_embeddings"], model.__dict__[_NAME]
     model.__dict__.pop("_tied_weights_keys", None)
     remove_hooks(model, _clear_call_flag, _check_head_was_called)
 
@@ -72,7 +75,7 @@ def _refuse_resize(
 
 def wrapped_head(model: nn.Module) -> LRegLayer | None:
     """The output head of `model` if it carries a shortcut."""
-    name = output_head_name(model)
+    name = model.__dict__.get(_NAME)
     head = None if name is None else model.get_submodule(name)
     return head if isinstance(head, LRegLayer) else None
 

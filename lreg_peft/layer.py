@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
 from .core import (
+    add_basis,
     add_product,
     check_nodes,
     dense_is_faster,
+    design_matrix,
     evaluate,
     evaluate_profile,
-    hat_basis,
     initial_projection,
     project,
     uniform_nodes,
@@ -240,8 +241,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         with torch.autocast(features.device.type, enabled=False):
             coords = self.coords(name, features)  # [..., components]
             observation = self._observe(name, coords)
-            design, table = self.design(name, coords).to(hidden.dtype), self.table(name).to(hidden.dtype)
-            total = add_product(hidden, design, table, in_place=is_new)
+            table = self.table(name).to(hidden.dtype)
+            if name in self.lreg_profile:
+                total = add_product(hidden, self.design(name, coords).to(hidden.dtype), table, in_place=is_new)
+            else:
+                reduced = name in self.lreg_constant
+                total = add_basis(hidden, coords, self.lreg_nodes[name], table, reduced=reduced, in_place=is_new)
         if observation is not None:
             observation.follow(total)
         return total
@@ -332,10 +337,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         nodes = self.lreg_nodes[adapter_name]
         if adapter_name in self.lreg_profile:
             return evaluate_profile(coords, nodes, self.lreg_profile[adapter_name])
-        basis = hat_basis(coords, nodes, validate=False)  # [..., components, dof]
-        if adapter_name not in self.lreg_constant:
-            return basis.flatten(-2)
-        return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
+        return design_matrix(coords, nodes, reduced=adapter_name in self.lreg_constant)
 
     def table(self, adapter_name: str) -> Tensor:
         """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""

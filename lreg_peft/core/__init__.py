@@ -4,6 +4,7 @@ from .adapt import AdaptedMesh, adapt_mesh, interpolate
 from .basis import (
     curvature_penalty,
     dense_is_faster,
+    design_matrix,
     evaluate,
     evaluate_factored,
     evaluate_profile,
@@ -11,7 +12,7 @@ from .basis import (
     hat_basis,
 )
 from .mesh import check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
-from .product import add_product
+from .product import add_basis, add_product
 from .projection import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .regression import PiecewiseLinearFit, fit_piecewise_linear
 
@@ -20,10 +21,12 @@ __all__ = [
     "AdaptedMesh",
     "PiecewiseLinearFit",
     "adapt_mesh",
+    "add_basis",
     "add_product",
     "check_nodes",
     "curvature_penalty",
     "dense_is_faster",
+    "design_matrix",
     "evaluate",
     "evaluate_factored",
     "evaluate_profile",

@@ -59,6 +59,24 @@ def expand_basis(element: Tensor, local: Tensor, dof: int) -> Tensor:
     return local.new_zeros(*local.shape, dof).scatter(-1, index, two)
 
 
+def design_matrix(coords: Tensor, nodes: Tensor, *, reduced: bool = False) -> Tensor:
+    """The basis in one row per sample: what the coefficients, one row per basis function, are weighted by.
+
+    Args:
+        coords: `[..., components]`.
+        nodes: `[components, dof]`, valid.
+        reduced: leave out the first basis function of every component and put a one last. The functions that can be
+            represented are the same: each component's basis sums to one, so d - 1 of its directions are redundant.
+
+    Returns:
+        `[..., K]`, K = components x dof, or components x (dof - 1) + 1; fp32 or fp64, differentiable in `coords`.
+    """
+    basis = hat_basis(coords, nodes, validate=False)  # [..., components, dof]
+    if not reduced:
+        return basis.flatten(-2)
+    return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
+
+
 def evaluate(
     coords: Tensor, nodes: Tensor, coefficients: Tensor, *, form: Form = "auto", validate: bool = True
 ) -> Tensor:

@@ -3,7 +3,7 @@
 Source: Li, Cheng & Gu (2025), "A Globally Optimal Alternative to MLP", sections 2.6-2.7.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -181,19 +181,56 @@ def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:
     first = element + torch.arange(components, device=element.device) * dof  # row of `table` left of each coordinate
     rows = torch.stack((first, first + 1), dim=-1).reshape(-1, 2 * components)
     weights = torch.stack((1 - local, local), dim=-1).reshape(-1, 2 * components)
-    total = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-    if total.requires_grad and not torch.compiler.is_compiling():
-        total.register_hook(_refuse_second_derivative)
+    if reverse_mode_only():
+        total = _WeightedRows.apply(rows, weights, table)  # type: ignore[no-untyped-call]
+    else:
+        total = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
     return total.reshape(*element.shape[:-1], table.shape[1])
 
 
-def _refuse_second_derivative(gradient: Tensor) -> None:
-    # Autograd leaves grad mode on inside a backward pass only for create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "lreg_peft: the 'gather' form of evaluate() has no second derivative. "
-            "Call evaluate(..., form='dense') where you differentiate with create_graph=True."
-        )
+def reverse_mode_only() -> bool:
+    """Whether plain autograd is at work: compilers and functorch's transforms want to see single operations."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _WeightedRows(torch.autograd.Function):
+    """`embedding_bag` with bags of equal size and a faster gradient of the table.
+
+    torch scatters every sample into the table's gradient. Sorted by row, the gradient is an `embedding_bag` as well,
+    whose bags are the rows and whose entries are the samples: half the time on a table that does not fit the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, table)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
+            raise RuntimeError(
+                "lreg_peft: the 'gather' form of evaluate() has no second derivative. "
+                "Call evaluate(..., form='dense') where you differentiate with create_graph=True."
+            )
+        rows, weights, table = ctx.saved_tensors
+        d_weights = d_table = None
+        (n, size), flat, gradient = rows.shape, rows.reshape(-1), gradient.contiguous()
+        sample = torch.arange(n, device=rows.device).repeat_interleave(size)
+        if ctx.needs_input_grad[1]:
+            d_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                gradient, table, flat, torch.arange(0, n * size, size, device=rows.device), sample, 0
+            ).view(n, size)
+        if ctx.needs_input_grad[2]:
+            order = flat.argsort(stable=True)
+            starts = torch.searchsorted(flat[order], torch.arange(len(table), device=rows.device))
+            d_table = F.embedding_bag(
+                sample[order], gradient, starts, per_sample_weights=weights.reshape(-1)[order], mode="sum"
+            )
+        return None, d_weights, d_table
 
 
 def curvature_penalty(nodes: Tensor, coefficients: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .basis import design_matrix
+from .basis import design_matrix, reverse_mode_only
 from .mesh import locate, take
 
 
@@ -27,7 +27,7 @@ def add_product(hidden: Tensor, design: Tensor, table: Tensor, *, in_place: bool
     Returns:
         `[..., out_features]`; `hidden` itself if it was written to. Differentiable in all three, twice.
     """
-    if not _plain_autograd():
+    if not reverse_mode_only():
         return _sum(hidden, design, table)
     return _AddProduct.apply(hidden, design, table, in_place and _may_write(hidden))  # type: ignore[no-any-return,no-untyped-call]
 
@@ -51,7 +51,7 @@ def add_basis(
         `[..., out_features]`; `hidden` itself if it was written to. Differentiable in `hidden`, `coords` and `table`,
         twice.
     """
-    if not _plain_autograd():
+    if not reverse_mode_only():
         return _sum(hidden, design_matrix(coords, nodes, reduced=reduced).to(hidden.dtype), table)
     return _AddBasis.apply(hidden, coords, nodes, table, reduced, in_place and _may_write(hidden))  # type: ignore[no-any-return,no-untyped-call]
 
@@ -59,15 +59,6 @@ def add_basis(
 def _may_write(hidden: Tensor) -> bool:
     # A view carries the history of its base along: writing to it costs more in the backward pass than it saves.
     return hidden.is_contiguous() and not (hidden.requires_grad and (hidden.is_leaf or hidden._is_view()))
-
-
-def _plain_autograd() -> bool:
-    """Whether only reverse mode is at work: compilers and functorch's transforms want to see single operations."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _sum(hidden: Tensor, design: Tensor, table: Tensor) -> Tensor:

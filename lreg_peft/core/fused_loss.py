@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Rows per chunk on a CPU: enough for GEMMs at full speed, few enough for the logits of a chunk to stay near the cache.
 _CPU_ROWS = 128
+# After the GEMM a chunk is worked off in blocks of this size: read from the cache eight times instead of from memory.
+_CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
 _CHUNK_BYTES = 256 * 2**20
 
@@ -110,28 +112,30 @@ class _FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             logits, chunk = _base_logits(base, features[rows], needs_features)
-            scores = logits.detach()
-            if design is not None and table is not None:
-                scores.addmm_(design[rows].to(scores.dtype), table.to(scores.dtype))
-            scores = scores.to(precise)
-            if buffer is None:  # one for all chunks: the allocator would return such blocks to the system every time
-                buffer = torch.empty_like(scores)
-            loss, gradient = _entropy_and_gradient(scores, targets[rows], smoothing, needs_any, buffer)
-            total += loss
-            if gradient is None:
-                continue
-            if d_design is not None and exact_table is not None:
-                torch.mm(gradient, exact_table.T, out=d_design[rows])
-            if d_table is not None and design is not None:
-                d_table.addmm_(design[rows].to(precise).T, gradient)
-            for picked, _ in watchers:
-                first = range(*picked.indices(n))
-                chosen = [i - start for i in first[_steps_before(first, start) : _steps_before(first, rows.stop)]]
-                if chosen:
-                    norms = torch.linalg.vector_norm(gradient[chosen[0] : chosen[-1] + 1 : first.step], dim=1)
-                    energy[chosen[0] + start : chosen[-1] + start + 1 : first.step] = norms.square()
+            scores, height = logits.detach(), rows.stop - start
+            block = _rows_per_block(scores)
+            if buffer is None:  # one for all: the allocator would return such blocks to the system every time
+                buffer = scores.new_empty(
+                    height if needs_features else min(block, height), scores.shape[1], dtype=precise
+                )
+            for first in range(0, height, block):
+                part = slice(start + first, start + min(first + block, height))
+                piece = scores[first : first + block]
+                if design is not None and table is not None:
+                    piece.addmm_(design[part].to(piece.dtype), table.to(piece.dtype))
+                room = buffer[first:] if needs_features else buffer
+                loss, gradient = _entropy_and_gradient(piece.to(precise), targets[part], smoothing, needs_any, room)
+                total += loss
+                if gradient is None:
+                    continue
+                if d_design is not None and exact_table is not None:
+                    torch.mm(gradient, exact_table.T, out=d_design[part])
+                if d_table is not None and design is not None:
+                    d_table.addmm_(design[part].to(precise).T, gradient)
+                for picked, _ in watchers:
+                    _note_energy(energy, gradient, picked.indices(n), part)
             if d_features is not None:
-                (d_features[rows],) = torch.autograd.grad(logits, chunk, gradient.to(logits.dtype))
+                (d_features[rows],) = torch.autograd.grad(logits, chunk, buffer[:height].to(logits.dtype))
         ctx.save_for_backward(d_features, d_design, d_table, energy)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (features, design, table))
         ctx.normaliser, ctx.watchers = normaliser, watchers
@@ -153,6 +157,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for tensor, dtype in zip(saved, ctx.dtypes, strict=True)
         )
         return (*grads, None, None, None, None, None, None)
+
+
+def _note_energy(energy: Tensor, gradient: Tensor, picked: tuple[int, int, int], part: slice) -> None:
+    """Write the squared norms of those rows of `gradient`, which are the rows `part`, that are picked."""
+    start, stop, step = picked
+    begin = start + max(0, -(-(part.start - start) // step)) * step  # the first picked row that is not before `part`
+    end = min(stop, part.stop)
+    if begin < end:
+        norms = torch.linalg.vector_norm(gradient[begin - part.start : end - part.start : step], dim=1)
+        energy[begin:end:step] = norms.square()
+
+
+def _rows_per_block(scores: Tensor) -> int:
+    """Rows that stay in the cache of a CPU core while all is done that they are needed for."""
+    if scores.device.type != "cpu":
+        return len(scores)
+    return max(8, _CPU_BLOCK_BYTES // (scores.shape[1] * scores.element_size()))
 
 
 def _rows_per_chunk(base: Callable[[Tensor], Tensor], features: Tensor) -> int:
@@ -193,8 +214,3 @@ def _entropy_and_gradient(
         probability -= smoothing / logits.shape[1]
     probability.scatter_add_(1, index, probability.new_full(index.shape, smoothing - 1))
     return loss, probability
-
-
-def _steps_before(steps: range, stop: int) -> int:
-    """How many members of `steps` lie below `stop`."""
-    return min(len(steps), max(0, -(-(stop - steps.start) // steps.step)))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lreg_peft.core import fused_loss
 from lreg_peft.core.fused_loss import fused_cross_entropy
 
 N, IN, K, CLASSES = 23, 5, 4, 31
@@ -40,6 +41,13 @@ def grads(loss: Tensor, p: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [t for t in (p["features"], p["design"], p["table"]) if t.requires_grad]))
 
 
+@pytest.fixture(params=["one block", "blocks of 8"])
+def block(request, monkeypatch):
+    if request.param == "blocks of 8":
+        monkeypatch.setattr(fused_loss, "_CPU_BLOCK_BYTES", 0)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("train_features", [False, True])
 @pytest.mark.parametrize("rows_per_chunk", [None, 1, 7, 23, 100])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -139,6 +147,7 @@ def test_saves_the_gradients_of_its_small_inputs_only():
     assert sorted(saved) == [0, K * CLASSES, 200 * K]
 
 
+@pytest.mark.usefixtures("block")
 def test_watchers_see_the_squared_norms_of_the_gradient():
     p, seen = problem(), []
     picks = [slice(2, None, 5), slice(0, None, 1), slice(20, None, 30)]

@@ -1,0 +1,117 @@
+"""What a training step costs, counted in multiplications: nothing here depends on the machine."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
+
+from lreg_peft import LRegConfig
+
+HIDDEN, VOCABULARY, BATCH, LENGTH = 32, 500, 2, 12
+IDS = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def _in_place_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **options: object) -> int:
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+_in_place_product._get_raw = True
+IN_PLACE = {torch.ops.aten.addmm_: _in_place_product}  # torch's counter knows the other form only
+N = BATCH * (LENGTH - 1)  # predicted tokens
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        n_embd=HIDDEN, n_layer=4, n_head=2, vocab_size=VOCABULARY, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def flops(model: nn.Module, batch: dict | None = None, *, backward: bool = True) -> int:
+    batch = batch or {"input_ids": IDS, "labels": IDS}
+    if backward:
+        model(**batch).loss.backward()  # the first step asks the model how it computes its loss
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, torch.set_grad_enabled(backward):
+        loss = model(**batch).loss
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def frozen() -> int:
+    # Without the head's part for the last token of each sample, which predicts nothing.
+    return flops(gpt2(), backward=False) - 2 * BATCH * HIDDEN * VOCABULARY
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("head", "d", "dof", "k"), [("full", 2, 8, 16), ("full", 2, 2, 4), ("factored", 3, 64, 3)])
+def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(head, d, dof, k, checkpointing):
+    model = get_peft_model(gpt2(), LRegConfig(n_components=d, dof=dof, head=head, init_weights=False)).train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.get_base_model().activation_checkpointing_enable()
+        model.train()
+    projection = 2 * 2 * N * HIDDEN * d  # forward and the gradient of P; the features get none
+    assert flops(model) == frozen() + 3 * 2 * N * k * VOCABULARY + projection
+
+
+def test_lora_costs_more_than_twice_the_frozen_forward():
+    model = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).train()
+    assert flops(model) > 1.9 * frozen()
+
+
+def test_query_and_key_shortcuts_cost_no_more_than_lora_there():
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=LENGTH + 2, pad_token_id=1,
+    )  # fmt: skip
+    batch = {"input_ids": IDS, "labels": torch.zeros(BATCH, dtype=torch.long)}
+    counts = {}
+    for name, adapter in (
+        ("lora", LoraConfig(task_type="SEQ_CLS", target_modules=["query", "key"], r=8)),
+        (
+            "lreg",
+            LRegConfig(task_type="SEQ_CLS", target_modules=["query", "key"], head="factored", n_components=8, dof=32),
+        ),
+    ):
+        counts[name] = flops(get_peft_model(RobertaForSequenceClassification(config).eval(), adapter).train(), batch)
+    assert counts["lreg"] <= counts["lora"]
+
+
+def test_a_masked_language_model_computes_logits_of_the_masked_tokens_only():
+    from transformers import RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=LENGTH + 2, pad_token_id=1,
+    )  # fmt: skip
+    counts = []
+    for n_labels in (2, 10):
+        labels = torch.full_like(IDS, -100)
+        labels[0, 1 : 1 + n_labels] = 7
+        model = get_peft_model(RobertaForMaskedLM(config).eval(), LRegConfig(train_projection=False)).train()
+        counts.append(flops(model, {"input_ids": IDS, "labels": labels}))
+    per_token = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * VOCABULARY  # RoBERTa's head: dense, then decoder
+    shortcut = 2 * 2 * HIDDEN + 2 * 2 * 4 * VOCABULARY  # P fixed: the basis needs no gradient
+    assert counts[1] - counts[0] == 8 * (per_token + shortcut)
+
+
+def test_a_fine_mesh_is_not_multiplied_by():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> object:
+            return type("Output", (), {"loss": self.linear(x).sum()})
+
+    counts = {
+        dof: flops(
+            get_peft_model(Layer(), LRegConfig(target_modules=["linear"], n_components=4, dof=dof)),
+            {"x": torch.randn(50, HIDDEN), "labels": torch.zeros(1)},
+        )
+        for dof in (16, 1024)
+    }
+    assert counts[16] == counts[1024]

@@ -18,6 +18,7 @@ from .cache import FeatureCache, cache_features
 from .callback import LRegCallback
 from .config import LRegConfig
 from .core.fused_loss import fused_cross_entropy
+from .grades import add_grade, load_grades
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .model import LRegModel
@@ -39,10 +40,12 @@ __all__ = [
     "Target",
     "TargetReport",
     "cache_features",
+    "add_grade",
     "count_hard_samples",
     "fused_cross_entropy",
     "initialize_lreg_weights",
     "inspect_targets",
+    "load_grades",
     "plot_meshes",
     "push_model_card",
     "snapshot_meshes",

@@ -97,7 +97,7 @@ def _extend_model_cards(peft_type: Any) -> None:
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
         write_card(self, output_dir)
         if is_ours(self):
-            add_usage_to_card(os.path.join(output_dir, "README.md"))
+            add_usage_to_card(os.path.join(output_dir, "README.md"), self)
 
     @functools.wraps(push)
     def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
@@ -113,7 +113,11 @@ def _extend_model_cards(peft_type: Any) -> None:
 
 
 def _extend_loading(peft_type: Any) -> None:
-    """Have PEFT take an LReg adapter back out if its file turns out to be damaged, which it adds before it reads."""
+    """Have PEFT take an LReg adapter back out if its file turns out to be damaged, which it adds before it reads.
+
+    And have it find the file of a grade: `Trainer` asks for the best weights of any adapter in the root of a
+    checkpoint, where those of "default" are.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -122,6 +126,9 @@ def _extend_loading(peft_type: Any) -> None:
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         is_new = adapter_name not in self.peft_config
+        if not is_new and getattr(self.peft_config[adapter_name], "previous_grades", None):
+            own = os.path.join(str(model_id), adapter_name)
+            model_id = own if os.path.isdir(own) else model_id
         try:
             return load(self, model_id, adapter_name, *args, **kwargs)
         except Exception as error:

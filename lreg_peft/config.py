@@ -14,13 +14,14 @@ from ._registration import METHOD, upstream_has_lreg
 
 def _option(default: Any, text: str) -> Any:
     """A dataclass field whose description is written once: as metadata, and from there into the class docstring."""
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": text})
+    if isinstance(default, (dict, list)):
+        return field(default_factory=type(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 Head = Literal["full", "reduced", "factored"]
 HEADS: tuple[str, ...] = get_args(Head)
+GradeForm = Literal["additive", "composed"]
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
 
@@ -116,6 +117,17 @@ class LRegConfig(PeftConfig):
         "of [batch, length, vocabulary]. While the model trains with labels, its output then has no logits. Applies "
         "where the result is the same; with several active adapters one False is enough to switch it off.",
     )
+    previous_grades: list[str] = _option(
+        [],
+        "Names of the adapters that this one stands on, first grade first; `add_grade` sets it. Activating the adapter "
+        "adds their shortcuts too, frozen.",
+    )
+    grade_form: GradeForm = _option(
+        "additive",
+        "What the encoder of a grade reads: 'additive' the features x of the module, 'composed' x and the basis "
+        "functions of the last previous grade at that module, whose K = d n values widen P to [components, "
+        "in_features + K].",
+    )
 
     # PEFT reads this attribute to decide whether to save the output embedding next to an adapter that targets it. An
     # adapter that leaves the embedding frozen must not: the file would grow from 0.8 MB to 155 MB on GPT-2. It is a
@@ -144,6 +156,7 @@ class LRegConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_curvature_weight()
+        self._check_grades()
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -197,6 +210,18 @@ class LRegConfig(PeftConfig):
             raise ValueError(
                 f"curvature_weight={weight} has nothing to act on: a mesh of dof=2 has no interior node. "
                 "Set dof to 3 or more, or curvature_weight to 0."
+            )
+
+    def _check_grades(self) -> None:
+        self.previous_grades = _as_names("previous_grades", self.previous_grades)
+        if len(set(self.previous_grades)) < len(self.previous_grades):
+            raise ValueError(f"previous_grades must name every adapter once, got {self.previous_grades}.")
+        if self.grade_form not in get_args(GradeForm):
+            raise ValueError(f"grade_form must be one of {', '.join(get_args(GradeForm))}, got {self.grade_form!r}.")
+        if self.grade_form == "composed" and not self.previous_grades:
+            raise ValueError(
+                "grade_form='composed' reads the basis of a previous grade, and previous_grades is empty. "
+                "add_grade(model, form='composed') sets both."
             )
 
 

@@ -112,8 +112,8 @@ def fusable_head(model: nn.Module) -> LRegLayer | None:
     if head is None or not head.training or head.disable_adapters or head.batch_adapter_names is not None:
         return None
     configs = getattr(model, "peft_config", {})
-    active = [name for name in head.active_adapters if name in head.lreg_nodes]
-    if not active or not all(getattr(configs.get(name), "fused_loss", False) for name in active):
+    adapters = head.stacked_adapters
+    if not adapters or not all(getattr(configs.get(name), "fused_loss", False) for name in adapters):
         return None
     if getattr(model.config, "is_encoder_decoder", False):  # makes the decoder's input of the labels
         return None

@@ -77,7 +77,7 @@ def initialize_lreg_weights(
     main = rank == 0 and show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
-    collector = _Collector(layers, quota, seed + 7919 * rank, with_gradient)
+    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
     device = next(model.parameters()).device
     with collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
@@ -141,11 +141,14 @@ def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> No
 class _Collector(ExitStack):
     """Keeps a random share of the input rows of every layer, and a sketch of what their gradients ask for."""
 
-    def __init__(self, layers: dict[str, LRegLayer], quota: int, seed: int, with_gradient: bool) -> None:
+    def __init__(
+        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, with_gradient: bool
+    ) -> None:
         super().__init__()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.attention_mask: Tensor | None = None
         self._layers = layers
+        self._adapter_name = adapter_name
         self._quota = quota
         self._generator = torch.Generator().manual_seed(seed)
         self._with_gradient = with_gradient
@@ -167,12 +170,12 @@ class _Collector(ExitStack):
         if mask is not None and mask.ndim == 2 and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
         chosen = torch.randperm(rows.shape[0], generator=self._generator)[: self._quota]
-        self.rows[name].append(rows[chosen.to(rows.device)])
+        self.rows[name].append(self._layers[name].encoder_input(self._adapter_name, rows[chosen.to(rows.device)]))
 
     @torch.no_grad()
     def _multiply(self, name: str, features: Tensor, gradient: Tensor) -> None:
         """Add one backward pass to the sketch; padding has no gradient."""
-        x = features.reshape(-1, features.shape[-1]).float()
+        x = self._layers[name].encoder_input(self._adapter_name, features.reshape(-1, features.shape[-1])).float()
         g = gradient.reshape(-1, gradient.shape[-1]).float()
         if len(x) != len(g):
             raise ValueError(

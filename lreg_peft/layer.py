@@ -71,7 +71,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
     buffer). The reduced head keeps c `[components, dof - 1, out_features]`, without the first node of each component,
     and one `lreg_constant` `[out_features]`; the factored head, c_ij = s_ij v_i, keeps `lreg_profile` s
-    `[components, dof]` and `lreg_direction` v `[components, out_features]`.
+    `[components, dof]` and `lreg_direction` v `[components, out_features]`. P of a composed grade has `in_features + K`
+    columns, K the number of basis functions of the grade before it.
 
     Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the basis in
     the dtype of f's output.
@@ -88,7 +89,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         "lreg_profile",
         "lreg_direction",
     )
-    other_param_names = ("lreg_nodes", "curvature_weight", "lreg_statistics")
+    other_param_names = ("lreg_nodes", "curvature_weight", "lreg_statistics", "composed_on")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -103,6 +104,10 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_direction = nn.ParameterDict()
         self.lreg_nodes = NodeDict()
         self.curvature_weight: dict[str, float] = {}
+        #: The adapter whose basis functions the encoder of a composed grade reads.
+        self.composed_on: dict[str, str] = {}
+        #: The adapters that a grade stands on, first grade first, for the grades of the whole model.
+        self.previous_grades: dict[str, tuple[str, ...]] = {}
         # Attributes that PEFT declares on the class and would share between layers.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
@@ -123,7 +128,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, n_components: int, dof: int, config: LRegConfig, inference_mode: bool = False
     ) -> None:
         """Add an adapter, or replace the one of that name."""
-        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, self.in_features))
+        self.composed_on.pop(adapter_name, None)
+        width = self.in_features
+        if below := self.grade_below(config):
+            self.composed_on[adapter_name] = below
+            width += self.lreg_nodes[below].numel()
+        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
         self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
         self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof)
         for name in ("lreg_coefficients", "lreg_constant", "lreg_profile", "lreg_direction"):
@@ -153,6 +163,32 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def grade_below(self, config: LRegConfig) -> str | None:
+        """The adapter that a composed grade of this configuration reads here; None if there is none, or if additive."""
+        if config.grade_form != "composed":
+            return None
+        return next((name for name in reversed(config.previous_grades) if name in self.lreg_nodes), None)
+
+    @property
+    def stacked_adapters(self) -> list[str]:
+        """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
+        names = (name for active in self.active_adapters for name in (*self.previous_grades.get(active, ()), active))
+        return [name for name in dict.fromkeys(names) if name in self.lreg_nodes]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; with an active grade, the one before it becomes active.
+
+        Raises:
+            ValueError: if another grade stands on this adapter.
+        """
+        for grade, previous in self.previous_grades.items():
+            if adapter_name in previous:
+                raise ValueError(f"the grade {grade!r} stands on {adapter_name!r}: delete {grade!r} first.")
+        own = self.previous_grades.pop(adapter_name, ())
+        if own and self.active_adapters == [adapter_name]:
+            self.set_adapter(own[-1])
+        super().delete_adapter(adapter_name)
+
     def is_identity(self, adapter_name: str) -> bool:
         """Whether this adapter adds nothing yet."""
         return not any(weight.any() for weight in self.output_weights(adapter_name))
@@ -168,7 +204,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: which adapter.
-            projection: P, `[components, in_features]`.
+            projection: P, `[components, in_features]`, wider for a composed grade.
             bias: b, `[components]`.
             nodes: `[components, dof]`.
         """
@@ -218,13 +254,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return output
         hidden, rebuild = first_tensor(output)
-        active = [name for name in self.active_adapters if name in self.lreg_nodes]
-        if not active and self.batch_adapter_names is None:
+        adapters = self.stacked_adapters
+        if not adapters and self.batch_adapter_names is None:
             return output
         features = self._features(args, kwargs)
         if self.batch_adapter_names is not None:
             return rebuild(self._add_per_sample(features, hidden, self.batch_adapter_names))
-        for name in active:
+        for name in adapters:
             hidden = self._add_shortcut(name, features, hidden)
         return rebuild(hidden)
 
@@ -300,9 +336,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
         designs, tables, watchers = [], [], []
         with torch.autocast(kind, enabled=False):
-            for name in self.active_adapters:
-                if name not in self.lreg_nodes:
-                    continue
+            for name in self.stacked_adapters:
                 coords = self.coords(name, features)  # [n, components]
                 if name in self.lreg_statistics and not coords.requires_grad:
                     coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
@@ -315,7 +349,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def coords(self, adapter_name: str, features: Tensor) -> Tensor:
         """u = sigmoid(P x + b): `[..., in_features]` -> `[..., components]`, fp32 or fp64."""
-        return project(features, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+        inputs = self.encoder_input(adapter_name, features)
+        return project(inputs, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+
+    def encoder_input(self, adapter_name: str, features: Tensor) -> Tensor:
+        """What P multiplies: the features x `[..., in_features]`, and the basis below for a composed grade."""
+        below = self.composed_on.get(adapter_name)
+        if below is None:
+            return features
+        basis = design_matrix(self.coords(below, features), self.lreg_nodes[below])
+        return torch.cat((features.to(basis.dtype), basis), dim=-1)  # [..., in_features + K]
 
     def has_design(self, adapter_name: str) -> bool:
         """Whether one GEMM with `design` is the faster way to evaluate this adapter."""
@@ -401,10 +444,10 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         expanded = [name for name in names for _ in range(batch // len(names))]
         result = hidden.clone()
         for name in dict.fromkeys(expanded):
-            if name not in self.lreg_nodes:
-                continue  # "__base__", or an adapter that does not cover this module
             rows = torch.tensor([i for i, item in enumerate(expanded) if item == name], device=hidden.device)
-            result[rows] += self.shortcut(name, features[rows], hidden[rows])
+            for adapter in (*self.previous_grades.get(name, ()), name):
+                if adapter in self.lreg_nodes:  # not "__base__", nor an adapter that does not cover this module
+                    result[rows] += self.shortcut(adapter, features[rows], hidden[rows])
         return result
 
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """The tuner: puts shortcuts into a model."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,9 @@ class LRegModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = default_targets(self.model, peft_config)
         release_targeted_heads(peft_config)
+        if peft_config.previous_grades:
+            # For classification PEFT adds its head names unasked. A grade stands on the head of the grades before it.
+            peft_config.modules_to_save = None
         return peft_config
 
     def _prepare_model(self, peft_config: LRegConfig, model: nn.Module) -> None:
@@ -79,8 +83,10 @@ class LRegModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT, then adjust what a wrapped output head and a frozen backbone ask for."""
+        """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
+        self._check_grade(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._record_grades()
         backbone.install(model)
         output_head.adjust(model)
         fused.install(model)
@@ -98,6 +104,64 @@ class LRegModel(BaseTuner):
             backbone.hold_in_eval(self.model)
         return self
 
+    # Grades
+
+    def _check_grade(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        if adapter_name in config.previous_grades:
+            raise ValueError(
+                f"the adapter is a grade that stands on {config.previous_grades}, so it cannot be called "
+                f"{adapter_name!r} itself. load_grades(model, path) loads all grades under their own names."
+            )
+        absent = [name for name in config.previous_grades if name not in self.peft_config]
+        if absent and config.grade_form == "additive":  # a composed grade is refused when its targets are resolved
+            warnings.warn(
+                f"the adapter {adapter_name!r} was trained on top of {absent}, which the model does not have: its "
+                "output is what this grade adds, and no more. load_grades(model, path) loads all grades.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _record_grades(self) -> None:
+        """Tell every layer which adapters stand on which, also of adapters that do not cover it."""
+        stacks = {
+            name: tuple(grade for grade in config.previous_grades if grade in self.peft_config)
+            for name, config in self.peft_config.items()
+            if getattr(config, "previous_grades", None)
+        }
+        for layer in self.model.modules():
+            if isinstance(layer, LRegLayer):
+                layer.previous_grades = dict(stacks)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Activating a grade adds the shortcuts of the grades it stands on, which stay frozen."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module.active_adapters:
+                # What an earlier grade trained in full stays in place, frozen.
+                for owner in {self._owner(module, name) for name in self.active_adapters} & module._adapters:
+                    module.set_adapter(owner, inference_mode=True)
+
+    def _owner(self, module: AuxiliaryTrainingWrapper, adapter_name: str) -> str:
+        """Whose copy of a module in `modules_to_save` belongs to an adapter: its own or that of a grade below."""
+        config = self.peft_config.get(adapter_name)
+        stack = [*config.previous_grades, adapter_name] if config else []
+        return next((name for name in reversed(stack) if name in module._adapters), adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; the last of a stack of grades can be deleted, and the one before it becomes active.
+
+        Raises:
+            ValueError: if another grade stands on this adapter.
+        """
+        above = [name for name, config in self.peft_config.items() if adapter_name in config.previous_grades]
+        if above:
+            raise ValueError(f"the grade {above[0]!r} stands on {adapter_name!r}: delete {above[0]!r} first.")
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)  # modules_to_save of the grade below train again
+
     # Inference with one adapter per sample
 
     @contextmanager
@@ -113,7 +177,9 @@ class LRegModel(BaseTuner):
             raise ValueError(f"adapter_names {unknown} do not exist. There are: {sorted(known)}.")
         layers = [module for module in self.modules() if isinstance(module, LRegLayer)]
         handles = [
-            module.register_forward_pre_hook(_AddAdapterNames(names), with_kwargs=True)
+            module.register_forward_pre_hook(
+                _AddAdapterNames([self._owner(module, name) for name in names]), with_kwargs=True
+            )
             for module in self.modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]

@@ -22,11 +22,19 @@ model = AutoPeftModel.from_pretrained("<this repository>")
 An adapter for a task loads the same way with the class of that task, e.g. `AutoPeftModelForCausalLM`.
 """
 
+_LOAD_GRADES = "lreg_peft.load_grades("
+_USAGE_OF_GRADES = f"""The adapters are grades, trained on top of each other. This loads them all:
 
-def add_usage_to_card(path: str | Path) -> None:
-    """Put the import line into the model card in the file `path`, once."""
+```python
+model = {_LOAD_GRADES}base_model, "<this repository>")
+```
+"""
+
+
+def add_usage_to_card(path: str | Path, model: nn.Module) -> None:
+    """Put the lines that load the adapters of `model` into the model card in the file `path`, once."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    if _add_usage(card):
+    if _add_usage(card, model):
         card.save(path)
 
 
@@ -57,14 +65,16 @@ def push_model_card(
     base_model = next(iter(model.peft_config.values())).base_model_name_or_path  # type: ignore[union-attr,operator]
     if base_model and not Path(base_model).exists():  # the Hub refuses local paths
         card.data["base_model"] = base_model
-    _add_usage(card)
+    _add_usage(card, model)
     message = "Say in the model card how to load the adapter"
     return card.push_to_hub(repo_id, token=token, commit_message=message, revision=revision)  # type: ignore[arg-type]
 
 
-def _add_usage(card: ModelCard) -> bool:
-    """Append the import line unless it is there; whether the card changed."""
-    if _IMPORT in card.text:
-        return False
-    card.text = f"{card.text.rstrip()}\n\n{_USAGE}"
-    return True
+def _add_usage(card: ModelCard, model: nn.Module) -> bool:
+    """Append the sections that apply unless they are there; whether the card changed."""
+    configs = model.peft_config.values()  # type: ignore[union-attr,operator]
+    has_grades = any(getattr(config, "previous_grades", None) for config in configs)
+    wanted = {_IMPORT: _USAGE, **({_LOAD_GRADES: _USAGE_OF_GRADES} if has_grades else {})}
+    missing = [section for line, section in wanted.items() if line not in card.text]
+    card.text = "\n\n".join([card.text.rstrip(), *missing]) if missing else card.text
+    return bool(missing)

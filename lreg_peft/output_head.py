@@ -88,7 +88,7 @@ def _clear_call_flag(model: nn.Module, args: Any) -> None:
 def _check_head_was_called(model: nn.Module, args: Any, output: Any) -> Tensor | None:
     if is_compiling() or (head := wrapped_head(model)) is None or head.was_called or head.disable_adapters:
         return None
-    if not any(name in head.lreg_nodes for name in head.active_adapters):
+    if not head.stacked_adapters:
         return None
     raise RuntimeError(
         "the model computed its output without calling its output head, so the LReg adapter on that head had no part "

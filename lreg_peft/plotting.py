@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .core import project
 from .tracking import Site, all_sites
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class _CoordinateNote:
 
     def __call__(self, features: Tensor) -> None:
         layer, name = self.site.layer, self.site.adapter
-        coords = project(features, layer.lreg_projection[name], layer.lreg_projection_bias[name])
+        coords = layer.coords(name, features)
         self.seen.append(coords.reshape(-1, coords.shape[-1]).cpu())
 
 

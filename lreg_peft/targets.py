@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import LRegConfig, head_parameters
+from .layer import LRegLayer
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -140,7 +141,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         n_components, dof = mesh_size(name, config)
         count = head_parameters(config.head, n_components, dof, out_features)
         if config.train_projection:
-            count += (in_features + 1) * n_components
+            count += (in_features + _width_of_basis_below(name, module, config) + 1) * n_components
         targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
     return targets
 
@@ -182,6 +183,21 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
         if all(isinstance(size, int) for size in sizes):  # quantised layers too: they keep these attributes
             return sizes  # type: ignore[return-value]
     return None
+
+
+def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> int:
+    """How many basis functions the encoder of a composed grade reads besides the features of the module."""
+    if config.grade_form != "composed":
+        return 0
+    layer = module if isinstance(module, LRegLayer) else None
+    below = layer and layer.grade_below(config)
+    if layer is None or below is None:
+        raise ValueError(
+            f"a composed grade reads the basis of the grade before it, and none of {config.previous_grades} has a "
+            f"shortcut around {name!r}. Load the previous grades first, under these names (load_grades does it), or "
+            "give the grade target_modules of a previous one."
+        )
+    return layer.lreg_nodes[below].numel()
 
 
 def _check_supported(name: str, module: nn.Module) -> None:

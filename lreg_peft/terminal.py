@@ -119,8 +119,8 @@ class Terminal:
         output, _ = first_tensor(base(features.unsqueeze(1) if self._reads_sequences else features))
         if output.data_ptr() == features.data_ptr():
             output = output.clone()
-        for name in self.layer.active_adapters:
-            if name in self.layer.lreg_nodes and name not in without:
+        for name in self.layer.stacked_adapters:
+            if name not in without:
                 output = output + self.layer.shortcut(name, features, output)
         return output
 

@@ -26,7 +26,7 @@ ORDER = [
     ["layer"],
     ["targets", "backbone", "tracking"],
     ["initialization", "terminal"],
-    ["output_head", "adaptation", "plotting"],
+    ["output_head", "adaptation", "plotting", "grades"],
     ["fused", "cached_forward"],
     ["model", "callback", "cache"],
 ]

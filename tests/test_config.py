@@ -26,6 +26,8 @@ EVERYTHING = {
     "backbone_eval": False,
     "fused_loss": False,
     "curvature_weight": 0.25,
+    "previous_grades": ["first", "second"],
+    "grade_form": "composed",
 }
 
 REFUSED = [
@@ -74,6 +76,10 @@ REFUSED = [
     ({"curvature_weight": -0.1}, ValueError, "curvature_weight must be finite and not negative, got -0.1"),
     ({"curvature_weight": float("nan")}, ValueError, "curvature_weight must be finite and not negative, got nan"),
     ({"curvature_weight": float("inf")}, ValueError, "curvature_weight must be finite and not negative, got inf"),
+    ({"previous_grades": "default"}, TypeError, "previous_grades must be a list"),
+    ({"previous_grades": ["a", "a"]}, ValueError, r"every adapter once, got \['a', 'a'\]"),
+    ({"grade_form": "nested"}, ValueError, "grade_form must be one of additive, composed, got 'nested'"),
+    ({"grade_form": "composed"}, ValueError, "reads the basis of a previous grade, and previous_grades is empty"),
     ({"curvature_weight": 0.1, "dof": 2}, ValueError, "has nothing to act on: a mesh of dof=2 has no interior node"),
 ]
 

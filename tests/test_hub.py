@@ -26,6 +26,7 @@ PUSHED, PUSHED_BF16 = "tester/adapter", "tester/adapter-bf16"
 TRAINED = "tester/trained"
 UPLOADED = "tester/uploaded"
 NATIVE = "tester/native"
+GRADES = "tester/grades"
 ADAPTERS = (PUSHED, PUSHED_BF16, TRAINED, UPLOADED)
 SECOND = "blocks"
 IMPORT = "import lreg_peft"
@@ -135,6 +136,14 @@ def test_a_second_adapter_travels_in_its_own_folder(hub: Hub):
     assert not torch.equal(hub.published["logits"][key], hub.published["logits"][PUSHED])
 
 
+def test_a_stack_of_grades_loads_back(hub: Hub):
+    assert torch.equal(hub.loaded["logits"][GRADES], hub.published["logits"][GRADES])
+    assert torch.equal(hub.loaded["logits"][f"{GRADES} default"], hub.published["logits"][f"{GRADES} default"])
+    assert not torch.equal(hub.published["logits"][GRADES], hub.published["logits"][f"{GRADES} default"])
+    assert 'lreg_peft.load_grades(base_model, "' in hub.card(GRADES)
+    assert "load_grades" not in hub.card(PUSHED)
+
+
 @pytest.mark.parametrize("repo_id", [TRAINED, UPLOADED])
 def test_adapters_from_trainer_and_from_a_folder_load_back(hub: Hub, repo_id: str):
     assert torch.equal(hub.loaded["logits"][repo_id], hub.published["logits"][repo_id])
@@ -233,6 +242,14 @@ def _publish() -> dict[str, Any]:
     model.set_adapter(SECOND)
     logits[f"{PUSHED} {SECOND}"] = _logits(model)
 
+    stack = adapted(BASE)
+    logits[f"{GRADES} default"] = _logits(stack)
+    grade = lreg_peft.add_grade(stack, form="composed")
+    with torch.no_grad():
+        _layers(stack)[0].lreg_coefficients[grade].normal_()
+    stack.push_to_hub(GRADES)
+    logits[GRADES] = _logits(stack)
+
     native = AutoModelForCausalLM.from_pretrained(BASE)
     native.add_adapter(lreg_peft.LRegConfig(task_type="CAUSAL_LM"))
     native.push_to_hub(NATIVE)
@@ -273,7 +290,7 @@ def _load() -> dict[str, Any]:
     from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    import lreg_peft  # noqa: F401  (the import line of the card)
+    import lreg_peft
 
     logits, nodes = {}, {}
 
@@ -292,6 +309,10 @@ def _load() -> dict[str, Any]:
         keep(f"{repo_id} AutoModelForCausalLM", AutoModelForCausalLM.from_pretrained(repo_id))
     base = AutoModelForCausalLM.from_pretrained(BASE)
     keep(f"{PUSHED} {SECOND}", PeftModel.from_pretrained(base, PUSHED, subfolder=SECOND))
+    stack = lreg_peft.load_grades(AutoModelForCausalLM.from_pretrained(BASE), GRADES)
+    keep(GRADES, stack)
+    stack.set_adapter("default")
+    keep(f"{GRADES} default", stack)
     for repo_id in (TRAINED, UPLOADED):
         keep(repo_id, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), repo_id))
     config = PeftConfig.from_pretrained(PUSHED)

@@ -1,11 +1,13 @@
 """Stacks of adapters: what is added, what stays frozen, what is saved, and what a grade can reach."""
 
 import copy
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
+from benchmarks import multigrade_anchor
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
@@ -579,8 +581,7 @@ class TestRegression:
             for dof in (6, 8, 12):
                 name = add_grade(model, LRegConfig(target_modules=["out"], n_components=2, dof=dof), form=form)
                 losses[form].append(fit(model, name, x, y))
-            for lower, higher in zip(losses[form], losses[form][1:], strict=False):
-                assert higher < 0.9 * lower
+            assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(losses[form]))
             assert losses[form][-1] < 0.5 * losses[form][0]
 
     def test_the_same_encoder_again_finds_nothing(self):
@@ -595,6 +596,16 @@ class TestRegression:
         after = fit(model, name, x, y)
         assert after <= before
         assert after == pytest.approx(before, rel=1e-9)
+
+    def test_twenty_sines(self):
+        """The script that shows what grades of least-squares fits reach, without its repetitions."""
+        rows = multigrade_anchor.measure(repeats=1)
+        assert {row["way"] for row in rows} == {"core", "adapter"}
+        for row in rows:
+            errors = [grade["train"] for grade in row["grades"]]
+            assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+            assert errors[-1] <= multigrade_anchor.BAR
+            assert row["grades"][-1]["test"] < 1e-5
 
     def test_gradient_training(self):
         x, y = self.data()

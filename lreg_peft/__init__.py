@@ -21,6 +21,7 @@ from .core.fused_loss import fused_cross_entropy
 from .grades import add_grade, load_grades
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
+from .linearize import Refinement, refine_linearized
 from .model import LRegModel
 from .model_card import push_model_card
 from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
@@ -37,6 +38,7 @@ __all__ = [
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
+    "Refinement",
     "Target",
     "TargetReport",
     "cache_features",
@@ -48,6 +50,7 @@ __all__ = [
     "load_grades",
     "plot_meshes",
     "push_model_card",
+    "refine_linearized",
     "snapshot_meshes",
     "track_statistics",
     "update_meshes",

@@ -204,20 +204,7 @@ class Terminal:
         Raises:
             ValueError: for labels outside the classes, or of another number than the outputs.
         """
-        if not targets.is_floating_point():
-            low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
-            if low < 0 or high >= self.layer.out_features:
-                raise ValueError(
-                    f"labels must lie in [0, {self.layer.out_features - 1}], the outputs of {self.name!r}, got "
-                    f"{low if low < 0 else high}."
-                )
-            return "cross_entropy"
-        if targets.shape[1] != self.layer.out_features:
-            raise ValueError(
-                f"{self.name!r} has {self.layer.out_features} outputs, but a sample has {targets.shape[1]} labels."
-            )
-        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
-        return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
+        return objective_of(self.model, targets, self.layer.out_features, repr(self.name))
 
 
 def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal:
@@ -251,6 +238,25 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
             "model head or a classifier: LRegConfig(target_modules=[...])."
         )
     return Terminal(inner, own[0], layers[own[0]], adapter_name)
+
+
+def objective_of(model: nn.Module, targets: Tensor, out_features: int, where: str) -> Objective:
+    """What `model` minimises over targets as in `Rows`; `where` names the outputs in errors.
+
+    Raises:
+        ValueError: for labels outside the classes, or of another number than the outputs.
+    """
+    if not targets.is_floating_point():
+        low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
+        if low < 0 or high >= out_features:
+            raise ValueError(
+                f"labels must lie in [0, {out_features - 1}], the outputs of {where}, got {low if low < 0 else high}."
+            )
+        return "cross_entropy"
+    if targets.shape[1] != out_features:
+        raise ValueError(f"{where} has {out_features} outputs, but a sample has {targets.shape[1]} labels.")
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
 
 
 def trained_elsewhere(terminal: Terminal) -> list[str]:

@@ -90,7 +90,8 @@ def evaluate(
         nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
         coefficients: `[components, dof, out_features]`.
         form: "dense" multiplies by the dense basis (cost grows with dof, twice differentiable); "gather" reads only
-            the two nodes around each coordinate (cost flat in dof, once differentiable); "auto" takes the faster one.
+            the two nodes around each coordinate (cost flat in dof, once differentiable); "auto" takes the faster one;
+            inside a transform of `torch.func`, the dense one.
         validate: see `locate`.
 
     Returns:
@@ -115,7 +116,7 @@ def evaluate(
     local = local.to(coefficients.dtype)
     table = coefficients.reshape(components * dof, out_features)
     if form == "auto":
-        form = "dense" if dense_is_faster(dof, coords.device) else "gather"
+        form = "dense" if dense_is_faster(dof, coords.device) or _under_transform() else "gather"
     if form == "dense":
         basis = expand_basis(element, local, dof)  # [..., components, dof]
         return basis.flatten(-2) @ table
@@ -190,11 +191,12 @@ def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:
 
 def reverse_mode_only() -> bool:
     """Whether plain autograd is at work: compilers and functorch's transforms want to see single operations."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return not (torch.compiler.is_compiling() or _under_transform())
+
+
+def _under_transform() -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class _WeightedRows(torch.autograd.Function):

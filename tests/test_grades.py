@@ -272,6 +272,18 @@ class TestSwitching:
         total = terminal.base_output(rows.features, without=())
         torch.testing.assert_close(total, outputs(model)[:, :-1].flatten(0, 1))
 
+    @pytest.mark.parametrize("form", FORMS)
+    def test_the_fused_loss_is_that_of_the_stack(self, form):
+        model = first_grade(target_modules=["lm_head"])
+        add_grade(model, form=form)
+        shake(model, "grade_2")
+        fused, usual = loss_of(model), loss_of(model, train=False)
+        assert model(**inputs("gpt2")).logits.shape[-1] > 0
+        torch.testing.assert_close(fused, usual)
+        model.train()
+        model.get_base_model().lm_head.lreg_coefficients["default"].data.normal_()
+        assert not torch.isclose(loss_of(model), fused)
+
     def test_deepcopy_keeps_the_stack(self):
         model = stack_of_three("composed")
         assert torch.equal(outputs(copy.deepcopy(model)), outputs(model))

@@ -284,6 +284,12 @@ class TestSwitching:
         model.get_base_model().lm_head.lreg_coefficients["default"].data.normal_()
         assert not torch.isclose(loss_of(model), fused)
 
+    def test_status_as_peft_reports_it(self):
+        status = stack_of_three("composed").get_model_status()
+        assert (status.enabled, status.active_adapters) == (True, ["grade_3"])
+        assert status.requires_grad == {"default": False, "grade_2": False, "grade_3": True}
+        assert status.available_adapters == ["default", "grade_2", "grade_3"]
+
     def test_deepcopy_keeps_the_stack(self):
         model = stack_of_three("composed")
         assert torch.equal(outputs(copy.deepcopy(model)), outputs(model))
@@ -358,7 +364,7 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(gpt2(), tmp_path)
         loaded.load_adapter(tmp_path / "grade_2", "grade_2")
-        loaded.load_adapter(tmp_path / "grade_3", "grade_3")
+        loaded.load_adapter(tmp_path / "grade_3", "grade_3", low_cpu_mem_usage=True)
         loaded.set_adapter("grade_3")
         assert torch.equal(outputs(loaded), outputs(model))
 
@@ -469,6 +475,9 @@ class TestNative:
         model.set_adapter("default")
         assert torch.equal(outputs(model), before)
         model.set_adapter(name)
+        assert torch.equal(outputs(model), after)
+        with pytest.raises(ValueError, match=f"'{name}' stands on 'default'"):
+            model.delete_adapter("default")
         assert torch.equal(outputs(model), after)
         model.delete_adapter(name)
         assert torch.equal(outputs(model), before)

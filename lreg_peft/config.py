@@ -114,8 +114,9 @@ class LRegConfig(PeftConfig):
     fused_loss: bool = _option(
         True,
         "With a shortcut on the output head of a language model: compute the training loss in chunks, without a tensor "
-        "of [batch, length, vocabulary]. While the model trains with labels, its output then has no logits. Applies "
-        "where the result is the same; with several active adapters one False is enough to switch it off.",
+        "of [batch, length, vocabulary]. While the model trains with labels, its output then computes logits only when "
+        "they are asked for. Applies where the result is the same; with several active adapters one False is enough to "
+        "switch it off.",
     )
     previous_grades: list[str] = _option(
         [],

@@ -2,10 +2,12 @@
 
 While a model with a shortcut on its output head trains and gets labels, its head computes the loss itself, in chunks,
 from the rows that have a label. The model is called without the labels, its head returns an empty tensor in place of
-logits, and the loss is put into the model's output. `LRegConfig(fused_loss=False)` switches it off.
+logits, and the loss is put into the model's output. Whoever asks the output for its logits has them computed then.
+`LRegConfig(fused_loss=False)` switches all of it off.
 """
 
 import weakref
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,9 +52,11 @@ class LossRequest:
         self.shift = shift
         self.normaliser = normaliser
         self.loss: Tensor | None = None
+        self.features: Tensor | None = None
 
     def __call__(self, layer: LRegLayer, features: Tensor) -> Tensor:
         """Compute the loss from the head's input `[batch, length, in_features]`; returns `[batch, length, 0]`."""
+        self.features = features
         labels = self.labels.to(features.device)
         if self.shift:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -86,10 +90,6 @@ def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     head = fusable_head(model)
     if head is None or not _agrees(model, head, kwargs):
         return None
-    logger.warning_once(
-        "LReg trains with its fused loss: the output of the model has no logits while it trains with labels. "
-        "LRegConfig(fused_loss=False) gives them back."
-    )
     head.loss_request = LossRequest(labels, shifts_labels(model), kwargs.get("num_items_in_batch"))
     return args, {name: value for name, value in kwargs.items() if name not in _LOSS_ARGUMENTS}
 
@@ -103,7 +103,29 @@ def _finish(model: nn.Module, args: Any, output: Any) -> Any:
     if request.loss is None or not isinstance(output, dict):  # the forward pass failed, or went past the head
         return None
     rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
-    return type(output)(loss=request.loss, **rest)
+    fused = _with_logits_on_demand(type(output))(loss=request.loss, **rest)
+    fused.__dict__["_compute_logits"] = partial(head, request.features)
+    return fused
+
+
+@cache
+def _with_logits_on_demand(kind: type) -> type:
+    """A model output that computes `logits` when they are asked for, differentiably as usual."""
+
+    def get(self: Any) -> Tensor:
+        if "_logits" not in self.__dict__:
+            if "_compute_logits" not in self.__dict__:  # somebody has rebuilt the output from its entries
+                raise AttributeError(
+                    "the loss was computed without logits. LRegConfig(fused_loss=False) makes the model compute them."
+                )
+            self.__dict__["_logits"] = self.__dict__["_compute_logits"]()
+        return self.__dict__["_logits"]  # type: ignore[no-any-return]
+
+    def put(self: Any, value: Tensor | None) -> None:
+        if value is not None:
+            self.__dict__["_logits"] = value
+
+    return type(kind.__name__, (kind,), {"logits": property(get, put), "__module__": __name__})
 
 
 def fusable_head(model: nn.Module) -> LRegLayer | None:

@@ -48,7 +48,7 @@ def assert_same_training(fused: nn.Module, usual: nn.Module, batch: dict, **kwar
         output = model(**batch, **kwargs)
         losses.append(output.loss.detach())
         output.loss.backward()
-        assert (getattr(output, "logits", None) is None) == (model is fused)
+        assert ("logits" in output) == (model is usual)
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     mine, theirs = gradients(fused), gradients(usual)
     assert mine.keys() == theirs.keys()
@@ -126,7 +126,7 @@ def test_no_tensor_of_the_size_of_the_logits(monkeypatch):
 
 class TestWhereItDoesNotApply:
     def logits_of(self, model: nn.Module, batch: dict = BATCH, **kwargs) -> Tensor | None:
-        return getattr(model(**batch, **kwargs), "logits", None)
+        return model(**batch, **kwargs).get("logits")
 
     def test_evaluation_generation_and_calls_without_labels(self):
         model = adapted(tiny.gpt2(), fused_loss=True)
@@ -176,6 +176,33 @@ class TestWhereItDoesNotApply:
             model(input_ids=IDS + tiny.VOCABULARY, labels=LABELS)
         assert self.logits_of(model, {"input_ids": IDS}) is not None
         assert torch.is_grad_enabled()
+
+
+class TestLogitsOnDemand:
+    def test_they_are_the_usual_ones_and_carry_gradients(self):
+        fused, usual = twins(tiny.gpt2, n_components=3)
+        outputs = [model(**BATCH) for model in (fused, usual)]
+        assert "logits" not in outputs[0]
+        torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+        assert outputs[0].logits is outputs[0].logits
+        for output in outputs:
+            output.logits.square().mean().backward()
+        for name, gradient in gradients(usual).items():
+            torch.testing.assert_close(gradients(fused)[name], gradient, rtol=1e-4, atol=1e-7)
+
+    def test_the_output_is_of_the_model_s_own_kind(self):
+        fused, usual = twins(tiny.gpt2)
+        output = fused(**BATCH)
+        assert isinstance(output, type(usual(**BATCH)))
+        assert output[0] is output.loss is output["loss"]
+
+    def test_an_output_rebuilt_from_its_entries_says_what_to_do(self):
+        output = adapted(tiny.gpt2(), fused_loss=True)(**BATCH)
+        rebuilt = type(output)(dict(output))
+        assert rebuilt.loss is output.loss
+        with pytest.raises(AttributeError, match="fused_loss=False"):
+            rebuilt.logits  # noqa: B018
+        assert not hasattr(rebuilt, "logits")
 
 
 def test_compiled_models_compute_the_usual_loss():

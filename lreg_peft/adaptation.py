@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .core.adapt import AdaptedMesh, Strategy, adapt_mesh
+from .core.rank import communication_device, rank_and_world, sum_over_processes, tensor_from_main
 from .statistics import MeshStatistics
 from .tracking import Site, movable_sites
 
@@ -71,7 +71,7 @@ class MeshUpdate:
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """A proposal for one site, and everything that lives on its mesh."""
 
     site: Site
@@ -79,10 +79,12 @@ class _Move:
     values: tuple[Tensor, ...]  # the parameter and the optimiser's state of it
 
     def state(self) -> tuple[Tensor, ...]:
+        """The nodes and what lives on them."""
         return (self.site.nodes, *self.values)
 
     @torch.no_grad()
     def apply(self) -> None:
+        """Put the proposal in place."""
         for values in self.values:
             values.copy_(self._carry(values))
         self.site.nodes.copy_(self.mesh.nodes)
@@ -165,7 +167,7 @@ def _with_statistics(sites: list[Site], strategy: Strategy) -> list[tuple[Site, 
     if not tracked:
         raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
     sums = [site.statistics.read(site.nodes) for site in tracked if site.statistics is not None]
-    tensors = _sum_over_processes([tensor for entry in sums for tensor in entry.tensors()])
+    tensors = sum_over_processes([tensor for entry in sums for tensor in entry.tensors()])
     sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(sums))]
     seen = [
         (site, entry)
@@ -195,7 +197,7 @@ def _propose(
     n_refine: int | None,
     pseudocount: float,
     size: float,
-) -> _Move:
+) -> Move:
     parameter = site.parameter.detach()
     if hasattr(parameter, "full_tensor") or parameter.shape[0] != site.nodes.shape[0]:
         raise RuntimeError(
@@ -214,8 +216,8 @@ def _propose(
         node_gradient=sums.node_gradient if exchange else None,
         size=size,
     )
-    mesh = AdaptedMesh(_of_first_process(mesh.nodes), mesh.old_nodes.clone())
-    return _Move(site, mesh, (parameter, *_optimizer_state(site, optimizer)))
+    mesh = AdaptedMesh(tensor_from_main(mesh.nodes), mesh.old_nodes.clone())
+    return Move(site, mesh, (parameter, *_optimizer_state(site, optimizer)))
 
 
 def _optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
@@ -247,19 +249,19 @@ def _optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
     return list(state.values())
 
 
-def _apply(moves: list[_Move]) -> None:
+def _apply(moves: list[Move]) -> None:
     for move in moves:
         move.apply()
 
 
 @torch.no_grad()
-def _restore(moves: list[_Move], saved: list[list[Tensor]]) -> None:
+def _restore(moves: list[Move], saved: list[list[Tensor]]) -> None:
     for move, values in zip(moves, saved, strict=True):
         for tensor, value in zip(move.state(), values, strict=True):
             tensor.copy_(value)
 
 
-def _describe(move: _Move) -> ModuleUpdate:
+def _describe(move: Move) -> ModuleUpdate:
     new, old = move.mesh.nodes, move.mesh.old_nodes
     nearest = torch.searchsorted(old, new).clamp_max(old.shape[1] - 1)
     lengths = move.site.nodes.diff(dim=1)
@@ -283,38 +285,8 @@ def node_spread(nodes: Tensor) -> float:
 def _loss(accept: Callable[[], float]) -> float:
     """Mean over processes, the same number on all of them."""
     loss = float(accept())
-    if not _is_distributed():
+    _, world = rank_and_world()
+    if world == 1:
         return loss
-    (total,) = _sum_over_processes([torch.tensor([loss], device=_communication_device(torch.device("cpu")))])
-    return float(total) / dist.get_world_size()
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _communication_device(device: torch.device) -> torch.device:
-    """`device`, or an accelerator where the backend cannot send from the CPU."""
-    if device.type == "cpu" and dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _sum_over_processes(tensors: list[Tensor]) -> list[Tensor]:
-    """Sums in fp64 over the processes, bit-identical on all; one collective whatever the number of tensors."""
-    if not _is_distributed():
-        return tensors
-    device = _communication_device(tensors[0].device)
-    flat = torch.cat([tensor.to(device, torch.float64).flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _of_first_process(nodes: Tensor) -> Tensor:
-    """The nodes that process 0 proposes: processors of different kinds may round differently."""
-    if not _is_distributed():
-        return nodes
-    sent = nodes.to(_communication_device(nodes.device), copy=True).contiguous()
-    dist.broadcast(sent, 0)
-    return sent.to(nodes.device)
+    (total,) = sum_over_processes([torch.tensor([loss], device=communication_device(torch.device("cpu")))])
+    return float(total) / world

@@ -19,16 +19,16 @@ MODULES = {
 ORDER = [
     ["_version", "_registration"],
     ["model_card"],
-    ["core.mesh", "core.rank"],
-    ["core.basis", "core.projection", "core.adapt", "core.subspace", "core.fused_loss"],
-    ["core.regression", "core.product"],
+    ["core.mesh", "core.solve"],
+    ["core.basis", "core.projection", "core.adapt", "core.subspace", "core.fused_loss", "core.rank"],
+    ["core.regression", "core.product", "core.solve_entropy", "core.solve_squares"],
     ["config", "penalty", "statistics"],
     ["layer"],
     ["targets", "backbone", "tracking"],
     ["initialization", "terminal"],
     ["output_head", "adaptation", "plotting", "grades", "linearize"],
-    ["fused", "cached_forward"],
-    ["model", "callback", "cache"],
+    ["fused", "cached_forward", "fit"],
+    ["model", "callback", "cache", "mesh_fit"],
 ]
 
 

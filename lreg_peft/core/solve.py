@@ -1,0 +1,161 @@
+"""What the convex solvers of this package share: how samples come in, and what comes out.
+
+With the encoder fixed, an LReg layer is linear in its weights, so that fitting them is a convex problem with one
+optimum (up to directions without effect). A solver reads the samples in chunks, pass by pass, and returns with the
+coefficients an upper bound on their distance from that optimum, measured in the objective: the gap.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Entries of the [samples, outputs] matrices that a pass holds at once, and the samples that there are at least and at
+# most. Measured on a CPU: 8 MB in fp32 is best while it gives 128 samples or more; fewer do not pay for adding their
+# share of the gradient. Products in fp32 are summed over the most at once; beyond that, in fp64.
+_MAX_ENTRIES = {"cpu": 1 << 21}
+_MAX_ENTRIES_ELSEWHERE = 1 << 26
+_MIN_ROWS, _MAX_ROWS = 128, 4096
+
+Status = Literal["converged", "iteration_limit", "stalled"]
+
+
+class Chunk(NamedTuple):
+    """Some of the samples. Nothing in it is changed.
+
+    Attributes:
+        basis: `[n, features]`, fp32 or fp64; constant features (an intercept) are columns like the others.
+        target: int64 `[n]` for classes, floating `[n, outputs]` otherwise.
+        offset: `[n, outputs]`, what the prediction starts from: the frozen model's output. None means zero.
+        weight: `[n]`, non-negative. None means one.
+    """
+
+    basis: Tensor
+    target: Tensor
+    offset: Tensor | None = None
+    weight: Tensor | None = None
+
+
+#: Begins a pass over the samples: every call gives the same ones. The chunks may be made on the fly.
+Chunks = Callable[[], Iterable[Chunk]]
+
+#: Told after every pass: passes so far, objective, gap.
+Report = Callable[[int, float, float], None]
+
+
+class Processes:
+    """How processes that each hold a share of the samples act as one. This class: a process on its own."""
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, bit-identical on all."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of equal shapes, in the order of their ranks."""
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Coefficients and how close they are to the optimum.
+
+    Attributes:
+        coefficients: `[features, outputs]`, in the dtype that was asked for. Everything below is about these, after
+            rounding to that dtype, computed in fp64.
+        objective: P, see the solver.
+        gap: an upper bound on P minus the smallest P there is: the certificate. Where there is no ridge it is the
+            exact distance, up to rounding.
+        gradient_norm: Euclidean norm of the gradient of P.
+        iterations: accepted steps.
+        passes: reads of all samples: evaluations of the gradient and products with the Hessian count one each.
+        status: "converged" if `gap <= tolerance`; "iteration_limit" if the allowed passes were used up; "stalled" if
+            rounding permits no further progress.
+        method: which way the solution was found.
+        message: status and method in words; what to change if the tolerance was not reached.
+    """
+
+    coefficients: Tensor
+    objective: float
+    gap: float
+    gradient_norm: float
+    iterations: int
+    passes: int
+    status: Status
+    method: str
+    message: str
+
+    def warn_unless_converged(self) -> None:
+        """Emit a `RuntimeWarning` with the message if the tolerance was not reached."""
+        if self.status != "converged":
+            warnings.warn(self.message, RuntimeWarning, stacklevel=3)
+
+
+def check_options(start: Tensor, scale: float, tolerance: float, max_passes: int) -> None:
+    """Raise a `ValueError` for coefficients or options that no solver can work with."""
+    if start.ndim != 2 or 0 in start.shape or not start.is_floating_point():
+        raise ValueError(
+            f"start must be floating point [features >= 1, outputs >= 1], got {start.dtype} {tuple(start.shape)}."
+        )
+    if not torch.isfinite(start).all():
+        raise ValueError("start must be finite, got NaN or infinite values.")
+    for name, value in (("tolerance", tolerance), ("scale", scale)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    if max_passes < 3:
+        raise ValueError(f"max_passes must be at least 3, got {max_passes}.")
+
+
+def check_chunk(chunk: Chunk, shape: tuple[int, int], *, classes: bool) -> None:
+    """Raise a `ValueError` that says what is wrong with a chunk for coefficients of `shape` [features, outputs]."""
+    basis, target, offset, weight = chunk
+    features, outputs = shape
+    if basis.ndim != 2 or basis.shape[1] != features or basis.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"basis must be fp32 or fp64 [n, {features}], got {basis.dtype} {tuple(basis.shape)}.")
+    n = len(basis)
+    expected = (n,) if classes else (n, outputs)
+    if tuple(target.shape) != expected or target.is_floating_point() == classes:
+        kind = "int64" if classes else "floating point"
+        raise ValueError(f"target must be {kind} {list(expected)}, got {target.dtype} {tuple(target.shape)}.")
+    if classes and n and not 0 <= int(target.min()) <= int(target.max()) < outputs:
+        raise ValueError(
+            f"labels must lie in [0, {outputs - 1}] for {outputs} classes, got values from {int(target.min())} to "
+            f"{int(target.max())}."
+        )
+    if offset is not None and tuple(offset.shape) != (n, outputs):
+        raise ValueError(f"offset must have shape [n, outputs] = {(n, outputs)}, got {tuple(offset.shape)}.")
+    if weight is not None and (tuple(weight.shape) != (n,) or not (weight >= 0).all()):
+        raise ValueError(f"weight must be non-negative with shape [{n}], got {tuple(weight.shape)}.")
+    named = {"basis": basis, "target": target, "offset": offset, "weight": weight}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinite values.")
+
+
+def check_not_empty(total_weight: float) -> None:
+    """Raise a `ValueError` unless there are samples with weight."""
+    if not total_weight > 0:
+        raise ValueError(f"there are no samples to fit: their weights sum to {total_weight}.")
+
+
+def rows_at_once(outputs: int, device: torch.device) -> int:
+    """How many samples a pass should hold at a time: bounds memory for many outputs, and rounding for few."""
+    entries = _MAX_ENTRIES.get(device.type, _MAX_ENTRIES_ELSEWHERE)
+    return min(max(_MIN_ROWS, entries // outputs), _MAX_ROWS)
+
+
+def slices(chunk: Chunk, rows: int) -> Iterator[Chunk]:
+    """The chunk in pieces of at most `rows` samples."""
+    for first in range(0, len(chunk.basis), rows):
+        piece = slice(first, first + rows)
+        offset, weight = (None if tensor is None else tensor[piece] for tensor in (chunk.offset, chunk.weight))
+        yield Chunk(chunk.basis[piece], chunk.target[piece], offset, weight)
+
+
+def total_of(processes: Processes, *tensors: Tensor) -> list[Tensor]:
+    """Sums over the processes, in one message."""
+    flat = processes.total(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

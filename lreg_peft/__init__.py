@@ -18,10 +18,12 @@ from .cache import FeatureCache, cache_features
 from .callback import LRegCallback
 from .config import LRegConfig
 from .core.fused_loss import fused_cross_entropy
+from .fit import CoefficientFit, fit_coefficients
 from .grades import add_grade, load_grades
 from .initialization import initialize_lreg_weights
 from .layer import LRegLayer
 from .linearize import Refinement, refine_linearized
+from .mesh_fit import MeshFit, fit_meshes
 from .model import LRegModel
 from .model_card import push_model_card
 from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
@@ -31,10 +33,12 @@ from .tracking import count_hard_samples, track_statistics
 __all__ = [
     "__version__",
     "FeatureCache",
+    "CoefficientFit",
     "LRegCallback",
     "LRegConfig",
     "LRegLayer",
     "LRegModel",
+    "MeshFit",
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
@@ -45,6 +49,8 @@ __all__ = [
     "add_grade",
     "count_hard_samples",
     "fused_cross_entropy",
+    "fit_coefficients",
+    "fit_meshes",
     "initialize_lreg_weights",
     "inspect_targets",
     "load_grades",

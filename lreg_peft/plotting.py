@@ -18,6 +18,19 @@ _BINS = 60
 _NOW, _BEFORE = "#0b5394", "#e08214"
 
 
+def new_figure(caller: str, width: float, height: float) -> "Figure":
+    """An empty matplotlib figure, of a size in inches.
+
+    Raises:
+        ImportError: without matplotlib, naming the `caller` that needs it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{caller} draws with matplotlib. Install it: pip install matplotlib.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 @dataclass(frozen=True)
 class MeshSnapshot:
     """The meshes of one module at one time, on the CPU.
@@ -108,14 +121,10 @@ def plot_meshes(
         ImportError: without matplotlib.
         ValueError: if no LReg layer matches `modules`, or a channel does not exist.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_meshes draws with matplotlib. Install it: pip install matplotlib.") from error
     now = snapshot_meshes(model, batches, adapter_name=adapter_name)
     paths = _choose(list(now), modules)
     columns = min(max_components, max(now[path].nodes.shape[0] for path in paths))
-    figure = Figure(figsize=(4.2 * columns, 2.7 * len(paths) + 0.6), layout="constrained")
+    figure = new_figure("plot_meshes", 4.2 * columns, 2.7 * len(paths) + 0.6)
     axes = figure.subplots(len(paths), columns, squeeze=False)
     for row, path in zip(axes, paths, strict=True):
         for component, panel in enumerate(row):

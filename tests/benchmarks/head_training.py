@@ -1,0 +1,124 @@
+"""What the comparisons of certified fits with gradient training share: rows, AdamW, and one way to judge both."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lreg_peft import LRegLayer
+from lreg_peft.terminal import Rows, Terminal
+
+
+class StoredRows:
+    """Rows in memory that a fit can read again and again."""
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        self.features, self.targets = features, targets
+
+    def chunks(self, rows_per_chunk: int) -> Iterator[Rows]:
+        yield from map(Rows, self.features.split(rows_per_chunk), self.targets.split(rows_per_chunk))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and accuracy on some rows."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def score(terminal: Terminal, rows: StoredRows, per_chunk: int = 256) -> Score:
+    """Judge the shortcut as it is in the model, whatever put it there."""
+    loss = hits = 0.0
+    for features, targets in rows.chunks(per_chunk):
+        logits = terminal.base_output(features, without=()).double()
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        hits += (logits.argmax(1) == targets).sum().item()
+    return Score(loss / len(rows), hits / len(rows))
+
+
+def penalty(terminal: Terminal, ridge: float) -> Tensor:
+    """The second term of the objective: `ridge / 2` times the sum of the squared linear weights."""
+    return ridge / 2 * sum(weight.square().sum() for weight in terminal.layer.output_weights(terminal.adapter_name))
+
+
+def train(
+    terminal: Terminal,
+    rows: StoredRows,
+    *,
+    ridge: float,
+    rate: float,
+    epochs: int,
+    batch_size: int,
+    projection: bool = False,
+    seed: int = 0,
+) -> float:
+    """AdamW on the objective of the fit, with a linear schedule; returns the CPU seconds it took.
+
+    Args:
+        terminal: the shortcut, from wherever it stands.
+        rows: to train on.
+        ridge: weight of the penalty, as in the fit.
+        rate: the first learning rate.
+        epochs: passes over the rows.
+        batch_size: rows per step.
+        projection: train projection and bias as well.
+        seed: of the order.
+    """
+    layer, name = terminal.layer, terminal.adapter_name
+    trained = list(layer.output_weights(name))
+    if projection:
+        trained += [layer.lreg_projection[name], layer.lreg_projection_bias[name]]
+    steps = epochs * -(-len(rows) // batch_size)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    draw = torch.Generator().manual_seed(seed)
+    started = time.process_time()
+    for _ in tqdm(range(epochs), f"AdamW {rate:g}", leave=False, mininterval=5):
+        for chosen in torch.randperm(len(rows), generator=draw).split(batch_size):
+            logits = terminal.base_output(rows.features[chosen], without=())
+            loss = torch.nn.functional.cross_entropy(logits, rows.targets[chosen]) + penalty(terminal, ridge)
+            for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+    seconds = time.process_time() - started
+    for parameter in trained:
+        parameter.grad = None
+    return seconds
+
+
+def adapter_state(layer: LRegLayer, name: str) -> dict[str, Tensor]:
+    """A copy of everything that an adapter of a layer consists of."""
+    kinds = (*layer.adapter_layer_names, "lreg_nodes")
+    return {kind: getattr(layer, kind)[name].detach().clone() for kind in kinds if name in getattr(layer, kind)}
+
+
+@torch.no_grad()
+def restore(layer: LRegLayer, name: str, state: dict[str, Tensor]) -> None:
+    """Put a copy back, in place."""
+    for kind, value in state.items():
+        getattr(layer, kind)[name].copy_(value)
+
+
+def provenance(settings: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside figures."""
+    names = ("torch", "transformers", "peft")
+    return {
+        "command": " ".join(Path(part).name if "/" in part else part for part in sys.argv),  # names, not places
+        "settings": settings,
+        "device": f"{platform.machine()} CPU, fp32, {torch.get_num_threads()} thread",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+    }

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol, get_args, runtime_checkable
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbone import eval_mode
-from .core import Chunk, Solution, solve_cross_entropy, solve_least_squares
+from .core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
 from .core.rank import AllProcesses, raise_together, rank_and_world, tensor_from_main
-from .core.solve import Report, Status, rows_at_once
+from .core.solve import Report, rows_at_once
 from .terminal import Objective, Rows, Terminal, find_terminal
 
 
@@ -34,34 +34,21 @@ Data = Iterable[Mapping[str, Any]] | RowSource
 
 
 @dataclass(frozen=True)
-class CoefficientFit:
-    """What a fit reached. All figures are about the weights as they are in the model now.
+class CoefficientFit(Certificate):
+    """What a fit reached: a `core.Certificate` of the weights that are in the model now.
+
+    The objective P is the model's mean loss over the labels plus `ridge / 2` times the sum of the squared weights;
+    `gap` bounds how far it is from the smallest P that any weights reach.
 
     Attributes:
         module: name of the wrapped module.
         adapter: name of the adapter.
         n_rows: labels that the fit is about, over all processes.
-        objective: P, the model's mean loss over the rows plus `ridge / 2` times the sum of squares of the weights.
-        gap: an upper bound on P minus the smallest P that any weights reach: the certificate.
-        gradient_norm: Euclidean norm of the gradient of P in the weights.
-        iterations: accepted steps of the solver.
-        passes: reads of all rows by the solver.
-        status: "converged" if `gap <= tolerance`, else "iteration_limit" or "stalled"; see `core.solve.Solution`.
-        method: which way the solver went.
-        message: the outcome in words; what to change if the tolerance was not reached.
     """
 
     module: str
     adapter: str
     n_rows: int
-    objective: float
-    gap: float
-    gradient_norm: float
-    iterations: int
-    passes: int
-    status: Status
-    method: str
-    message: str
 
 
 def fit_coefficients(
@@ -262,19 +249,8 @@ class FitProblem:
                 processes=self.processes,
                 report=report,
             )
-        summary = CoefficientFit(
-            module=self.terminal.name,
-            adapter=self.adapter,
-            n_rows=self.n_rows,
-            objective=solution.objective,
-            gap=solution.gap,
-            gradient_norm=solution.gradient_norm,
-            iterations=solution.iterations,
-            passes=solution.passes,
-            status=solution.status,
-            method=solution.method,
-            message=solution.message,
-        )
+        certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
+        summary = CoefficientFit(**certificate, module=self.terminal.name, adapter=self.adapter, n_rows=self.n_rows)
         return Fitted(tensor_from_main(solution.coefficients), summary)
 
     @torch.no_grad()

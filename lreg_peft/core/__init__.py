@@ -15,13 +15,14 @@ from .mesh import check_nodes, locate, quantile_nodes, separate_nodes, uniform_n
 from .product import add_basis, add_product
 from .projection import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .regression import PiecewiseLinearFit, fit_piecewise_linear
-from .solve import Chunk, Chunks, Processes, Solution
+from .solve import Certificate, Chunk, Chunks, Processes, Solution
 from .solve_entropy import solve_cross_entropy
 from .solve_squares import solve_least_squares
 
 __all__ = [
     "LOGISTIC_NORMAL_SCALE",
     "AdaptedMesh",
+    "Certificate",
     "Chunk",
     "Chunks",
     "PiecewiseLinearFit",

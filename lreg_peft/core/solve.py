@@ -59,25 +59,22 @@ class Processes:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Coefficients and how close they are to the optimum.
+class Certificate:
+    """How close coefficients are to the optimum, as they are stored, after rounding.
 
     Attributes:
-        coefficients: `[features, outputs]`, in the dtype that was asked for. Everything below is about these, after
-            rounding to that dtype, computed in fp64.
-        objective: P, see the solver.
-        gap: an upper bound on P minus the smallest P there is: the certificate. Where there is no ridge it is the
-            exact distance, up to rounding.
+        objective: P, see the solver; computed in fp64.
+        gap: an upper bound on P minus the smallest P there is: the certificate. For least squares it is the exact
+            distance, up to rounding.
         gradient_norm: Euclidean norm of the gradient of P.
         iterations: accepted steps.
         passes: reads of all samples: evaluations of the gradient and products with the Hessian count one each.
         status: "converged" if `gap <= tolerance`; "iteration_limit" if the allowed passes were used up; "stalled" if
             rounding permits no further progress.
-        method: which way the solution was found.
+        method: which way the optimum was found.
         message: status and method in words; what to change if the tolerance was not reached.
     """
 
-    coefficients: Tensor
     objective: float
     gap: float
     gradient_norm: float
@@ -91,6 +88,17 @@ class Solution:
         """Emit a `RuntimeWarning` with the message if the tolerance was not reached."""
         if self.status != "converged":
             warnings.warn(self.message, RuntimeWarning, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Solution(Certificate):
+    """A `Certificate` and what it is about.
+
+    Attributes:
+        coefficients: `[features, outputs]`, in the dtype of the start.
+    """
+
+    coefficients: Tensor
 
 
 def check_options(start: Tensor, scale: float, tolerance: float, max_passes: int) -> None:

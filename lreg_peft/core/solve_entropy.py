@@ -470,7 +470,6 @@ class _Descent:
         else:
             message = f"{found} is above the tolerance {self.tolerance:.1e}: raise max_passes, tolerance or ridge."
         return Solution(
-            point.coefficients.to(self.final_dtype),
             point.value,
             gap,
             point.gradient.norm().item(),
@@ -479,4 +478,5 @@ class _Descent:
             status,
             method,
             message,
+            point.coefficients.to(self.final_dtype),
         )

@@ -1,7 +1,7 @@
 """Least squares with an offset, sample weights and several outputs, from one or two passes and a check."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -121,21 +121,15 @@ def solve_least_squares(
         stalled = best is not None and not gap < best.gap / 2
         if best is None or gap < best.gap:
             best = Solution(
-                rounded, objective, gap, gradient.norm().item(), iterations, passes, "converged", method, ""
+                objective, gap, gradient.norm().item(), iterations, passes, "converged", method, "", rounded
             )
         if best.gap <= tolerance or stalled:
             status = "converged" if best.gap <= tolerance else "stalled"
             break
         c = rounded.double()
     assert best is not None  # max_passes >= 3 leaves one turn of the loop after the QR pass
-    result = Solution(
-        **{
-            **vars(best),
-            "passes": passes,
-            "status": status,
-            "message": _message(status, best.gap, tolerance, passes, method, start.dtype),
-        }
-    )
+    message = _message(status, best.gap, tolerance, passes, method, start.dtype)
+    result = replace(best, passes=passes, status=status, message=message)
     result.warn_unless_converged()
     return result
 

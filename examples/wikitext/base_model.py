@@ -1,32 +1,27 @@
-"""The checkpoint every method starts from: given or trained from nothing, saved once, loaded afresh for every run."""
+"""Which model: its kind, its architecture without dropout, its tokenizer."""
 
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
 from arguments import Arguments
-from data import Corpus, encode, train_tokenizer, training_blocks
-from errors import UserError
-from hub import load_pretrained
-from training import Progress, TrainSettings, train
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from comparison.errors import UserError
+from comparison.hub import load_pretrained
+from data import Corpus, train_tokenizer
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 DROPOUT_OPTIONS = (
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
     "attention_dropout",
-    "hidden_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
     "dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
 )
 
 # GPT-2's own 0.02 is meant for widths of 768 and more: at width 128 it learns more slowly (measured after 400 steps:
@@ -34,58 +29,43 @@ DROPOUT_OPTIONS = (
 INITIALIZER_RANGE = 0.06
 
 
-def prepare_tokenizer(arguments: Arguments, corpus: Corpus, base_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a given model, or one trained on the base and training text only; saved in `base_dir`."""
-    state = PartialState()
-    name = arguments.model.model_name_or_path
-    if name is not None:
-        tokenizer = load_pretrained(AutoTokenizer, name)
-    elif state.is_main_process:
-        tokenizer = train_tokenizer(corpus.base + corpus.train, arguments.scale.vocab_size)
-    if state.is_main_process:
-        tokenizer.save_pretrained(base_dir)
-    state.wait_for_everyone()
-    return AutoTokenizer.from_pretrained(base_dir)
-
-
-def prepare_base(
-    arguments: Arguments,
-    config: PretrainedConfig,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    base_dir: Path,
-    settings: TrainSettings,
-    progress: Progress,
-) -> None:
-    """Load or create the model, run the base stage, save the result in `base_dir`."""
-    state = PartialState()
-    set_seed(arguments.comparison.seeds[0])
-    name = arguments.model.model_name_or_path
-    if name is not None:
-        model = load_pretrained(AutoModelForCausalLM, name, config=config, dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_config(config)
-    if arguments.model.base_steps:
-        progress.stage("base stage")
-        text = corpus.base or corpus.train
-        train(
-            model,
-            training_blocks(encode(tokenizer, text), arguments.data.block_size, "base" if corpus.base else "training"),
-            steps=arguments.model.base_steps,
-            learning_rate=arguments.model.base_learning_rate,
-            seed=arguments.comparison.seeds[0],
-            settings=settings,
-            progress=progress,
+def is_masked(arguments: Arguments) -> bool:
+    """Whether the model is a masked language model: what it was saved as, or what its architecture is made for."""
+    config = given_config(arguments)
+    if config is None:
+        return False
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    if saved_as.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
+        return saved_as.endswith("ForMaskedLM")
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not masked and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"A model of type '{config.model_type}' is no language model that predicts tokens; give another."
         )
-    if state.is_main_process:
-        model.save_pretrained(base_dir)
-    state.wait_for_everyone()
+    return masked
+
+
+def given_config(arguments: Arguments) -> PretrainedConfig | None:
+    """The architecture that the options name; None for the small GPT-2."""
+    name, architecture = arguments.model.model_name_or_path, arguments.model.architecture
+    if name is not None:
+        return load_pretrained(AutoConfig, name)
+    if architecture is None:
+        return None
+    try:
+        return AutoConfig.for_model(architecture)
+    except ValueError as error:
+        raise UserError(
+            f"Transformers has no model type '{architecture}'; --architecture takes gpt2, roberta, ..."
+        ) from error
 
 
 def base_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """Architecture of the base model, without dropout: LReg keeps the backbone in eval mode, the others would not."""
-    name, scale, block_size = arguments.model.model_name_or_path, arguments.scale, arguments.data.block_size
-    if name is None:
+    block_size = arguments.data.block_size or 0
+    config = given_config(arguments)
+    if config is None:
+        scale = arguments.scale
         config = GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=block_size,
@@ -96,18 +76,36 @@ def base_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Pre
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    else:
-        config = load_pretrained(AutoConfig, name)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and block_size > longest:
-            raise UserError(f"--block_size {block_size} is more than the {longest} positions of '{name}'.")
+    longest = longest_block(config)
+    if longest is not None and block_size > longest:
+        name = arguments.model.model_name_or_path or config.model_type
+        raise UserError(f"--block_size {block_size} is more than the {longest} positions of '{name}'.")
     for option in DROPOUT_OPTIONS:
         if isinstance(getattr(config, option, None), float):
             setattr(config, option, 0.0)
     return config
 
 
-def load_base(base_dir: Path) -> PreTrainedModel:
-    """A fresh copy of the base checkpoint on this process's device."""
-    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    return model.to(PartialState().device)
+def longest_block(config: PretrainedConfig) -> int | None:
+    """Tokens the model has positions for; RoBERTa counts its positions from the one after the padding token."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and "roberta" in config.model_type:
+        return positions - config.pad_token_id - 1
+    return positions
+
+
+def prepare_tokenizer(arguments: Arguments, corpus: Corpus, masked: bool, base_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a given model, or one trained on the base and training text only; saved in `base_dir`."""
+    state = PartialState()
+    name = arguments.model.model_name_or_path
+    if state.is_main_process:
+        if name is not None:
+            tokenizer = load_pretrained(AutoTokenizer, name)
+        else:
+            tokenizer = train_tokenizer(corpus.base + corpus.train, arguments.scale.vocab_size, masked)
+        tokenizer.save_pretrained(base_dir)
+    state.wait_for_everyone()
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    if masked and tokenizer.mask_token_id is None:
+        raise UserError(f"The tokenizer of '{name}' has no mask token, which a masked language model needs.")
+    return tokenizer

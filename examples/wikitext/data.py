@@ -11,15 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
+from typing import Any
 
 import torch
 from arguments import DataArguments
-from errors import UserError
-from hub import load_dataset
+from comparison.errors import UserError
+from comparison.hub import load_dataset
+from masking import SeededMasking
 from offline_text import load_offline_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+IGNORED = -100  # label of tokens that need not be found
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -33,16 +36,26 @@ class Corpus:
     tuning: list[str]
     test: list[str]
 
+    @property
+    def _parts(self) -> dict[str, list[str]]:
+        return {"base": self.base, "train": self.train, "tuning": self.tuning, "test": self.test}
+
+    def fingerprints(self) -> dict[str, str]:
+        """By which two runs can be seen to have used the same text."""
+        return {
+            name: hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
+            for name, documents in self._parts.items()
+        }
+
     def describe(self) -> dict[str, dict[str, int | str]]:
-        """Size and fingerprint of every part, so that two runs can be seen to have used the same text."""
-        parts = {"base": self.base, "train": self.train, "tuning": self.tuning, "test": self.test}
+        """Size and fingerprint of every part."""
         return {
             name: {
                 "documents": len(documents),
                 "characters": sum(map(len, documents)),
-                "sha256": hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16],
+                "sha256": self.fingerprints()[name],
             }
-            for name, documents in parts.items()
+            for name, documents in self._parts.items()
         }
 
 
@@ -61,29 +74,34 @@ def load_corpus(options: DataArguments, needs_base_text: bool, max_base_chars: i
     if options.dataset_name is not None:
         source = "/".join(filter(None, (options.dataset_name, options.dataset_config_name)))
         train, tuning, test = read_hub_dataset(options.dataset_name, options.dataset_config_name, options.text_column)
-    elif options.train_file and options.validation_file:
+    elif options.train_file:
         source = Path(options.train_file).name
-        train, tuning = [read_text_file(options.train_file)], [read_text_file(options.validation_file)]
+        train = [read_text_file(options.train_file)]
+        tuning = [read_text_file(options.validation_file)] if options.validation_file else []
         test = [read_text_file(options.test_file)] if options.test_file else []
     else:
         offline = load_offline_text(max_base_chars)
         base = offline.base if needs_base_text else []
         return Corpus("Python's language reference", base, offline.train, offline.tuning, offline.test)
 
+    if not tuning:
+        train, tuning = cut(train, 0.9, "training", "--validation_file")
     if not test:
-        tuning, test = halve(tuning)
+        tuning, test = cut(tuning, 0.5, "validation", "--test_file")
     base = load_offline_text(max_base_chars).base if needs_base_text else []
-    return Corpus(source, base, train, tuning, test)
+    limit, eval_limit = options.max_train_chars, options.max_eval_chars
+    return Corpus(source, base, [train[0][:limit]], [tuning[0][:eval_limit]], [test[0][:eval_limit]])
 
 
 def check_source(options: DataArguments) -> None:
     """Refuse options that contradict each other or name half a source."""
-    files = (options.train_file, options.validation_file, options.test_file)
-    if options.dataset_name is not None and any(files):
+    evaluation = (options.validation_file, options.test_file)
+    if options.dataset_name is not None and any((options.train_file, *evaluation)):
         raise UserError("Give either --dataset_name or local files, not both.")
-    if any(files) and not (options.train_file and options.validation_file):
-        missing = "--validation_file" if options.train_file else "--train_file"
-        raise UserError(f"Local text needs both --train_file and --validation_file; {missing} is missing.")
+    if any(evaluation) and not options.train_file:
+        raise UserError("Local text needs a --train_file; it is missing.")
+    if options.train_file and not any(evaluation):
+        raise UserError("Local text needs a --validation_file or a --test_file beside --train_file; both are missing.")
     if options.dataset_config_name is not None and options.dataset_name is None:
         raise UserError("--dataset_config_name needs --dataset_name.")
 
@@ -127,15 +145,14 @@ def read_text_file(path: str) -> str:
     return text
 
 
-def halve(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Split one document into a tuning half and a held-out half, at the line end nearest the middle."""
+def cut(documents: list[str], share: float, what: str, instead: str) -> tuple[list[str], list[str]]:
+    """Divide one document at the line end after `share` of it."""
     (text,) = documents
-    cut = text.find("\n", len(text) // 2) + 1
-    first, second = text[:cut], text[cut:]
+    position = text.find("\n", int(len(text) * share)) + 1
+    first, second = text[:position], text[position:]
     if not first.strip() or not second.strip():
         raise UserError(
-            "The validation text is too short to be split into a tuning and a held-out half; "
-            "give more lines, or a --test_file."
+            f"The {what} text has too few lines to be divided into two parts; give more lines, or a {instead}."
         )
     return [first], [second]
 
@@ -143,25 +160,31 @@ def halve(documents: list[str]) -> tuple[list[str], list[str]]:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of its own for a model that starts from nothing; every byte has a token, nothing is unknown."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int, masked: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of its own for a model that starts from nothing; every byte has a token, nothing is unknown.
+
+    Args:
+        documents: what it learns from.
+        vocab_size: of the tokenizer; it has fewer tokens if the text is short.
+        masked: whether it is for a masked language model, with RoBERTa's special tokens in RoBERTa's places.
+    """
+    if masked:
+        special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
+        names = {**special, "cls_token": "<s>", "sep_token": "</s>"}
+    else:
+        special = names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(dict.fromkeys(special.values())),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> torch.Tensor:
@@ -179,19 +202,63 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> torc
     return torch.tensor(ids, dtype=torch.long)
 
 
-def training_blocks(tokens: torch.Tensor, block_size: int, what: str) -> list[dict[str, list[int]]]:
-    """Whole blocks side by side, as Trainer wants them; the rest that fills no block is left out."""
+def causal_blocks(tokens: torch.Tensor, block_size: int, what: str) -> list[dict[str, list[int]]]:
+    """Whole blocks side by side for a causal language model; the rest that fills no block is left out."""
+    blocks = side_by_side(tokens, block_size, what).tolist()
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def masked_blocks(
+    tokens: torch.Tensor, block_size: int, what: str, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The same for a masked language model: each block between its special tokens, numbered, not masked yet."""
+    begin, end = block_ends(tokenizer)
+    blocks = side_by_side(tokens, block_size - len(begin) - len(end), what).tolist()
+    return [{"input_ids": [*begin, *block, *end], "index": index} for index, block in enumerate(blocks)]
+
+
+def block_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What stands before and after a block in a masked language model."""
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return [] if begin is None else [begin], [] if end is None else [end]
+
+
+def side_by_side(tokens: torch.Tensor, block_size: int, what: str) -> torch.Tensor:
+    """[blocks, block size], without the rest."""
     n_blocks = len(tokens) // block_size
     if n_blocks == 0:
         raise UserError(
             f"The {what} text has {len(tokens)} tokens, fewer than one block of {block_size}; "
             "give more text or a smaller --block_size."
         )
-    blocks = tokens[: n_blocks * block_size].view(n_blocks, block_size).tolist()
-    return [{"input_ids": block, "labels": block} for block in blocks]
+    return tokens[: n_blocks * block_size].view(n_blocks, block_size)
 
 
-def evaluation_batches(tokens: torch.Tensor, block_size: int, batch_size: int) -> list[torch.Tensor]:
+def masked_evaluation_batches(
+    tokens: torch.Tensor, block_size: int, batch_size: int, tokenizer: PreTrainedTokenizerBase, masking: SeededMasking
+) -> list[dict[str, torch.Tensor]]:
+    """The whole text as masked batches, every token in one block; the ragged end is a batch of its own.
+
+    The mask of a block depends on `masking` and the number of the block alone, so every method has to find the same
+    tokens.
+    """
+    begin, end = block_ends(tokenizer)
+    parts = tokens.split(block_size - len(begin) - len(end))
+    samples = [{"input_ids": [*begin, *part.tolist(), *end], "index": index} for index, part in enumerate(parts)]
+    full = [sample for sample in samples if len(sample["input_ids"]) == block_size]
+    groups = [full[start : start + batch_size] for start in range(0, len(full), batch_size)]
+    batches = [masking(group) for group in [*groups, samples[len(full) :]] if group]
+    if not any((batch["labels"] != IGNORED).any() for batch in batches):
+        raise UserError(f"An evaluation text of {len(tokens)} tokens has none to be masked; give more text.")
+    return batches
+
+
+def causal_evaluation_batches(tokens: torch.Tensor, block_size: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """The whole text as batches whose labels are the inputs; see `overlapping`."""
+    return [{"input_ids": ids, "labels": ids} for ids in overlapping(tokens, block_size, batch_size)]
+
+
+def overlapping(tokens: torch.Tensor, block_size: int, batch_size: int) -> list[torch.Tensor]:
     """The whole text as [batch, block] tensors, each block starting at the last token of the one before.
 
     A block predicts every token but its first, so with an overlap of one token each token of the text but the very

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError
+from comparison.errors import UserError
 
 # Test suites are not prose; the others are split off by some distributions, and the text should not depend on that.
 EXCLUDED_PACKAGES = {

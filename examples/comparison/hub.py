@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-from errors import UserError
+from huggingface_hub import HfApi, ModelCard
+
+from comparison.errors import UserError
 
 OFFLINE_HINT = "without a hub, run with no arguments or give local text with --train_file and --validation_file"
 PROBE_SECONDS = 10.0
@@ -63,3 +65,31 @@ def first_line(error: BaseException) -> str:
     """The beginning of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".: ") if lines else type(error).__name__
+
+
+def push_adapter(report: Any, adapters: Path, repo_id: str, private: bool) -> str:
+    """Send the adapter that was best on the tuning split, with the table in its model card; returns its address."""
+    metric = report.metric
+    rows = [row for row in report.rows if (adapters / row.method / "adapter_config.json").exists()]
+
+    def tuning_score(row: Any) -> float:
+        return max(metric.score(trial[metric.name]) for trial in row.trials)
+
+    best = max(rows, key=tuning_score)
+    folder = adapters / best.method
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    heading = "## Comparison"
+    card.text = card.text.split(heading)[0].rstrip() + (
+        f"\n\n{heading}\n\n{report.title}: this is the adapter `{best.method}` ({best.summary}), the best "
+        f"one on the tuning split, seed {best.steps[0]['seed']}.\n\n{report.table()}\n\n"
+        + "\n".join(f"- {note}" for note in report.notes())
+        + f"\n- Command: `{report.provenance['command']}`\n"
+    )
+    card.save(folder / "README.md")
+    try:
+        api = HfApi()
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=f"Adapter {best.method}")
+    except Exception as error:  # a different type for each way an upload can fail
+        raise UserError(f"Could not send '{folder}' to the hub as '{repo_id}' ({first_line(error)}).") from error
+    return str(repo)

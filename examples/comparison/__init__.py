@@ -1,0 +1,1 @@
+"""What every comparison of adaptation methods shares, whatever the task: methods, search, training, report."""

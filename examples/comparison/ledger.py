@@ -1,0 +1,134 @@
+"""The finished runs of a comparison, one line of JSON each, so that an interruption costs only the run it hits."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comparison.errors import UserError
+
+LEDGER_FILE = "runs.jsonl"
+
+
+@dataclass
+class Run:
+    """One training run and what came of it.
+
+    Attributes:
+        method: its name.
+        size: rank or number of components, None without one.
+        dof: nodes per component, None without a mesh.
+        learning_rate: its peak.
+        seed: of data order and start.
+        tuning: all metrics on the tuning split.
+        test: all metrics on the test split, None unless this run is one of those reported.
+        steps: optimiser steps taken; fewer than asked for if it stopped early.
+        best_step: the step whose state was kept.
+        seconds: of the training, with a start from data, without evaluation.
+        step_seconds: median of a step.
+        peak_memory: bytes, None where not measured.
+    """
+
+    method: str
+    size: int | None
+    dof: int | None
+    learning_rate: float
+    seed: int
+    tuning: dict[str, float]
+    steps: int
+    best_step: int
+    seconds: float
+    step_seconds: float
+    peak_memory: int | None
+    test: dict[str, float] | None = field(default=None)
+
+    @property
+    def key(self) -> str:
+        """What makes it this run and no other, under the settings of the ledger."""
+        return run_key(self.method, self.size, self.dof, self.learning_rate, self.seed)
+
+
+def run_key(method: str, size: int | None, dof: int | None, learning_rate: float, seed: int) -> str:
+    """The key of a run, finished or not."""
+    return f"{method} size={size} dof={dof} learning_rate={learning_rate:g} seed={seed}"
+
+
+class Ledger:
+    """Append-only file: its first line holds the settings all its runs share, every other line something finished.
+
+    Args:
+        folder: where it lies.
+        settings: everything that moves a figure and is the same for all runs.
+        is_main: whether this process writes; the others only remember.
+
+    Raises:
+        UserError: if the folder holds runs under other settings; the message names the first one that differs.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], is_main: bool) -> None:
+        self._path = folder / LEDGER_FILE
+        self._is_main = is_main
+        #: What was said of the base model when it was complete; None until then.
+        self.base: dict[str, Any] | None = None
+        self._runs: dict[str, Run] = {}
+        settings = json.loads(json.dumps(settings))  # what it will look like when it is read back
+        lines = self._lines()
+        if not lines:
+            self._settings = settings
+            return
+        self._settings = None
+        self._check(lines[0]["settings"], settings)
+        for line in lines[1:]:
+            if "base" in line:
+                self.base = line["base"]
+            else:
+                run = Run(**line["run"])
+                self._runs[run.key] = run
+        self.n_found = len(self._runs)
+
+    n_found = 0
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        # What follows the last line end was cut off in the middle of writing.
+        complete, _, torn = text.rpartition("\n")
+        if torn and self._is_main:
+            self._path.write_text(complete + "\n" if complete else "", encoding="utf-8")
+        return [json.loads(line) for line in complete.splitlines()]
+
+    def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        for name in [*new, *(name for name in old if name not in new)]:
+            if old.get(name) != new.get(name):
+                raise UserError(
+                    f"The folder '{self._path.parent}' holds runs with {name} {_show(old.get(name))}, and this command "
+                    f"has {name} {_show(new.get(name))}; give another --output_dir, or delete that folder."
+                )
+
+    def find(self, key: str) -> Run | None:
+        """A finished run."""
+        return self._runs.get(key)
+
+    def add(self, run: Run) -> None:
+        """Write a finished run; the same run again, now with its test figures, replaces the earlier line."""
+        self._runs[run.key] = run
+        self._write({"run": asdict(run)})
+
+    def add_base(self, figures: dict[str, float]) -> None:
+        """Write that the base model is complete, and its test figures where they mean something."""
+        self.base = {"test": figures}
+        self._write({"base": self.base})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self._is_main:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            if self._settings is not None:
+                file.write(json.dumps({"settings": self._settings}, ensure_ascii=False) + "\n")
+                self._settings = None
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,321 @@
+"""The methods that are compared, and how each one is attached to the base model.
+
+Adding a method is adding an entry to `METHODS`; nothing else in the examples knows their names.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import LoraConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from comparison.errors import UserError
+from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
+from lreg_peft import LRegConfig
+from lreg_peft.targets import output_head_name
+
+LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM")
+CLASSIFICATION = ("SEQ_CLS",)
+EVERYWHERE = LANGUAGE_MODELS + CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an attachment has to know besides the model.
+
+    Attributes:
+        task_type: of PEFT: CAUSAL_LM, MASKED_LM or SEQ_CLS.
+        size: rank or number of components; ignored by methods without one.
+        dof: nodes per component of LReg.
+        new_modules: modules without pretrained weights (a classification head), trained in full by every method.
+    """
+
+    task_type: str
+    size: int = 1
+    dof: int = 2
+    new_modules: tuple[str, ...] = ()
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """The same as PEFT wants it."""
+        return list(self.new_modules) or None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Centres of the learning-rate grids: of the tiny offline model, pretrained language models, classification."""
+
+    offline: float
+    language_model: float
+    classification: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        name: what `--methods` calls it.
+        summary: one line for the report.
+        attach: (model, fit) -> the model to train, with exactly the method's parameters requiring gradients.
+        rates: centres of its learning-rate grids.
+        size_name: what scales its parameter count, or None if the count is what it is.
+        dof: nodes per component unless `--dof` says otherwise; None for methods without a mesh.
+        start: "gradient" if the adapter wants to see data before training.
+        tasks: the task types it exists for.
+        needs_block: whether the architecture must have its feed-forward block as one module.
+    """
+
+    name: str
+    summary: str
+    attach: Callable[[PreTrainedModel, Fit], nn.Module]
+    rates: Rates
+    size_name: str | None = None
+    dof: int | None = None
+    start: Literal["gradient"] | None = None
+    tasks: tuple[str, ...] = EVERYWHERE
+    needs_block: bool = False
+
+
+# --- methods without an adapter -------------------------------------------------------------------------------------
+
+
+def attach_full(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """Full fine-tuning: every parameter."""
+    return model.requires_grad_(True)
+
+
+def attach_bitfit(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """BitFit: every bias the model has, the new modules, and nothing else."""
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise UserError(f"The method 'bitfit' needs biases, and {type(model).__name__} has none; leave it out.")
+    attach_head_only(model, fit)
+    for bias in biases:
+        bias.requires_grad_(True)
+    return model
+
+
+def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """A bias on the logits: the control that shows how much of a gain is new token frequencies alone."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"The method 'vocab-bias' needs a linear head, and that of {type(model).__name__} is a "
+            f"{type(head).__name__}; leave it out."
+        )
+    model.requires_grad_(False)
+    if head.bias is None:
+        head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
+    head.bias.requires_grad_(True)
+    return model
+
+
+def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The new modules alone: the control that shows what the frozen features give by themselves."""
+    model.requires_grad_(False)
+    for name in fit.new_modules:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def attach_lora(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LoRA on the attention projections PEFT chooses for the architecture (GPT-2: `c_attn`; BERT: query and value)."""
+    known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return _lora(model, fit, None if known else list(linear_layers(model).attention), {})
+
+
+def attach_lora_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LoRA on all linear layers of the backbone."""
+    ranks = layer_sizes(linear_layers(model), fit.size)
+    return _lora(model, fit, list(ranks), ranks)
+
+
+def attach_lora_linear_head(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LoRA on all linear layers and on the layer that makes the logits."""
+    ranks = {**layer_sizes(linear_layers(model), fit.size), output_embedding_name(model): -(-fit.size // 2)}
+    return _lora(model, fit, list(ranks), ranks)
+
+
+def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
+    pattern = as_pattern(ranks)
+    config = LoraConfig(
+        task_type=_peft_task(fit),
+        r=fit.size,
+        lora_alpha=fit.size,  # a scale of one in every module; the learning-rate search does the rest
+        lora_dropout=0.0,
+        target_modules=targets,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        modules_to_save=fit.modules_to_save,
+    )
+    with warnings.catch_warnings():
+        # GPT-2 has both kinds of layer, and PEFT sets this flag right for each of them, with a warning.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # A head whose weight is the embedding's: only merging would be a problem, and nothing is merged here.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        warnings.filterwarnings("ignore", message=".*tied_target_modules")
+        return get_peft_model(model, config)
+
+
+# --- LReg -----------------------------------------------------------------------------------------------------------
+
+
+def attach_lreg_default(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LReg where the paper has it: parallel to the head of a language model; query and key for classification."""
+    return _lreg(model, fit)
+
+
+def attach_lreg_mlp(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LReg as one shortcut around each whole feed-forward block."""
+    block = linear_layers(model).block
+    if block is None:
+        raise UserError(
+            f"The method 'lreg-mlp' needs the feed-forward block as one module, and {type(model).__name__} has none; "
+            "leave it out."
+        )
+    return _lreg(model, fit, target_modules=[block])
+
+
+def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The recommended recipe: factored shortcuts, started from gradients, on all linear layers and the LM head."""
+    components = layer_sizes(linear_layers(model), fit.size)
+    if fit.task_type in LANGUAGE_MODELS:
+        components[output_head_name(model)] = -(-fit.size // 2)
+    return _lreg(
+        model,
+        fit,
+        target_modules=list(components),
+        component_pattern=as_pattern(components),
+        head="factored",
+        init_weights="gradient",
+    )
+
+
+def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
+    config = LRegConfig(
+        task_type=_peft_task(fit),
+        n_components=fit.size,
+        dof=fit.dof,
+        modules_to_save=fit.modules_to_save,
+        **options,  # type: ignore[arg-type]
+    )
+    return get_peft_model(model, config)
+
+
+def as_pattern(sizes: dict[str, int]) -> dict[str, int]:
+    """Name endings as the regular expressions PEFT's patterns are."""
+    return {name.replace(".", r"\."): size for name, size in sizes.items()}
+
+
+def _peft_task(fit: Fit) -> str | None:
+    # PEFT has no class of its own for masked language models; its general one does what is needed.
+    return None if fit.task_type == "MASKED_LM" else fit.task_type
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5)),
+        Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3)),
+        Method(
+            "vocab-bias",
+            "a bias on the logits, nothing else",
+            attach_vocab_bias,
+            Rates(1e-1, 5e-2, 1e-2),
+            tasks=LANGUAGE_MODELS,
+        ),
+        Method(
+            "head-only",
+            "the new head, nothing else",
+            attach_head_only,
+            Rates(1e-2, 1e-2, 3e-3),
+            tasks=CLASSIFICATION,
+        ),
+        Method("lora", "LoRA on PEFT's choice of attention projections", attach_lora, Rates(1e-2, 1e-2, 1e-3), "rank"),
+        Method("lora-linear", "LoRA on all linear layers", attach_lora_linear, Rates(1e-2, 2e-2, 1e-3), "rank"),
+        Method(
+            "lora-linear-head",
+            "LoRA on all linear layers and the LM head",
+            attach_lora_linear_head,
+            Rates(2e-2, 2e-2, 1e-3),
+            "rank",
+            tasks=LANGUAGE_MODELS,
+        ),
+        Method(
+            "lreg-head",
+            "LReg at the LM head (the paper's placement)",
+            attach_lreg_default,
+            Rates(3e-2, 2e-2, 1e-3),
+            "n_components",
+            dof=2,
+            tasks=LANGUAGE_MODELS,
+        ),
+        Method(
+            "lreg-mlp",
+            "LReg around every MLP block",
+            attach_lreg_mlp,
+            Rates(3e-2, 2e-2, 3e-3),
+            "n_components",
+            dof=2,
+            tasks=LANGUAGE_MODELS,
+            needs_block=True,
+        ),
+        Method(
+            "lreg-attention",
+            "LReg on query and key (the paper's placement)",
+            attach_lreg_default,
+            Rates(3e-3, 3e-3, 3e-3),
+            "n_components",
+            dof=6,
+            tasks=CLASSIFICATION,
+        ),
+        Method(
+            "lreg",
+            "LReg on all linear layers (and the LM head), factored, started from gradients",
+            attach_lreg,
+            Rates(2e-2, 2e-2, 3e-3),
+            "n_components",
+            dof=8,
+            start="gradient",
+        ),
+    )
+}
+#: Left out unless named: beside its variant with the head it says little.
+NOT_BY_DEFAULT = {"CAUSAL_LM": ("lora-linear",), "MASKED_LM": ("lora-linear",), "SEQ_CLS": ()}
+
+
+def select_methods(names: Sequence[str], task_type: str, model: PreTrainedModel) -> list[Method]:
+    """The named methods in the order given, each once; without names all that exist for the task and architecture."""
+    there = [method for method in METHODS.values() if task_type in method.tasks]
+    if not names:
+        has_block = linear_layers(model).block is not None
+        has_bias = any(name.endswith("bias") for name, _ in model.named_parameters())
+        return [
+            method
+            for method in there
+            if method.name not in NOT_BY_DEFAULT[task_type]
+            and (has_block or not method.needs_block)
+            and (has_bias or method.name != "bitfit")
+        ]
+    unknown = [name for name in names if name not in {method.name for method in there}]
+    if unknown:
+        raise UserError(
+            f"There is no method {', '.join(map(repr, unknown))} for {task_type}; "
+            f"the methods are {', '.join(method.name for method in there)}."
+        )
+    return [METHODS[name] for name in dict.fromkeys(names)]
+
+
+def new_module_names(model: PreTrainedModel, task_type: str) -> tuple[str, ...]:
+    """The modules without pretrained weights: none in a language model, the head of a classification model."""
+    return () if task_type in LANGUAGE_MODELS else tuple(fresh_head_names(model))

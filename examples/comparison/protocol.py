@@ -1,0 +1,357 @@
+"""The comparison: base model, one method after the other, the files after each of them."""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import nn
+
+from comparison.budget import Sizes, count_trainable, given_sizes, learning_rate_grids
+from comparison.environment import (
+    make_folder,
+    peak_memory,
+    provenance,
+    reset_peak_memory,
+    start_processes,
+    without_places,
+)
+from comparison.errors import UserError
+from comparison.hub import push_adapter
+from comparison.ledger import Ledger, Run, run_key
+from comparison.methods import Method, select_methods
+from comparison.options import ComparisonArguments, RunArguments
+from comparison.picture import write_picture
+from comparison.report import Report, Row, finite
+from comparison.task import Task
+from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
+from comparison.training import KeepBest, Progress, TrainSettings, start_from_data, train
+
+#: Settings of the comparison that every run of a folder shares. What is not here (methods, sizes, rates, seeds) may
+#: change between two starts: it tells the runs apart.
+SHARED = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "head_learning_rate",
+    "bf16",
+    "eval_steps",
+    "patience",
+)
+RESULT_FILE = "comparison.json"
+
+
+class Protocol:
+    """What all runs share. One method at a time goes through `run`."""
+
+    def __init__(self, task: Task, options: ComparisonArguments, folder: Path, sizes: Sizes, ledger: Ledger) -> None:
+        self._task, self._options, self._folder = task, options, folder
+        self._sizes, self._ledger = sizes, ledger
+        self.settings: TrainSettings
+        self.progress: Progress
+
+    def run(self, method: Method, size: int | None, grid: list[float]) -> Row:
+        """Choose the learning rate on the tuning split with the first seed, then test every seed with it."""
+        first_seed, *other_seeds = self._options.seeds
+        trials: list[Run] = []
+        best: Run | None = None
+        model: nn.Module | None = None
+        for rate in grid:
+            trial, trained = self._trial(method, size, rate, first_seed, best)
+            trials.append(trial)
+            if best is None or self._score(trial) > self._score(best):
+                best, model = trial, trained
+        if best is None or self._score(best) == float("-inf"):
+            raise UserError(
+                f"The method '{method.name}' diverged at every learning rate of {grid}; "
+                f"give smaller ones with --learning_rates {method.name}=..."
+            )
+        adapter_bytes = self._finish(method, best, model)
+        del model
+        reported = [best, *(self._repeat(method, size, best.learning_rate, seed) for seed in other_seeds)]
+        return self._row(method, size, reported, trials, adapter_bytes)
+
+    def _trial(
+        self, method: Method, size: int | None, rate: float, seed: int, best: Run | None
+    ) -> tuple[Run, nn.Module | None]:
+        """A run of the search: found in the ledger, or trained. The weights of the best so far are kept on disk."""
+        found = self._find(method, size, rate, seed)
+        if found is not None:
+            self.progress.advance(self._options.steps or 0)
+            return found, None
+        model, run = self._train(method, size, rate, seed)
+        if best is None or self._score(run) > self._score(best):
+            self._keep(method, run, model)
+        self._ledger.add(run)
+        return run, model
+
+    def _repeat(self, method: Method, size: int | None, rate: float, seed: int) -> Run:
+        """A run at the chosen learning rate with another seed."""
+        found = self._find(method, size, rate, seed)
+        if found is not None and found.test is not None:
+            self.progress.advance(self._options.steps or 0)
+            return found
+        model, run = self._train(method, size, rate, seed)
+        run.test = self._task.evaluate(model, "test")
+        self._ledger.add(run)
+        return run
+
+    def _finish(self, method: Method, best: Run, model: nn.Module | None) -> int:
+        """Test the best run of the search and save what it trained; returns the bytes of its weights."""
+        folder, kept = self._folder / "adapters" / method.name, self._state_file(method)
+        record = folder / RESULT_FILE
+        if best.test is not None and record.exists() and json.loads(record.read_text("utf-8"))["run"] == best.key:
+            return weight_bytes(folder)
+        if model is None:
+            model = self._restore(method, best)
+        if best.test is None:
+            best.test = self._task.evaluate(model, "test")
+            self._ledger.add(best)
+        state = trained_state(model)
+        if PartialState().is_main_process:
+            save_trained(model, state, folder)
+            content = finite({"run": best.key, "tuning": best.tuning, "test": best.test})
+            record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            kept.unlink(missing_ok=True)
+        PartialState().wait_for_everyone()
+        return weight_bytes(folder)
+
+    def _restore(self, method: Method, run: Run) -> nn.Module:
+        """The weights of a finished run: from disk, or trained again if they are gone."""
+        state = read_state(self._state_file(method), run.key)
+        if state is None:
+            return self._train(method, run.size, run.learning_rate, run.seed)[0]
+        model = self._attach(method, run.size, run.seed)
+        put_back(model, state)
+        return model
+
+    def _keep(self, method: Method, run: Run, model: nn.Module) -> None:
+        state = trained_state(model)
+        if PartialState().is_main_process:
+            write_state(state, self._state_file(method), run.key)
+
+    def _state_file(self, method: Method) -> Path:
+        return self._folder / "unfinished" / f"{method.name}.safetensors"
+
+    def _find(self, method: Method, size: int | None, rate: float, seed: int) -> Run | None:
+        return self._ledger.find(run_key(method.name, size, self._dof(method, size), rate, seed))
+
+    def _dof(self, method: Method, size: int | None) -> int | None:
+        return None if method.dof is None else self._sizes.fit(method, size).dof
+
+    def _score(self, run: Run) -> float:
+        return self._task.metric.score(run.tuning[self._task.metric.name])
+
+    def _attach(self, method: Method, size: int | None, seed: int) -> nn.Module:
+        set_seed(seed)
+        return method.attach(self._task.load_base(), self._sizes.fit(method, size))
+
+    def _train(self, method: Method, size: int | None, rate: float, seed: int) -> tuple[nn.Module, Run]:
+        """One training run from the base model, with its figures on the tuning split."""
+        self.progress.stage(f"{method.name}, learning rate {rate:g}, seed {seed}")
+        reset_peak_memory()
+        task, options = self._task, self._options
+        model = self._attach(method, size, seed)
+        collator = task.collator(seed)
+        start_seconds = 0.0
+        if method.start is not None:
+            start_seconds = start_from_data(model, task.train_data, collator, seed)
+        keep_best = None
+        if options.eval_steps is not None:
+            keep_best = KeepBest(
+                options.eval_steps,
+                options.patience,
+                lambda trained: task.evaluate(trained, "tuning"),
+                lambda figures: task.metric.score(figures[task.metric.name]),
+            )
+        trained = train(
+            model,
+            task.train_data,
+            steps=options.steps or 0,
+            learning_rate=rate,
+            seed=seed,
+            settings=self.settings,
+            progress=self.progress,
+            name=f"{method.name}-lr{rate:g}-seed{seed}",
+            collator=collator,
+            loss=task.loss(),
+            keep_best=keep_best,
+            fixed_rate=self._fixed_rate(model),
+        )
+        figures = keep_best.figures if keep_best is not None else None
+        run = Run(
+            method=method.name,
+            size=size,
+            dof=self._dof(method, size),
+            learning_rate=rate,
+            seed=seed,
+            tuning=figures or task.evaluate(model, "tuning"),
+            steps=trained.steps,
+            best_step=trained.steps if keep_best is None else keep_best.best_step,
+            seconds=trained.seconds + start_seconds,
+            step_seconds=trained.step_seconds,
+            peak_memory=peak_memory(),
+        )
+        return model, run
+
+    def _fixed_rate(self, model: nn.Module) -> tuple[tuple[str, ...], float] | None:
+        """The rate of the new modules, unless they are all there is: then the search is about them."""
+        rate = self._options.head_learning_rate
+        if rate is None or count_trainable(model) == self._sizes.new_parameters():
+            return None
+        return self._task.new_modules, rate
+
+    def _row(self, method: Method, size: int | None, runs: list[Run], trials: list[Run], adapter_bytes: int) -> Row:
+        task = self._task
+        units_per_step = (self._options.batch_size or 0) * task.units_per_sample
+        rates = [trial.learning_rate for trial in trials]
+        peaks = [run.peak_memory for run in runs if run.peak_memory is not None]
+        return Row(
+            method=method.name,
+            summary=method.summary,
+            test={metric.name: [run.test[metric.name] for run in runs if run.test] for metric in task.metrics},
+            adapter_parameters=self._sizes.count(method, size),
+            head_parameters=self._sizes.new_parameters(),
+            size={} if method.size_name is None or size is None else {method.size_name: size},
+            dof=self._dof(method, size),
+            adapter_bytes=adapter_bytes,
+            units_per_second=units_per_step / median(run.step_seconds for run in [*trials, *runs[1:]]),
+            training_seconds=mean(run.seconds for run in runs),
+            peak_memory=max(peaks, default=None),
+            learning_rate=runs[0].learning_rate,
+            at_grid_edge=len(rates) > 1 and runs[0].learning_rate in (min(rates), max(rates)),
+            trials=[{"learning_rate": trial.learning_rate, **trial.tuning} for trial in trials],
+            steps=[{"seed": run.seed, "taken": run.steps, "kept": run.best_step} for run in runs],
+        )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, began: float) -> None:
+    """The whole comparison, resumed where an earlier start of it was interrupted.
+
+    Args:
+        task: what is compared on.
+        options: with steps, batch_size and lr_trials filled in.
+        run: where the results go.
+        began: `time.perf_counter()` at the start of the script.
+    """
+    state = PartialState()
+    folder = Path(run.output_dir)
+    make_folder(folder)
+    methods = select_methods(options.methods, task.task_type, task.empty_model())
+    if run.push_to_hub and not any(method.size_name for method in methods):
+        raise UserError(
+            "--push_to_hub sends the best adapter, and none of the chosen methods has one; add lora or lreg."
+        )
+    grids = learning_rate_grids(methods, options.lr_trials or 1, options.lr_ratio, task.rates, options.learning_rates)
+    sizes = Sizes(task, options.dof)
+    budget = options.budget or sizes.default_budget()
+    chosen = sizes.choose(methods, budget, given_sizes(options.sizes))
+    settings = without_places({**task.settings(), **{name: getattr(options, name) for name in SHARED}})
+    ledger = Ledger(folder, settings, state.is_main_process)
+    protocol = Protocol(task, options, folder, sizes, ledger)
+    protocol.settings = TrainSettings(
+        batch_size=options.batch_size or 1,
+        output_dir=folder,
+        accumulation=options.gradient_accumulation_steps,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        report_to=tuple(run.report_to),
+    )
+    _ = protocol.settings.per_device  # refuses a batch that cannot be divided, before any work is done
+    runs_per_method = (options.lr_trials or 1) + len(options.seeds) - 1
+    total = task.base_steps + len(methods) * runs_per_method * (options.steps or 0)
+    protocol.progress = progress = Progress(total, state.is_main_process, run.progress)
+    report = Report(
+        title=task.title,
+        metrics=task.metrics,
+        unit=task.unit,
+        budget=budget,
+        references=task.references(),
+        rows=[],
+        data=task.describe(),
+        settings=without_places({**settings, **asdict(options), "methods": [m.name for m in methods], "grids": grids}),
+        provenance=provenance(task.script, options.bf16),
+    )
+    progress.say(report.opening(chosen, grids))
+    if ledger.n_found:
+        progress.say(f"Resuming: {ledger.n_found} finished runs found in {folder}.")
+        report.provenance["runs found finished"] = ledger.n_found
+    figures = base_figures(task, protocol, ledger, options.seeds[0])
+    if figures:
+        report.rows.append(
+            Row("base", "the model every method starts from", {name: [figures[name]] for name in figures})
+        )
+        progress.say(report.last_row())
+    for method in methods:
+        report.rows.append(protocol.run(method, chosen[method.name], grids[method.name]))
+        report.provenance["wall time in seconds"] = round(time.perf_counter() - began, 1)
+        progress.say(report.last_row())
+        if state.is_main_process:
+            report.write_json(folder)  # now and not at the end: an interruption keeps what is finished
+    progress.close()
+    if state.is_main_process:
+        report.write_markdown(folder)
+        write_picture(report, folder)
+        print(report.closing(folder))
+        if run.push_to_hub:
+            print(f"Sent to {push_adapter(report, folder / 'adapters', run.push_to_hub, run.hub_private)}")
+    state.wait_for_everyone()
+
+
+def base_figures(task: Task, protocol: Protocol, ledger: Ledger, seed: int) -> dict[str, float]:
+    """The base stage and what it reached on the test split, unless an earlier start has done that."""
+    if ledger.base is not None:
+        protocol.progress.advance(task.base_steps)
+        return ledger.base["test"]
+
+    def base_stage(model: nn.Module, samples: Sequence[dict[str, Any]], learning_rate: float) -> None:
+        train(
+            model,
+            samples,
+            steps=task.base_steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            settings=protocol.settings,
+            progress=protocol.progress,
+            name="base",
+            collator=task.collator(seed),
+            loss=task.loss(),
+        )
+
+    protocol.progress.stage("base stage")
+    set_seed(seed)
+    task.make_base(base_stage)
+    PartialState().wait_for_everyone()
+    figures = task.evaluate(task.load_base(), "test") if task.has_base_row else {}
+    ledger.add_base(figures)
+    return figures
+
+
+def run_script(compare: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a comparison; a mistake in the command or its input is one sentence and exit code 2."""
+    # PEFT 0.21 asks for this property whenever it wraps a model; nothing the user of the examples could change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        compare(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if start_processes().is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,131 @@
+"""What a script must say about its task; everything else is shared."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from comparison.methods import new_module_names
+from comparison.placements import linear_layers
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of the table.
+
+    Attributes:
+        name: its key in what `Task.evaluate` returns.
+        higher_is_better: which way it should go.
+        digits: after the point in the table.
+        scale: what the table multiplies it with: 100 for a share shown in per cent.
+    """
+
+    name: str
+    higher_is_better: bool
+    digits: int = 2
+    scale: float = 1.0
+
+    def score(self, value: float) -> float:
+        """The same with higher always better; a figure that is no number is worst of all."""
+        if value != value:
+            return float("-inf")
+        return value if self.higher_is_better else -value
+
+    def show(self, value: float) -> str:
+        """As the table has it."""
+        return f"{value * self.scale:.{self.digits}f}"
+
+
+class Task(ABC):
+    """One task: its model, its data and its figures. The same for all methods.
+
+    Attributes:
+        script: name of the file that is run, for the record.
+        title: heading of table and picture.
+        task_type: CAUSAL_LM, MASKED_LM or SEQ_CLS.
+        auto_class: the Auto class of the model.
+        config: its configuration, without dropout.
+        rates: which centres of the learning-rate grids apply.
+        metrics: what the table shows; the first one decides.
+        unit: what a sample consists of, for the speed: tokens or samples.
+        units_per_sample: how many of them.
+        train_data: the samples, in a sequence.
+        base_steps: training steps before the methods start, 0 for none.
+        has_base_row: whether the model means something before any method has trained it.
+    """
+
+    script: str
+    title: str
+    task_type: Literal["CAUSAL_LM", "MASKED_LM", "SEQ_CLS"]
+    auto_class: Any
+    config: PretrainedConfig
+    rates: Literal["offline", "language_model", "classification"]
+    metrics: tuple[Metric, ...]
+    unit: Literal["tokens", "samples"]
+    units_per_sample: int
+    train_data: Sequence[dict[str, Any]]
+    base_steps: int = 0
+    has_base_row: bool = True
+
+    def empty_model(self) -> PreTrainedModel:
+        """The architecture on the meta device."""
+        with torch.device("meta"):
+            return self.auto_class.from_config(self.config)
+
+    @cached_property
+    def new_modules(self) -> tuple[str, ...]:
+        """Modules without pretrained weights, which every method trains in full."""
+        return new_module_names(self.empty_model(), self.task_type)
+
+    @cached_property
+    def has_block(self) -> bool:
+        """Whether the feed-forward block of the architecture is one module."""
+        return linear_layers(self.empty_model()).block is not None
+
+    @property
+    def metric(self) -> Metric:
+        """The figure that decides."""
+        return self.metrics[0]
+
+    def collator(self, seed: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None:
+        """What makes a batch of samples, reproducible from `seed`; None takes the samples as they are.
+
+        If it has a method `set_epoch`, that is called with the number of each epoch before its first batch.
+        """
+        return None
+
+    def loss(self) -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """(outputs, labels, number of labels in the whole batch) -> training loss; None takes the model's own."""
+        return None
+
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+        """The base stage: make what `load_base` loads, by `train(model, samples, learning_rate)` where needed.
+
+        Called once; not called again when an interrupted comparison is resumed.
+        """
+        return
+
+    @abstractmethod
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy of the base model on this process's device; new modules follow torch's seed."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: Literal["tuning", "test"]) -> dict[str, float]:
+        """All metrics over the whole split, the same on every process; must put the model into eval mode."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything that moves the figures and is no option of the comparison: model, data, lengths."""
+
+    def references(self) -> dict[str, float]:
+        """Figures to read the table against, in the metric that decides: a trivial predictor, for example."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """What else the record should hold: sizes and fingerprints of the data."""
+        return {}

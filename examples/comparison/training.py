@@ -1,0 +1,302 @@
+"""One training run with Trainer, and one progress bar for everything."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from comparison.errors import UserError
+from comparison.trained_state import State, put_back, trained_state
+from lreg_peft import initialize_lreg_weights
+
+START_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What all training runs share, whatever the method."""
+
+    batch_size: int
+    output_dir: Path
+    accumulation: int = 1
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    bf16: bool = False
+    report_to: tuple[str, ...] = ("none",)
+
+    @property
+    def per_device(self) -> int:
+        """Samples one process takes at a time."""
+        parts = PartialState().num_processes * self.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"--batch_size {self.batch_size} cannot be divided among {PartialState().num_processes} processes"
+                + (f" and {self.accumulation} accumulation steps." if self.accumulation > 1 else ".")
+            )
+        return self.batch_size // parts
+
+
+class Progress:
+    """One bar over all training steps of the comparison, on the main process only."""
+
+    def __init__(self, total_steps: int, is_main: bool, enabled: bool) -> None:
+        self._is_main = is_main
+        self._bar = tqdm(
+            total=total_steps,
+            disable=not (is_main and enabled),
+            unit="step",
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+
+    def stage(self, description: str) -> None:
+        """Name what is running now."""
+        self._bar.set_description(description)
+
+    def advance(self, steps: int = 1) -> None:
+        """Training steps that are done, or need not be done."""
+        self._bar.update(steps)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._is_main:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+class StepClock(TrainerCallback):
+    """Times every optimiser step, from its first batch to its end, moves the progress bar, numbers the epochs."""
+
+    def __init__(self, progress: Progress, collator: Any) -> None:
+        self.seconds: list[float] = []
+        self._progress = progress
+        self._set_epoch = getattr(collator, "set_epoch", None)
+        self._epoch = 0
+        self._start = 0.0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first batch of an epoch is made."""
+        if self._set_epoch is not None:
+            self._set_epoch(self._epoch)
+        self._epoch += 1
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start of a step."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End of a step; an accelerator is waited for, since its work is only queued until then."""
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+        self._progress.advance()
+
+
+class KeepBest(TrainerCallback):
+    """Evaluates every so many steps and after the last, keeps the best state, and stops a run that has ceased to gain.
+
+    The same rule for every method. Ties go to the earlier step.
+
+    Args:
+        every: steps between evaluations.
+        patience: evaluations without improvement that end the run; None never ends it.
+        evaluate: the figures of a model on the tuning split.
+        score: one number from the figures, higher is better.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        patience: int | None,
+        evaluate: Callable[[nn.Module], dict[str, float]],
+        score: Callable[[dict[str, float]], float],
+    ) -> None:
+        self._every, self._patience = every, patience
+        self._evaluate, self._score = evaluate, score
+        self._in_vain = 0
+        self._best_score = float("-inf")
+        self.best_step = 0
+        self.figures: dict[str, float] | None = None
+        self.state: State | None = None
+        self.report: Callable[[dict[str, float]], None] = lambda figures: None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Evaluate if it is time."""
+        if state.global_step % self._every and state.global_step < state.max_steps:
+            return
+        figures = self._evaluate(model)
+        self.report(figures)
+        if self.figures is None or self._score(figures) > self._best_score:
+            self._best_score, self._in_vain = self._score(figures), 0
+            self.figures, self.best_step, self.state = figures, state.global_step, trained_state(model)
+            return
+        self._in_vain += 1
+        if self._patience is not None and self._in_vain >= self._patience:
+            control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run took.
+
+    Attributes:
+        seconds: of all steps together.
+        step_seconds: median of a step.
+        steps: optimiser steps.
+    """
+
+    seconds: float
+    step_seconds: float
+    steps: int
+
+
+class _Trainer(Trainer):
+    """Trainer with a fixed learning rate for some modules, where one is given."""
+
+    slow: tuple[tuple[str, ...], float] | None = None  # modules, learning rate
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The usual optimiser, with the given modules in groups of their own."""
+        optimizer = super().create_optimizer(model)
+        if self.slow is None:
+            return optimizer
+        modules, rate = self.slow
+        named = (self.model if model is None else model).named_parameters()
+        own = {parameter for name, parameter in named if set(modules) & set(_prefixes(name))}
+        for group in list(optimizer.param_groups):
+            taken = [parameter for parameter in group["params"] if parameter in own]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+            if taken:
+                optimizer.add_param_group({**group, "params": taken, "lr": rate})
+        return optimizer
+
+
+def _prefixes(name: str) -> list[str]:
+    """All runs of parts of a parameter's name, which wrappers lengthen at both ends, but for those with the last."""
+    parts = name.split(".")
+    return [".".join(parts[start:end]) for start in range(len(parts)) for end in range(start + 1, len(parts))]
+
+
+def train(
+    model: nn.Module,
+    samples: Sequence[dict[str, Any]],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    settings: TrainSettings,
+    progress: Progress,
+    name: str,
+    collator: Any = None,
+    loss: Any = None,
+    keep_best: KeepBest | None = None,
+    fixed_rate: tuple[tuple[str, ...], float] | None = None,
+) -> Training:
+    """Train what requires gradients, in place.
+
+    The order of the data depends on `seed` alone. The batch is divided among the processes, so that their number does
+    not change what a step sees.
+
+    Args:
+        name: of the run, for trackers.
+        collator: makes a batch of samples; None takes them as they are.
+        loss: (outputs, labels, number of labels in the whole batch) -> loss; None takes the model's own.
+        keep_best: if given, evaluates during training; the model ends in its best state.
+        fixed_rate: modules and the learning rate they have whatever `learning_rate` is.
+    """
+    state = PartialState()
+    if len(samples) < settings.batch_size:
+        raise UserError(
+            f"There are {len(samples)} training samples, fewer than --batch_size {settings.batch_size}; give more data "
+            "or a smaller batch."
+        )
+    clock = StepClock(progress, collator)
+    tracked = settings.report_to != ("none",)
+    arguments = TrainingArguments(
+        output_dir=str(settings.output_dir / "tracking" / name if tracked else settings.output_dir),
+        run_name=name,
+        max_steps=steps,
+        per_device_train_batch_size=settings.per_device,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, int(steps * settings.warmup_ratio)),
+        weight_decay=settings.weight_decay,
+        bf16=settings.bf16,
+        seed=seed,
+        data_seed=seed,
+        logging_strategy="steps" if tracked else "no",
+        logging_steps=10,
+        save_strategy="no",
+        report_to=list(settings.report_to),
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        label_names=["labels"],
+        remove_unused_columns=False,  # samples hold what the model takes
+        use_cpu=state.device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        dataloader_drop_last=True,  # an incomplete batch is filled up where there are several processes, and else not
+        dataloader_pin_memory=state.device.type != "cpu",
+    )
+    callbacks = [clock, *([keep_best] if keep_best else [])]
+    try:
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=samples,
+            data_collator=collator,
+            compute_loss_func=loss,
+            callbacks=callbacks,
+        )
+    except RuntimeError as error:  # a tracker that is not installed
+        raise UserError(f"--report_to {' '.join(settings.report_to)}: {str(error).splitlines()[0]}") from error
+    trainer.slow = fixed_rate
+    trainer.remove_callback(PrinterCallback)
+    if keep_best is not None:
+        keep_best.report = lambda figures: trainer.log({f"eval_{key}": value for key, value in figures.items()})
+    trainer.train()
+    if keep_best is not None and keep_best.state is not None:
+        put_back(model, keep_best.state)
+    return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds))
+
+
+def start_from_data(model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int) -> float:
+    """The data-driven start of an LReg adapter from a few training samples; returns its seconds.
+
+    Every process takes its share of the samples, one at a time: the loss of a batch would be a mean over that batch,
+    and the start would depend on how the samples are divided.
+    """
+    began = time.perf_counter()
+    state = PartialState()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    own = order[:START_SAMPLES][state.process_index :: state.num_processes]
+    collate = collator or default_data_collator
+    batches = [collate([samples[position]]) for position in own]
+    initialize_lreg_weights(model, batches, method="gradient", n_batches=len(batches), seed=seed, show_progress=False)
+    return time.perf_counter() - began

@@ -1,0 +1,188 @@
+"""The task: a language model, its text and its perplexity. Causal or masked, whichever the model is."""
+
+from collections.abc import Callable, Sequence
+from math import exp, inf, isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from arguments import Arguments
+from base_model import base_config, is_masked, prepare_tokenizer
+from comparison.errors import UserError
+from comparison.hub import load_pretrained
+from comparison.task import Metric, Task
+from data import (
+    IGNORED,
+    Corpus,
+    causal_blocks,
+    causal_evaluation_batches,
+    encode,
+    masked_blocks,
+    masked_evaluation_batches,
+    unigram_perplexity,
+)
+from masking import SeededMasking
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
+EVALUATION_SEED = 0  # of the masks that every method is evaluated on
+
+
+class LanguageModelTask(Task):
+    """Adapt a language model to a text.
+
+    Args:
+        arguments: all options.
+        corpus: the text.
+        base_dir: where tokenizer and base model are kept.
+    """
+
+    script = "run_wikitext.py"
+    metrics = (Metric("perplexity", higher_is_better=False),)
+    unit = "tokens"
+
+    def __init__(self, arguments: Arguments, corpus: Corpus, base_dir: Path) -> None:
+        self._arguments, self._corpus, self._base_dir = arguments, corpus, base_dir
+        self._name = arguments.model.model_name_or_path
+        masked = is_masked(arguments)
+        self.title = f"Adaptation to: {corpus.source}"
+        self.task_type = "MASKED_LM" if masked else "CAUSAL_LM"
+        self.auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        self._tokenizer = prepare_tokenizer(arguments, corpus, masked, base_dir)
+        self.config = base_config(arguments, self._tokenizer)
+        self.rates = "offline" if self._name is None and arguments.model.architecture is None else "language_model"
+        self.base_steps = arguments.model.base_steps or 0
+        self.units_per_sample = self._block_size = arguments.data.block_size or 0
+        self._tokens = {name: encode(self._tokenizer, getattr(corpus, name)) for name in ("train", "tuning", "test")}
+        self.train_data = self._blocks(self._tokens["train"], "training")
+        self._evaluation = {split: self._batches(self._tokens[split]) for split in ("tuning", "test")}
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, tokens: torch.Tensor, what: str) -> Sequence[dict[str, Any]]:
+        if self.task_type == "MASKED_LM":
+            return masked_blocks(tokens, self._block_size, what, self._tokenizer)
+        return causal_blocks(tokens, self._block_size, what)
+
+    def _batches(self, tokens: torch.Tensor) -> list[Batch]:
+        batch_size = self._arguments.comparison.batch_size or 1
+        if self.task_type == "MASKED_LM":
+            masking = self._masking(EVALUATION_SEED)
+            return masked_evaluation_batches(tokens, self._block_size, batch_size, self._tokenizer, masking)
+        return causal_evaluation_batches(tokens, self._block_size, batch_size)
+
+    def _masking(self, seed: int) -> SeededMasking:
+        return SeededMasking(self._tokenizer, self._arguments.model.mlm_probability, seed)
+
+    def collator(self, seed: int) -> Callable[[list[dict[str, Any]]], Batch] | None:
+        """Masks, for a masked language model."""
+        return self._masking(seed) if self.task_type == "MASKED_LM" else None
+
+    def loss(self) -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """The mean over the masked tokens of the whole batch, which no process alone can know."""
+        return masked_loss if self.task_type == "MASKED_LM" else None
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_made_here(self) -> bool:
+        return self._name is None or self.base_steps > 0
+
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+        """Train a model from nothing, or a given one further; a given one without base steps is used as it is."""
+        if not self._is_made_here:
+            return
+        model = self.auto_class.from_config(self.config) if self._name is None else self._load(self._name)
+        documents = self._corpus.base or self._corpus.train
+        blocks = self._blocks(encode(self._tokenizer, documents), "base" if self._corpus.base else "training")
+        train(model, blocks, self._arguments.model.base_learning_rate or 0.0)
+        if PartialState().is_main_process:
+            model.save_pretrained(self._base_dir)
+
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy on this process's device."""
+        model = self._load(str(self._base_dir) if self._is_made_here else str(self._name))
+        return model.to(PartialState().device)
+
+    def _load(self, name: str) -> PreTrainedModel:
+        return load_pretrained(self.auto_class, name, config=self.config, dtype=torch.float32)
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, split: Literal["tuning", "test"]) -> dict[str, float]:
+        """Perplexity over the whole split."""
+        return {"perplexity": perplexity(model, self._evaluation[split], self.task_type == "CAUSAL_LM")}
+
+    def references(self) -> dict[str, float]:
+        """What token frequencies alone reach on the test text."""
+        frequencies = unigram_perplexity(self._tokens["train"], self._tokens["test"], len(self._tokenizer))
+        return {"unigram model on the test text": frequencies}
+
+    def settings(self) -> dict[str, Any]:
+        """Model and text."""
+        model, data = self._arguments.model, self._arguments.data
+        return {
+            "model_name_or_path": self._name,
+            "architecture": model.architecture,
+            "smoke": self._arguments.run.smoke,
+            "base_steps": self.base_steps,
+            "base_learning_rate": model.base_learning_rate if self.base_steps else None,
+            "task_type": self.task_type,
+            "mlm_probability": model.mlm_probability if self.task_type == "MASKED_LM" else None,
+            "block_size": data.block_size,
+            "text": self._corpus.fingerprints(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and fingerprints of the texts."""
+        return {"text": self._corpus.describe(), "tokens": {name: len(ids) for name, ids in self._tokens.items()}}
+
+
+def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood of the masked tokens of one process's share, over the number of all of them."""
+    total = functional.cross_entropy(
+        outputs["logits"].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / num_items_in_batch
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Sequence[Batch], causal: bool) -> float:
+    """exp of the mean negative log likelihood over all tokens to be found in all batches (and all processes).
+
+    Sums are float64, so the figure does not depend on how the text is divided among processes. A model that diverged
+    has infinite perplexity.
+
+    Args:
+        model: a language model.
+        batches: of `input_ids` and `labels`.
+        causal: whether a label is found one position earlier.
+    """
+    if not batches:
+        raise UserError("There is no text to evaluate on.")
+    state = PartialState()
+    model.eval()
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # negative log likelihood, tokens
+    for first in range(0, len(batches), state.num_processes):
+        # Every process takes part in every round, which sharded models need; past the end it does not count.
+        index = first + state.process_index
+        batch = {name: tensor.to(device) for name, tensor in batches[min(index, len(batches) - 1)].items()}
+        options = {"use_cache": False} if causal else {}
+        logits = model(input_ids=batch["input_ids"], **options).logits  # [batch, block, vocabulary]
+        labels = batch["labels"]
+        if causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        labels = labels.flatten()
+        nll = functional.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none")
+        if index < len(batches):
+            total[0] += nll.double().sum()
+            total[1] += (labels != IGNORED).sum()
+    total = reduce(total, reduction="sum")
+    mean = (total[0] / total[1]).item()
+    # Above 700 the exponential leaves float64; such a model is as useless as one with NaN.
+    return exp(mean) if isfinite(mean) and mean < 700 else inf

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -26,6 +27,7 @@ class Sizes:
     def __init__(self, task: Any, dof: int | None) -> None:
         self._task = task
         self._dof = dof
+        self._counts: dict[tuple[str, int | None], int] = {}
 
     def fit(self, method: Method, size: int | None) -> Fit:
         """How a method is attached with a size."""
@@ -34,16 +36,22 @@ class Sizes:
 
     def count(self, method: Method, size: int | None) -> int:
         """Trainable parameters of the method itself: those of new modules, equal for all, are left out."""
+        key = method.name, size
+        if key not in self._counts:
+            self._counts[key] = self._count(method, size) - self.new_parameters
+        return self._counts[key]
+
+    def _count(self, method: Method, size: int | None) -> int:
         model = self._task.empty_model()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*on meta device")
-                total = count_trainable(method.attach(model, self.fit(method, size)))
+                return count_trainable(method.attach(model, self.fit(method, size)))
         except ValueError as error:
             kind = type(model).__name__
             raise UserError(f"The method '{method.name}' cannot be attached to {kind}: {error}") from error
-        return total - self.new_parameters()
 
+    @cached_property
     def new_parameters(self) -> int:
         """Parameters of the new modules."""
         model = self._task.empty_model()

@@ -100,7 +100,11 @@ def parse(kinds: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
     given = list(argv)
     files = list(itertools.takewhile(lambda argument: argument.endswith((".yaml", ".yml", ".json")), given))
     arguments = [part for file in files for part in read_config(Path(file))] + given[len(files) :]
-    return Parser(kinds, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    parser = Parser(kinds, allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}")
+    return tuple(parsed)
 
 
 def read_config(path: Path) -> list[str]:

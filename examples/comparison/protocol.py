@@ -207,7 +207,7 @@ class Protocol:
     def _fixed_rate(self, model: nn.Module) -> tuple[tuple[str, ...], float] | None:
         """The rate of the new modules, unless they are all there is: then the search is about them."""
         rate = self._options.head_learning_rate
-        if rate is None or count_trainable(model) == self._sizes.new_parameters():
+        if rate is None or count_trainable(model) == self._sizes.new_parameters:
             return None
         return self._task.new_modules, rate
 
@@ -221,7 +221,7 @@ class Protocol:
             summary=method.summary,
             test={metric.name: [run.test[metric.name] for run in runs if run.test] for metric in task.metrics},
             adapter_parameters=self._sizes.count(method, size),
-            head_parameters=self._sizes.new_parameters(),
+            head_parameters=self._sizes.new_parameters,
             size={} if method.size_name is None or size is None else {method.size_name: size},
             dof=self._dof(method, size),
             adapter_bytes=adapter_bytes,

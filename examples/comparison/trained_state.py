@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 TRAINED_FILE = "trained.safetensors"
 State = dict[str, Tensor]
@@ -31,7 +31,10 @@ def put_back(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give an equally attached model the values of `trained_state`."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, values in state.items():
-        own[name].copy_(values)
+        whole = own[name]
+        if isinstance(whole, DTensor):
+            values = distribute_tensor(values.to(whole.device), whole.device_mesh, whole.placements)
+        whole.copy_(values)
 
 
 def write_state(state: State, path: Path, run: str) -> None:

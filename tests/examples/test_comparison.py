@@ -274,8 +274,9 @@ def test_an_interruption_costs_only_the_run_it_hits(run: Callable[..., Any], tmp
     task, again = run(["lora"])
     assert again["rows"][0]["test"] == whole["rows"][0]["test"]
     assert again["rows"][0]["trials"] == whole["rows"][0]["trials"]
-    # The weights of the best trial went with its test, so that it is trained once more where only the test is missing.
-    assert task.n_loaded == {2: 4, 3: 3, 4: 2, 5: 1}[n_lines]
+    # What is missing is trained; and so is the best trial, the second one, where its test was lost with its weights.
+    assert whole["rows"][0]["learning_rate"] == whole["rows"][0]["trials"][1]["learning_rate"]
+    assert task.n_loaded == {2: 3, 3: 2, 4: 2, 5: 1}[n_lines]
 
 
 def test_weights_of_the_best_trial_outlive_an_interruption(

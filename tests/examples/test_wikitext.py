@@ -17,7 +17,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GPT2Config,
+    RobertaConfig,
+)
 
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
@@ -342,6 +349,58 @@ def test_labels_in_the_picture_keep_their_distance(modules: Callable[[str], Modu
     assert min(b - a for a, b in itertools.pairwise(heights)) >= 0.06 - 1e-12
     assert heights[0] >= 0.0
     assert heights[-1] <= 1.0
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+GPT2_SHAPES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36)}
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "lreg"),
+    [
+        ("gpt2", 294_912, 202_566),
+        ("gpt2-medium", 393_216, 404_106),
+        ("gpt2-large", 737_280, 606_927),
+        ("roberta-base", 294_912, 303_128),
+    ],
+)
+def test_paper_presets_have_the_published_counts(
+    modules: Callable[[str], ModuleType], name: str, lora: int, lreg: int
+) -> None:
+    options = modules("arguments").parse_arguments(["--model_name_or_path", f"hub/{name}", "--preset", "paper"])
+    assert (options.model.base_steps, options.comparison.steps) == (200, 200)
+    assert options.data.dataset_name == "Salesforce/wikitext"
+    if name in GPT2_SHAPES:
+        width, depth = GPT2_SHAPES[name]
+        config = GPT2Config(n_embd=width, n_layer=depth, n_head=width // 64)
+        task_type, kind = "CAUSAL_LM", AutoModelForCausalLM
+    else:
+        config, task_type, kind = RobertaConfig(vocab_size=50_265), "MASKED_LM", AutoModelForMaskedLM
+
+    def empty_model() -> Any:
+        with torch.device("meta"):
+            return kind.from_config(config)
+
+    budget = modules("comparison.budget")
+    task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model)
+    sizes = budget.Sizes(task, options.comparison.dof)
+    methods = modules("comparison.methods").select_methods(options.comparison.methods, task_type, empty_model())
+    given = budget.given_sizes(options.comparison.sizes)
+    assert {m.name: sizes.count(m, given[m.name]) for m in methods} == {"lora": lora, "lreg-head": lreg}
+    grids = budget.learning_rate_grids(methods, 1, 3.0, "language_model", options.comparison.learning_rates)
+    assert grids == {"lora": [1e-5], "lreg-head": [1e-3]}
+
+
+@pytest.mark.parametrize("name", [*GPT2_SHAPES, "roberta-base"])
+def test_fair_presets_search_every_method_alike(modules: Callable[[str], ModuleType], name: str) -> None:
+    command = ["--model_name_or_path", name, "--train_file", "a.txt", "--test_file", "b.txt", "--seeds", "7"]
+    options = modules("arguments").parse_arguments(command)
+    assert options.comparison.seeds == [7]
+    assert (options.data.dataset_name, options.data.train_file) == (None, "a.txt"), "files take the preset's place"
+    named = {entry.partition("=")[0] for entry in options.comparison.learning_rates}
+    assert named == set(METHODS) - ({"lreg-mlp"} if name == "roberta-base" else set())
+    assert {len(entry.split(",")) for entry in options.comparison.learning_rates} == {options.comparison.lr_trials}
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

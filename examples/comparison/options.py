@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,10 @@ class ComparisonArguments:
 class RunArguments:
     """Where the results go and how the script behaves."""
 
-    output_dir: str = option("outputs", "Folder for everything that is written; a second start resumes there.")
+    output_dir: str = option(
+        f"outputs/{Path(sys.argv[0]).stem.removeprefix('run_')}",  # outputs/wikitext for run_wikitext.py
+        "Folder for everything that is written; a second start resumes there.",
+    )
     smoke: bool = option(False, "A very small version of everything, to see that it runs.")
     progress: bool = option(True, "Show a progress bar.")
     num_threads: int | None = option(

@@ -96,7 +96,12 @@ class Ledger:
         complete, _, torn = text.rpartition("\n")
         if torn and self._is_main:
             self._path.write_text(complete + "\n" if complete else "", encoding="utf-8")
-        return [json.loads(line) for line in complete.splitlines()]
+        try:
+            return [json.loads(line) for line in complete.splitlines()]
+        except ValueError as error:
+            raise UserError(
+                f"The file '{self._path}' is damaged ({error}); delete it to start anew, or the line to lose one run."
+            ) from error
 
     def _check(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         for name in [*new, *(name for name in old if name not in new)]:

@@ -459,6 +459,9 @@ def test_settings_and_runs_are_read_back(tmp_path: Path) -> None:
     assert Ledger(tmp_path, {"a": (1, 2)}, is_main=True).n_found == 2
     with pytest.raises(UserError, match=r"runs with a \[1, 2\], and this command has a not set"):
         Ledger(tmp_path, {}, is_main=True)
+    (tmp_path / LEDGER_FILE).write_text('{"settings": {}}\n{"run"\n{"base": {}}\n')
+    with pytest.raises(UserError, match=f"{LEDGER_FILE}' is damaged"):
+        Ledger(tmp_path, {}, is_main=True)
 
 
 def test_options_from_files_and_the_command_line(tmp_path: Path) -> None:

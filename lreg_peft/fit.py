@@ -230,7 +230,7 @@ class FitProblem:
         """One pass over the rows, for the solvers."""
         return (chunk for _, chunk in self.coords_and_chunks())
 
-    def solve(self, tolerance: float, max_passes: int) -> Fitted:
+    def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
         """The optimum on the present mesh, from the present weights; the model stays as it is."""
         # The solvers sum over outputs, and halve squares; models average over outputs.
         if self.objective == "squared_error":
@@ -239,7 +239,7 @@ class FitProblem:
             solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
         else:
             solve = solve_cross_entropy
-        with _progress(self.show_progress) as report, torch.no_grad(), eval_mode(self.terminal.model):
+        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.terminal.model):
             solution = solve(
                 self.chunks,
                 self.layer.table(self.adapter).detach(),
@@ -263,9 +263,9 @@ class FitProblem:
 
 
 @contextmanager
-def _progress(show: bool) -> Iterator[Report]:
+def _progress(show: bool, keep: bool) -> Iterator[Report]:
     """A bar that counts passes and shows objective and gap."""
-    with tqdm(desc="LReg fit: passes", unit="pass", disable=not show) as bar:
+    with tqdm(desc="LReg fit: passes", unit="pass", disable=not show, leave=keep) as bar:
 
         def report(passes: int, objective: float, gap: float) -> None:
             bar.set_postfix(objective=f"{objective:.6g}", gap=f"{gap:.1e}", refresh=False)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .adaptation import Move
 from .backbone import eval_mode
@@ -134,7 +135,9 @@ def _alternate(
 ) -> MeshFit:
     fits = [_fitted(problem, tolerance, max_passes)]
     passes, n_refused, size = fits[0].passes, 0, 1.0
-    for _ in range(max_moves):
+    moves = tqdm(range(max_moves), desc="LReg fit: mesh moves", unit="move", disable=not problem.show_progress)
+    for _ in moves:
+        moves.set_postfix(objective=f"{fits[-1].objective:.6g}", kept=len(fits) - 1, undone=n_refused)
         mesh = _propose(problem, site, strategy, n_refine, size)
         passes += 1
         if torch.equal(mesh.nodes, mesh.old_nodes):
@@ -157,7 +160,7 @@ def _alternate(
 
 def _fitted(problem: FitProblem, tolerance: float, max_passes: int) -> CoefficientFit:
     """Solve on the present mesh and write the weights."""
-    fitted: Fitted = problem.solve(tolerance, max_passes)
+    fitted: Fitted = problem.solve(tolerance, max_passes, keep_bar=False)
     problem.write(fitted.table)
     return fitted.summary
 

@@ -119,6 +119,11 @@ def test_two_nodes_cannot_move():
     assert len(result.objectives) == 1 and result.n_refused == 0
 
 
+def test_progress_shows_moves(capsys):
+    fit_meshes(regression(), step_data(), ridge=1e-6, max_moves=2)
+    assert "mesh moves" in capsys.readouterr().err
+
+
 def test_proposals_rest_on_the_gradients_of_the_loss(monkeypatch):
     """Energy and node gradient of a fitted head are those that autograd gives."""
     model, data = classes()

@@ -85,17 +85,17 @@ def gaussian(draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def hats(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    basis = _hats(draw, 20_000, 16, 8)
+    basis = _hats(draw, 10_000, 16, 8)
     return basis, _labels(draw, basis @ _normal(draw, 128, 20) / 2)
 
 
 def zipf(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    basis = _normal(draw, 4000, 16)
+    basis = _normal(draw, 3000, 16)
     return basis, _labels(draw, -torch.arange(1.0, 2001).log() + basis @ _normal(draw, 16, 2000) / 2)
 
 
 def zipf_hats(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    basis = _hats(draw, 4000, 2, 8)
+    basis = _hats(draw, 3000, 2, 8)
     return basis, _labels(draw, -torch.arange(1.0, 2001).log() + basis @ _normal(draw, 16, 2000) / 2)
 
 

@@ -111,6 +111,12 @@ def fit_meshes(
     if max_moves < 0:
         raise ValueError(f"max_moves must be at least 0, got {max_moves}.")
     terminal = find_terminal(model, adapter_name)
+    above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
+    if above:
+        raise ValueError(
+            f"the grade {above[0]!r} is composed on {terminal.adapter_name!r} and reads its mesh: move the mesh before "
+            "the grade is added."
+        )
     problem = FitProblem(terminal, data, ridge, show_progress)
     problem.warn_of_missing_start()
     site = Site(terminal.name, terminal.layer, terminal.adapter_name)

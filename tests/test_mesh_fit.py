@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lreg_peft import LRegConfig, fit_coefficients, fit_meshes, mesh_fit
+from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes, mesh_fit
 
 
 class Regression(nn.Module):
@@ -117,6 +117,17 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
 def test_two_nodes_cannot_move():
     result = fit_meshes(regression(dof=2), step_data(), ridge=1e-6, show_progress=False)
     assert len(result.objectives) == 1 and result.n_refused == 0
+
+
+def test_the_mesh_that_a_composed_grade_reads_stays():
+    model, data = classes()
+    fit = fit_coefficients(model, data, ridge=1e-3, show_progress=False)
+    name = add_grade(model, form="composed")
+    with pytest.raises(ValueError, match=f"'{name}' is composed on 'default'"):
+        fit_meshes(model, data, adapter_name="default", show_progress=False)
+    grade = fit_meshes(model, data, ridge=1e-3, max_moves=2, show_progress=False)
+    assert grade.fit.adapter == name
+    assert grade.objectives[0] < fit.objective
 
 
 def test_progress_shows_moves(capsys):

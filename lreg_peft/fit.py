@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .backbone import eval_mode
 from .core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
 from .core.rank import AllProcesses, raise_together, rank_and_world, tensor_from_main
-from .core.solve import Report, rows_at_once
+from .core.solve import Report, check_options, rows_at_once
 from .terminal import Objective, Rows, Terminal, find_terminal
 
 
@@ -102,7 +102,9 @@ def fit_coefficients(
         RuntimeWarning: if the tolerance was not reached, with the option to change.
         UserWarning: if the start from data that the configuration promises has not been made.
     """
-    problem = FitProblem(find_terminal(model, adapter_name), data, ridge, show_progress)
+    terminal = find_terminal(model, adapter_name)
+    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    problem = FitProblem(terminal, data, ridge, show_progress)
     problem.warn_of_missing_start()
     fit = problem.solve(tolerance, max_passes)
     problem.write(fit.table)
@@ -130,8 +132,8 @@ class FitProblem:
         # Whichever is narrower is kept: the inputs of the output module, or its outputs.
         self._keep_offsets = self.out_features <= self.layer.in_features
         self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
-        # A weight of the model, for its device and its dtype.
-        self._place = next(p for p in terminal.model.parameters() if p.is_floating_point())
+        # A weight, of the base module if it has one, for device and dtype of the features.
+        self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
         self._coords: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
@@ -141,11 +143,6 @@ class FitProblem:
             with torch.no_grad(), eval_mode(terminal.model):
                 for rows in self._read(data):
                     self._add(rows)
-            if not ridge > 0 and (self.objective != "squared_error" or not ridge == 0):
-                raise ValueError(
-                    f"ridge must be positive, got {ridge}: without it there is no certificate, and for separable "
-                    "classes no optimum." + (" Only regression can do with 0." if ridge == 0 else "")
-                )
         except Exception as caught:
             error = caught
         raise_together(error)
@@ -180,6 +177,11 @@ class FitProblem:
         objective = self.terminal.objective(rows.targets)
         if self.objective not in (None, objective):
             raise ValueError(f"the labels must be all of one kind, got {self.objective} and {objective}.")
+        if not self.ridge > 0 and (objective != "squared_error" or not self.ridge == 0):
+            raise ValueError(
+                f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
+                "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
+            )
         self.objective = objective
         features, targets = rows
         for name, tensor in (("features", features), ("labels", targets)):

@@ -13,6 +13,7 @@ from .core import Chunk
 from .core.adapt import AdaptedMesh, Strategy, adapt_mesh, element_moments, element_sums, node_gradient
 from .core.mesh import locate
 from .core.rank import tensor_from_main
+from .core.solve import check_options
 from .fit import CoefficientFit, Data, FitProblem, Fitted
 from .plotting import new_figure
 from .terminal import Objective, find_terminal
@@ -111,6 +112,7 @@ def fit_meshes(
     if max_moves < 0:
         raise ValueError(f"max_moves must be at least 0, got {max_moves}.")
     terminal = find_terminal(model, adapter_name)
+    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
     above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
     if above:
         raise ValueError(

@@ -99,7 +99,6 @@ class _Objective:
                 gradient += basis.T @ p
                 if first:
                     curvature += _squares(p).double()
-                if first:
                     gram += basis.double().T @ basis.double()
         scalars, gradient, curvature, gram = total_of(self.processes, scalars, gradient, curvature, gram)
         if first:

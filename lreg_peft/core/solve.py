@@ -65,7 +65,7 @@ class Certificate:
     Attributes:
         objective: P, see the solver; computed in fp64.
         gap: an upper bound on P minus the smallest P there is: the certificate. For least squares it is the exact
-            distance, up to rounding.
+            distance, up to rounding, which grows with the condition number.
         gradient_norm: Euclidean norm of the gradient of P.
         iterations: accepted steps.
         passes: reads of all samples: evaluations of the gradient and products with the Hessian count one each.

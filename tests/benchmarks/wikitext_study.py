@@ -42,6 +42,8 @@ from lreg_peft import LRegConfig, initialize_lreg_weights, track_statistics, upd
 
 # Ranks, or components, on all linear layers and the head. Equal for LoRA and LReg.
 EVERYWHERE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1, "lm_head": 1}
+# With a projection that does not train there is room for more components.
+EVERYWHERE_P_FIXED = {"attn.c_attn": 3, "attn.c_proj": 3, "mlp.c_fc": 2, "mlp.c_proj": 2, "lm_head": 1}
 LINEAR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 ADAPT_EVERY = 20
 ADAPT_UNTIL = 0.75
@@ -84,24 +86,26 @@ def _lreg(targets: list[str], components: int, dof: int, **options: Any) -> Call
     return attach
 
 
-def _lreg_everywhere(**options: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    pattern = {name.replace(".", r"\."): components for name, components in EVERYWHERE.items()}
-    return _lreg(list(EVERYWHERE), 1, 8, head="factored", component_pattern=pattern, **options)
+def _lreg_everywhere(sizes: dict[str, int] = EVERYWHERE, **options: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    pattern = {name.replace(".", r"\."): components for name, components in sizes.items()}
+    return _lreg(list(sizes), 1, 8, head="factored", component_pattern=pattern, **options)
 
 
 _RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+_HIGHER_RATES = (1e-2, 2e-2, 4e-2, 8e-2)
 METHODS = {
     "vocab-bias": Method(_vocabulary_bias, (1e-2, 3e-2, 1e-1, 3e-1)),
     "lora c_attn r8": Method(_lora({"attn.c_attn": 8}), _RATES),
     "lora linear r2": Method(_lora(dict.fromkeys(LINEAR, 2)), _RATES),
     "lora linear+head": Method(_lora(EVERYWHERE), _RATES),
-    "lreg mlp, P fixed": Method(_lreg(["mlp"], 10, 2, train_projection=False), _RATES),
+    "lreg mlp, P fixed": Method(_lreg(["mlp"], 15, 2, train_projection=False), _HIGHER_RATES),
     "lreg mlp": Method(_lreg(["mlp"], 10, 2), _RATES),
-    "lreg mlp, pca": Method(_lreg(["mlp"], 10, 2), _RATES, start="pca"),
     "lreg linear+head": Method(_lreg_everywhere(), _RATES),
     "lreg linear+head, pca": Method(_lreg_everywhere(), _RATES, start="pca"),
     "lreg linear+head, gradient": Method(_lreg_everywhere(), _RATES, start="gradient"),
-    "lreg linear+head, gradient, P fixed": Method(_lreg_everywhere(train_projection=False), _RATES, start="gradient"),
+    "lreg linear+head, gradient, P fixed": Method(
+        _lreg_everywhere(EVERYWHERE_P_FIXED, train_projection=False), _HIGHER_RATES, start="gradient"
+    ),
     "lreg linear+head, gradient, moving mesh": Method(_lreg_everywhere(), _RATES, start="gradient", adapt=True),
 }
 

@@ -330,9 +330,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         kind = features.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
 
-        def base(rows: Tensor) -> Tensor:
+        def autocast_base(rows: Tensor) -> Tensor:
             with torch.autocast(kind, dtype, enabled):
                 return first_tensor(self.base_layer(rows))[0]
+
+        base = autocast_base if enabled or type(self.base_layer) is not nn.Linear else self.base_layer
 
         designs, tables, watchers = [], [], []
         with torch.autocast(kind, enabled=False):

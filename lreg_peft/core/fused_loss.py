@@ -5,11 +5,11 @@ Logits over a vocabulary are by far the largest tensor of a language model's tra
 `table` and, if asked for, `features`; these are small, and all that is kept for the backward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows per chunk on a CPU: enough for GEMMs at full speed, few enough for the logits of a chunk to stay near the cache.
 _CPU_ROWS = 128
@@ -18,12 +18,13 @@ _CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
 _CHUNK_BYTES = 256 * 2**20
 
+Base = Callable[[Tensor], Tensor]
 #: Rows of the batch, and what is told the squared norms of the gradient in their logits during the backward pass.
 Watcher = tuple[slice, Callable[[Tensor], None]]
 
 
 def fused_cross_entropy(
-    base: Callable[[Tensor], Tensor],
+    base: Base,
     features: Tensor,
     targets: Tensor,
     design: Tensor | None = None,
@@ -41,7 +42,7 @@ def fused_cross_entropy(
 
     Args:
         base: frozen function `[rows, in_features]` -> logits `[rows, classes]`, applied to each row by itself. It gets
-            no gradients of its own.
+            no gradients of its own. For an `nn.Linear` there is a faster way on the CPU.
         features: `[n, in_features]`. Their gradient is computed only if they require one, at the cost of a backward
             pass through `base`.
         targets: int64 `[n]`, each in `[0, classes)`.
@@ -91,7 +92,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         design: Tensor | None,
         table: Tensor | None,
         targets: Tensor,
-        base: Callable[[Tensor], Tensor],
+        base: Base,
         normaliser: Tensor | float,
         smoothing: float,
         rows_per_chunk: int | None,
@@ -108,23 +109,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_table = table.new_zeros(table.shape, dtype=precise) if needs_table else None  # type: ignore[union-attr]
         exact_table = table.to(precise) if table is not None and needs_design else None
         energy = features.new_empty(n if watchers else 0, dtype=precise)
-        buffer = None
+        chunks = _ClassesFirst if _is_plain_linear(base, features) else _RowsFirst
+        work = chunks(base, needs_features, precise)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
-            logits, chunk = _base_logits(base, features[rows], needs_features)
-            scores, height = logits.detach(), rows.stop - start
-            block = _rows_per_block(scores)
-            if buffer is None:  # one for all: the allocator would return such blocks to the system every time
-                buffer = scores.new_empty(
-                    height if needs_features else min(block, height), scores.shape[1], dtype=precise
+            for part, scores in work.scores(features, design, table, rows):
+                loss, gradient = _entropy_and_gradient(
+                    scores, targets[part], smoothing, needs_any, work.room(scores, part)
                 )
-            for first in range(0, height, block):
-                part = slice(start + first, start + min(first + block, height))
-                piece = scores[first : first + block]
-                if design is not None and table is not None:
-                    piece.addmm_(design[part].to(piece.dtype), table.to(piece.dtype))
-                room = buffer[first:] if needs_features else buffer
-                loss, gradient = _entropy_and_gradient(piece.to(precise), targets[part], smoothing, needs_any, room)
                 total += loss
                 if gradient is None:
                     continue
@@ -135,7 +127,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 for picked, _ in watchers:
                     _note_energy(energy, gradient, picked.indices(n), part)
             if d_features is not None:
-                (d_features[rows],) = torch.autograd.grad(logits, chunk, buffer[:height].to(logits.dtype))
+                d_features[rows] = work.features_gradient()
         ctx.save_for_backward(d_features, d_design, d_table, energy)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (features, design, table))
         ctx.normaliser, ctx.watchers = normaliser, watchers
@@ -159,6 +151,102 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None)
 
 
+class _RowsFirst:
+    """Logits of a chunk as any `base` gives them, `[rows, classes]`."""
+
+    def __init__(self, base: Base, needs_features: bool, precise: torch.dtype) -> None:
+        self._base, self._needs_features, self._precise = base, needs_features, precise
+        self._buffer: Tensor | None = None  # one for all: the allocator would return it to the system every time
+        self._start = 0
+
+    def scores(
+        self, features: Tensor, design: Tensor | None, table: Tensor | None, rows: slice
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of a chunk: their rows, and logits `[rows, classes]` with the shortcut."""
+        self._start = rows.start
+        self._chunk = features[rows].detach().requires_grad_(self._needs_features)
+        with torch.set_grad_enabled(self._needs_features):
+            self._logits = self._base(self._chunk)
+            # `base` may need its own output to give the gradient, or return its input.
+            if self._needs_features or self._logits.data_ptr() == self._chunk.data_ptr():
+                self._logits = self._logits * 1
+        logits = self._logits.detach()
+        block = _rows_per_block(logits)
+        for first in range(0, len(logits), block):
+            piece = logits[first : first + block]
+            part = slice(rows.start + first, rows.start + first + len(piece))
+            if design is not None and table is not None:
+                piece.addmm_(design[part].to(piece.dtype), table.to(piece.dtype))
+            if self._buffer is None:
+                height = len(logits) if self._needs_features else len(piece)
+                self._buffer = piece.new_empty(height, piece.shape[1], dtype=self._precise)
+            yield part, piece.to(self._precise)
+
+    def room(self, scores: Tensor, part: slice) -> Tensor:
+        """Where the gradient in these logits goes; of a whole chunk if the features need theirs."""
+        assert self._buffer is not None
+        first = part.start - self._start if self._needs_features else 0
+        return self._buffer[first : first + len(scores)]
+
+    def features_gradient(self) -> Tensor:
+        """Gradient in the features of the chunk, `[rows, in_features]`."""
+        assert self._buffer is not None
+        gradient = self._buffer[: len(self._logits)].to(self._logits.dtype)
+        return torch.autograd.grad(self._logits, self._chunk, gradient)[0]
+
+
+class _ClassesFirst:
+    """Logits of a linear layer in the memory layout `[classes, rows]`, seen as `[rows, classes]`.
+
+    On a CPU the product of the large weight with few rows is some 1.4 times faster this way round, and so are the thin
+    products after it.
+    """
+
+    def __init__(self, base: Base, needs_features: bool, precise: torch.dtype) -> None:
+        assert isinstance(base, nn.Linear)
+        self._weight, self._bias = base.weight.detach(), base.bias
+        self._precise = precise
+        self._logits: Tensor | None = None
+        self._gradient: Tensor | None = None
+
+    def scores(
+        self, features: Tensor, design: Tensor | None, table: Tensor | None, rows: slice
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The chunk as one piece."""
+        chunk = features[rows].detach()
+        if self._logits is None:
+            self._logits = chunk.new_empty(len(self._weight) * len(chunk))
+        scores = self._logits[: len(self._weight) * len(chunk)].view(-1, len(chunk))
+        torch.mm(self._weight, chunk.T, out=scores)
+        if self._bias is not None:
+            scores += self._bias.detach().unsqueeze(1)
+        if design is not None and table is not None:
+            scores.addmm_(table.to(scores.dtype).T, design[rows].to(scores.dtype).T)
+        yield rows, scores.to(self._precise).T
+
+    def room(self, scores: Tensor, part: slice) -> Tensor:
+        """As there."""
+        if self._gradient is None:
+            self._gradient = scores.new_empty(scores.numel())
+        self._rows = self._gradient[: scores.numel()].view(scores.shape[1], -1).T
+        return self._rows
+
+    def features_gradient(self) -> Tensor:
+        """As there."""
+        return self._rows.to(self._weight.dtype) @ self._weight
+
+
+def _is_plain_linear(base: Base, features: Tensor) -> bool:
+    """Whether `base` is a linear layer on the CPU that computes with its weight and nothing else."""
+    return (
+        type(base) is nn.Linear
+        and features.device.type == base.weight.device.type == "cpu"
+        and base.weight.dtype == features.dtype
+        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _note_energy(energy: Tensor, gradient: Tensor, picked: tuple[int, int, int], part: slice) -> None:
     """Write the squared norms of those rows of `gradient`, which are the rows `part`, that are picked."""
     start, stop, step = picked
@@ -172,11 +260,11 @@ def _note_energy(energy: Tensor, gradient: Tensor, picked: tuple[int, int, int],
 def _rows_per_block(scores: Tensor) -> int:
     """Rows that stay in the cache of a CPU core while all is done that they are needed for."""
     if scores.device.type != "cpu":
-        return len(scores)
+        return max(1, len(scores))
     return max(8, _CPU_BLOCK_BYTES // (scores.shape[1] * scores.element_size()))
 
 
-def _rows_per_chunk(base: Callable[[Tensor], Tensor], features: Tensor) -> int:
+def _rows_per_chunk(base: Base, features: Tensor) -> int:
     if features.device.type == "cpu" or not len(features):
         return _CPU_ROWS
     with torch.no_grad():
@@ -184,25 +272,13 @@ def _rows_per_chunk(base: Callable[[Tensor], Tensor], features: Tensor) -> int:
     return max(128, _CHUNK_BYTES // (4 * one.shape[-1]))  # fp32 is what the softmax is computed in
 
 
-def _base_logits(base: Callable[[Tensor], Tensor], features: Tensor, needs_features: bool) -> tuple[Tensor, Tensor]:
-    """Logits of a chunk that may be written to, and the features whose gradient they can give."""
-    chunk = features.detach()
-    if not needs_features:
-        with torch.no_grad():
-            logits = base(chunk)
-        return logits.clone() if logits.data_ptr() == chunk.data_ptr() else logits, chunk
-    chunk.requires_grad_()
-    with torch.enable_grad():
-        return base(chunk) * 1, chunk  # a copy: `base` may need its own output to give the gradient
-
-
 def _entropy_and_gradient(
-    logits: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool, buffer: Tensor
+    logits: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool, room: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of a chunk and its gradient in the logits, which is written to `buffer`."""
+    """Summed cross-entropy of logits `[rows, classes]` and its gradient in them, written to `room`."""
     index = targets.unsqueeze(1)
     at_target = logits.gather(1, index)
-    probability = torch.softmax(logits, dim=1, out=buffer[: len(logits)])
+    probability = torch.softmax(logits, dim=1, out=room)
     # The largest probability is at least 1 / classes, so that its logarithm is always safe.
     log_normaliser = logits.amax(dim=1, keepdim=True) - probability.amax(dim=1, keepdim=True).log()
     loss = (log_normaliser - at_target).sum()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lreg_peft.core import fused_loss
@@ -39,6 +39,40 @@ def whole_logits(p: dict[str, Tensor]) -> Tensor:
 
 def grads(loss: Tensor, p: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [t for t in (p["features"], p["design"], p["table"]) if t.requires_grad]))
+
+
+def linear(p: dict[str, Tensor], *, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(IN, CLASSES, bias=bias).to(p["features"].dtype).requires_grad_(False)
+    layer.weight.copy_(p["weight"])
+    return layer
+
+
+@pytest.mark.parametrize("train_features", [False, True])
+@pytest.mark.parametrize("rows_per_chunk", [None, 1, 7, 23, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_base_takes_the_other_layout_to_the_same_result(rows_per_chunk, smoothing, bias, train_features):
+    p, seen = problem(train_features=train_features), []
+    layer = linear(p, bias=bias)
+    inputs = (p["features"], p["targets"], p["design"], p["table"])
+    options = {"rows_per_chunk": rows_per_chunk, "label_smoothing": smoothing}
+    results = []
+    for base in (layer, lambda rows: layer(rows)):
+        watchers = [(slice(1, None, 4), seen.append)]
+        loss = fused_cross_entropy(base, *inputs, **options, watchers=watchers)
+        results.append([loss.detach(), *grads(loss, p)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(*seen)
+
+
+def test_a_hooked_linear_layer_is_called():
+    p, calls = problem(), []
+    layer = linear(p)
+    layer.register_forward_hook(lambda module, args, output: calls.append(1) or output * 2)
+    loss = fused_cross_entropy(layer, p["features"], p["targets"], p["design"], p["table"])
+    assert calls
+    torch.testing.assert_close(loss, F.cross_entropy(layer(p["features"]) + p["design"] @ p["table"], p["targets"]))
 
 
 @pytest.fixture(params=["one block", "blocks of 8"])

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForS
 
 from lreg_peft import LRegConfig
 
-HIDDEN, VOCABULARY, BATCH, LENGTH = 32, 500, 2, 12
+HIDDEN, VOCABULARY, BATCH, LENGTH = 32, 500, 2, 17
 IDS = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
@@ -19,7 +19,7 @@ def _in_place_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **o
 
 _in_place_product._get_raw = True
 IN_PLACE = {torch.ops.aten.addmm_: _in_place_product}  # torch's counter knows the other form only
-N = BATCH * (LENGTH - 1)  # predicted tokens
+N = BATCH * (LENGTH - 1)  # predicted tokens: 32, which is not rounded up
 
 
 def gpt2() -> GPT2LMHeadModel:

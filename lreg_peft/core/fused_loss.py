@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Rows per chunk on a CPU: enough for GEMMs at full speed, few enough for the logits of a chunk to stay near the cache.
 _CPU_ROWS = 128
+# GEMM and softmax over a row length that fills whole vector registers run up to twice as fast.
+_ALIGNED_ROWS = 32
 # After the GEMM a chunk is worked off in blocks of this size: read from the cache eight times instead of from memory.
 _CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
@@ -114,12 +117,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
             for part, scores in work.scores(features, design, table, rows):
-                loss, gradient = _entropy_and_gradient(
-                    scores, targets[part], smoothing, needs_any, work.room(scores, part)
-                )
+                room = work.room(scores, part)
+                loss, gradient = _entropy_and_gradient(scores, targets[part], smoothing, needs_any, room, work.classes)
                 total += loss
                 if gradient is None:
                     continue
+                gradient = gradient.movedim(work.classes, 1)  # [rows, classes]
                 if d_design is not None and exact_table is not None:
                     torch.mm(gradient, exact_table.T, out=d_design[part])
                 if d_table is not None and design is not None:
@@ -153,6 +156,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 class _RowsFirst:
     """Logits of a chunk as any `base` gives them, `[rows, classes]`."""
+
+    classes = 1  # dimension
 
     def __init__(self, base: Base, needs_features: bool, precise: torch.dtype) -> None:
         self._base, self._needs_features, self._precise = base, needs_features, precise
@@ -196,11 +201,13 @@ class _RowsFirst:
 
 
 class _ClassesFirst:
-    """Logits of a linear layer in the memory layout `[classes, rows]`, seen as `[rows, classes]`.
+    """Logits of a linear layer as `[classes, rows]`.
 
     On a CPU the product of the large weight with few rows is some 1.4 times faster this way round, and so are the thin
     products after it.
     """
+
+    classes = 0
 
     def __init__(self, base: Base, needs_features: bool, precise: torch.dtype) -> None:
         assert isinstance(base, nn.Linear)
@@ -212,8 +219,10 @@ class _ClassesFirst:
     def scores(
         self, features: Tensor, design: Tensor | None, table: Tensor | None, rows: slice
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The chunk as one piece."""
+        """The chunk as one piece, `[classes, rows]`, with spare rows at the end that make their number a round one."""
         chunk = features[rows].detach()
+        spare = -len(chunk) % _ALIGNED_ROWS
+        chunk = F.pad(chunk, (0, 0, 0, spare))
         if self._logits is None:
             self._logits = chunk.new_empty(len(self._weight) * len(chunk))
         scores = self._logits[: len(self._weight) * len(chunk)].view(-1, len(chunk))
@@ -221,19 +230,20 @@ class _ClassesFirst:
         if self._bias is not None:
             scores += self._bias.detach().unsqueeze(1)
         if design is not None and table is not None:
-            scores.addmm_(table.to(scores.dtype).T, design[rows].to(scores.dtype).T)
-        yield rows, scores.to(self._precise).T
+            scores.addmm_(table.to(scores.dtype).T, F.pad(design[rows], (0, 0, 0, spare)).to(scores.dtype).T)
+        yield rows, scores.to(self._precise)
 
     def room(self, scores: Tensor, part: slice) -> Tensor:
         """As there."""
         if self._gradient is None:
             self._gradient = scores.new_empty(scores.numel())
-        self._rows = self._gradient[: scores.numel()].view(scores.shape[1], -1).T
-        return self._rows
+        room = self._gradient[: scores.numel()].view(scores.shape)
+        self._filled = room[:, : part.stop - part.start]
+        return room
 
     def features_gradient(self) -> Tensor:
         """As there."""
-        return self._rows.to(self._weight.dtype) @ self._weight
+        return self._filled.T.to(self._weight.dtype) @ self._weight
 
 
 def _is_plain_linear(base: Base, features: Tensor) -> bool:
@@ -273,20 +283,26 @@ def _rows_per_chunk(base: Base, features: Tensor) -> int:
 
 
 def _entropy_and_gradient(
-    logits: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool, room: Tensor
+    logits: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool, room: Tensor, classes: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of logits `[rows, classes]` and its gradient in them, written to `room`."""
-    index = targets.unsqueeze(1)
-    at_target = logits.gather(1, index)
-    probability = torch.softmax(logits, dim=1, out=room)
+    """Summed cross-entropy of logits with the classes in dimension `classes`, and its gradient, written to `room`.
+
+    Rows beyond those of `targets` are not counted and not returned.
+    """
+    n = len(targets)
+    index = targets.unsqueeze(classes)
+    at_target = logits.gather(classes, index)
+    probability = torch.softmax(logits, dim=classes, out=room)
     # The largest probability is at least 1 / classes, so that its logarithm is always safe.
-    log_normaliser = logits.amax(dim=1, keepdim=True) - probability.amax(dim=1, keepdim=True).log()
+    log_normaliser = logits.amax(dim=classes, keepdim=True) - probability.amax(dim=classes, keepdim=True).log()
+    log_normaliser = log_normaliser.narrow(1 - classes, 0, n)
     loss = (log_normaliser - at_target).sum()
     if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * (log_normaliser - logits.mean(dim=1, keepdim=True)).sum()
+        mean = logits.mean(dim=classes, keepdim=True).narrow(1 - classes, 0, n)
+        loss = (1 - smoothing) * loss + smoothing * (log_normaliser - mean).sum()
     if not needs_gradient:
         return loss, None
     if smoothing:
-        probability -= smoothing / logits.shape[1]
-    probability.scatter_add_(1, index, probability.new_full(index.shape, smoothing - 1))
-    return loss, probability
+        probability -= smoothing / logits.shape[classes]
+    probability.scatter_add_(classes, index, probability.new_full(index.shape, smoothing - 1))
+    return loss, probability.narrow(1 - classes, 0, n)

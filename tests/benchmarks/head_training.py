@@ -1,5 +1,6 @@
 """What the comparisons of certified fits with gradient training share: rows, AdamW, and one way to judge both."""
 
+import json
 import platform
 import sys
 import time
@@ -122,3 +123,10 @@ def provenance(settings: dict[str, Any]) -> dict[str, Any]:
         "device": f"{platform.machine()} CPU, fp32, {torch.get_num_threads()} thread",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
     }
+
+
+def save(folder: Path, name: str, report: dict[str, Any], text: str) -> None:
+    """Write what was found as JSON and as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")

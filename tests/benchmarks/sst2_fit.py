@@ -20,7 +20,6 @@ Accuracy is on the validation rows, which nothing above looks at.
 
 import argparse
 import csv
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -33,7 +32,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from head_training import StoredRows, adapter_state, penalty, provenance, restore, score, train
+from head_training import StoredRows, adapter_state, penalty, provenance, restore, save, score, train
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -259,9 +258,7 @@ def main() -> None:
         "feature_seconds": seconds,
         "provenance": provenance(settings),
     }
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "sst2_fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (arguments.output_dir / "sst2_fit.md").write_text(text + "\n", encoding="utf-8")
+    save(arguments.output_dir, "sst2_fit", report, text)
     draw(comparison.rows, comparison.history, arguments.output_dir / "sst2_fit.png")
 
 

@@ -18,7 +18,6 @@ shortcut. Perplexities are on blocks spread evenly over the test file. Seconds a
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from head_training import StoredRows, adapter_state, penalty, provenance, restore, score, train
+from head_training import StoredRows, adapter_state, penalty, provenance, restore, save, score, train
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -282,9 +281,7 @@ def main() -> None:
         "vocabulary": comparison.layer.out_features,
         "provenance": provenance({name: getattr(arguments, name) for name in SETTINGS}),
     }
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "wikitext_fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (arguments.output_dir / "wikitext_fit.md").write_text(text + "\n", encoding="utf-8")
+    save(arguments.output_dir, "wikitext_fit", report, text)
     draw(comparison.results, arguments.output_dir / "wikitext_fit.png")
 
 

@@ -165,7 +165,7 @@ class Protocol:
         collator = task.collator(seed)
         start_seconds = 0.0
         if method.start is not None:
-            start_seconds = start_from_data(model, task.train_data, collator, seed)
+            start_seconds = start_from_data(model, task.train_data, collator, seed, task.start_samples)
         keep_best = None
         if options.eval_steps is not None:
             keep_best = KeepBest(
@@ -187,6 +187,7 @@ class Protocol:
             loss=task.loss(),
             keep_best=keep_best,
             fixed_rate=self._fixed_rate(model),
+            lengths=task.train_lengths,
         )
         figures = keep_best.figures if keep_best is not None else None
         run = Run(

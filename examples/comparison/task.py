@@ -55,6 +55,8 @@ class Task(ABC):
         unit: what a sample consists of, for the speed: tokens or samples.
         units_per_sample: how many of them.
         train_data: the samples, in a sequence.
+        train_lengths: their lengths, if batches are to be made of samples of similar length.
+        start_samples: how many of them a start from data sees.
         base_steps: training steps before the methods start, 0 for none.
         has_base_row: whether the model means something before any method has trained it.
     """
@@ -69,6 +71,8 @@ class Task(ABC):
     unit: Literal["tokens", "samples"]
     units_per_sample: int
     train_data: Sequence[dict[str, Any]]
+    train_lengths: Sequence[int] | None = None
+    start_samples: int = 32
     base_steps: int = 0
     has_base_row: bool = True
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -22,10 +23,9 @@ from transformers import (
 )
 
 from comparison.errors import UserError
+from comparison.sampling import LengthGroupedSampler
 from comparison.trained_state import State, put_back, trained_state
 from lreg_peft import initialize_lreg_weights
-
-START_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,13 @@ class Training:
 
 
 class _Trainer(Trainer):
-    """Trainer with a fixed learning rate for some modules, where one is given."""
+    """Trainer with an order of the samples, and a fixed learning rate for some modules, where these are given."""
 
     slow: tuple[tuple[str, ...], float] | None = None  # modules, learning rate
+    order: LengthGroupedSampler | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return self.order or super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The usual optimiser, with the given modules in groups of their own."""
@@ -216,6 +220,7 @@ def train(
     loss: Any = None,
     keep_best: KeepBest | None = None,
     fixed_rate: tuple[tuple[str, ...], float] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Training:
     """Train what requires gradients, in place.
 
@@ -228,6 +233,7 @@ def train(
         loss: (outputs, labels, number of labels in the whole batch) -> loss; None takes the model's own.
         keep_best: if given, evaluates during training; the model ends in its best state.
         fixed_rate: modules and the learning rate they have whatever `learning_rate` is.
+        lengths: of the samples, if batches are to be made of samples of similar length.
     """
     state = PartialState()
     if len(samples) < settings.batch_size:
@@ -280,6 +286,8 @@ def train(
         # A tracker that does not exist or is not installed.
         raise UserError(f"--report_to {' '.join(settings.report_to)}: {str(error).splitlines()[0]}") from error
     trainer.slow = fixed_rate
+    if lengths is not None:
+        trainer.order = LengthGroupedSampler(lengths, settings.batch_size, seed)
     trainer.remove_callback(PrinterCallback)
     if keep_best is not None:
         keep_best.report = lambda figures: trainer.log({f"eval_{key}": value for key, value in figures.items()})
@@ -289,7 +297,9 @@ def train(
     return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds))
 
 
-def start_from_data(model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int) -> float:
+def start_from_data(
+    model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int
+) -> float:
     """The data-driven start of an LReg adapter from a few training samples; returns its seconds.
 
     Every process takes its share of the samples, one at a time: the loss of a batch would be a mean over that batch,
@@ -298,7 +308,7 @@ def start_from_data(model: nn.Module, samples: Sequence[dict[str, Any]], collato
     began = time.perf_counter()
     state = PartialState()
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    own = order[:START_SAMPLES][state.process_index :: state.num_processes]
+    own = order[:n_samples][state.process_index :: state.num_processes]
     collate = collator or default_data_collator
     batches = [collate([samples[position]]) for position in own]
     initialize_lreg_weights(model, batches, method="gradient", n_batches=len(batches), seed=seed, show_progress=False)

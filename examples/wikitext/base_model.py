@@ -4,6 +4,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from arguments import Arguments
+from comparison.architecture import longest_sequence, without_dropout
 from comparison.errors import UserError
 from comparison.hub import load_pretrained
 from data import Corpus, train_tokenizer
@@ -11,17 +12,6 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-
-DROPOUT_OPTIONS = (
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "attn_pdrop",
-    "dropout",
-    "embd_pdrop",
-    "hidden_dropout",
-    "hidden_dropout_prob",
-    "resid_pdrop",
 )
 
 # GPT-2's own 0.02 is meant for widths of 768 and more: at width 128 it learns more slowly (measured after 400 steps:
@@ -76,22 +66,11 @@ def base_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Pre
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    longest = longest_block(config)
+    longest = longest_sequence(config)
     if longest is not None and block_size > longest:
         name = arguments.model.model_name_or_path or config.model_type
         raise UserError(f"--block_size {block_size} is more than the {longest} positions of '{name}'.")
-    for option in DROPOUT_OPTIONS:
-        if isinstance(getattr(config, option, None), float):
-            setattr(config, option, 0.0)
-    return config
-
-
-def longest_block(config: PretrainedConfig) -> int | None:
-    """Tokens the model has positions for; RoBERTa counts its positions from the one after the padding token."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and "roberta" in config.model_type:
-        return positions - config.pad_token_id - 1
-    return positions
+    return without_dropout(config)
 
 
 def prepare_tokenizer(arguments: Arguments, corpus: Corpus, masked: bool, base_dir: Path) -> PreTrainedTokenizerBase:

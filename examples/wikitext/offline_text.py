@@ -12,20 +12,12 @@ The text belongs to the Python version that runs: figures are comparable between
 
 import ast
 import re
-import sysconfig
-import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from comparison.errors import UserError
+from comparison.standard_library import standard_library_trees
 
-# Test suites are not prose; the others are split off by some distributions, and the text should not depend on that.
-EXCLUDED_PACKAGES = {
-    *("dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3"),
-    *("pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo"),
-}
-EXCLUDED_MODULES = {"turtle.py"}
 # Shorter paragraphs ("Example:", "See also") recur by nature and give nothing away.
 MIN_DUPLICATE_CHARS = 40
 # Topics sorted by length are dealt in rounds of this many, so every split gets long and short documents.
@@ -90,17 +82,7 @@ def reference_topics() -> dict[str, str]:
 
 def standard_library_docstrings() -> Iterator[str]:
     """One document per standard library module: its docstrings in source order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if relative.name in EXCLUDED_MODULES or EXCLUDED_PACKAGES.intersection(relative.parts):
-            continue
-        try:
-            with tokenize.open(path) as source:
-                tree = ast.parse(source.read())
-        except (SyntaxError, UnicodeDecodeError):
-            # A distribution may place files of its own there; one unreadable file costs only its own text.
-            continue
+    for _, tree in standard_library_trees():
         docstrings = list(docstrings_in(tree))
         if docstrings:
             yield "\n\n".join(docstrings) + "\n"

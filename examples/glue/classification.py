@@ -1,0 +1,175 @@
+"""The task: a sentence or a pair of sentences, and its class or score."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from comparison.hub import load_pretrained
+from comparison.task import Metric, Task
+from data import Data, tokenize
+from encoder import Encoder
+from metrics import Figures, computed_here, glue_score, official_metric, task_figures
+from torch import nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
+
+EVALUATION_BATCH = 64
+SCORE = "score"
+Batch = tuple[list[int], dict[str, torch.Tensor]]  # positions in the split, model inputs
+
+
+class ClassificationTask(Task):
+    """Adapt an encoder or a language model to the classification of sentences.
+
+    Args:
+        data: samples and what they are to be classified into.
+        encoder: the model.
+        max_length: tokens that are kept of a sample.
+        group_by_length: whether batches are made of samples of similar length.
+        base_dir: where random weights are kept, if the encoder has no others.
+    """
+
+    script = "run_glue.py"
+    task_type = "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification
+    rates = "classification"
+    unit = "samples"
+    units_per_sample = 1
+    start_samples = 128  # each has one label only
+    has_base_row = False  # its head would be random
+
+    def __init__(self, data: Data, encoder: Encoder, max_length: int, group_by_length: bool, base_dir: Path) -> None:
+        self._data, self._encoder, self._base_dir = data, encoder, base_dir
+        self._max_length, self._group_by_length = max_length, group_by_length
+        self.title = f"{data.source}: {encoder.name}"
+        self.config = encoder.config
+        official = official_metric(data.task) if data.is_glue else None
+        self._metric = official or computed_here(data.task)
+        self._metric_source = "evaluate's glue script" if official else "the same formulas from scikit-learn and NumPy"
+        self.metrics = tuple(Metric(name, True, scale=100.0) for name in self._metric_names())
+
+        self._collator = DataCollatorWithPadding(encoder.tokenizer)
+        self.train_data = tokenize(data.train, encoder.tokenizer, max_length)
+        if group_by_length:
+            self.train_lengths = [len(sample["input_ids"]) for sample in self.train_data]
+        self._labels = {name: np.array(samples.labels) for name, samples in self._splits().items()}
+        self._batches = {name: self._evaluation_batches(name) for name in self._splits()}
+
+    def _metric_names(self) -> list[str]:
+        """The figure that decides comes first: GLUE's score, the mean, where a task has more than one."""
+        figures, parts = list(self._data.task.metrics), list(self._data.evaluations)
+        several = [] if len(figures) == 1 else [SCORE]
+        return [*several, *figures, *(parts if len(parts) > 1 else [])]
+
+    def _splits(self) -> dict[str, Any]:
+        return {"tuning": self._data.tuning, **self._data.evaluations}
+
+    # --- samples ----------------------------------------------------------------------------------------------------
+
+    def _evaluation_batches(self, split: str) -> list[Batch]:
+        """Batches of samples of similar length: with little padding, and the same for any number of processes."""
+        samples = tokenize(self._splits()[split], self._encoder.tokenizer, self._max_length)
+        order = sorted(range(len(samples)), key=lambda position: len(samples[position]["input_ids"]))
+        batches = []
+        for first in range(0, len(order), EVALUATION_BATCH):
+            positions = order[first : first + EVALUATION_BATCH]
+            inputs = self._collator([samples[position] for position in positions])
+            del inputs["labels"]
+            batches.append((positions, dict(inputs)))
+        return batches
+
+    def collator(self, seed: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None:
+        """Padding to the longest sample of the batch."""
+        return self._collator
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+        """Keep random weights, so that all runs start from the same ones; other models are used as they are."""
+        if self._encoder.source is None and PartialState().is_main_process:
+            # The backbone alone: the head is drawn anew for every seed.
+            self.auto_class.from_config(self.config).base_model.save_pretrained(self._base_dir)
+
+    def load_base(self) -> PreTrainedModel:
+        """A fresh copy on this process's device, its head drawn from torch's seed."""
+        source = self._encoder.source or str(self._base_dir)
+        options = {"config": self.config, "dtype": torch.float32, "attn_implementation": self._encoder.attention}
+        model = load_pretrained(self.auto_class, source, **options)
+        model.name_or_path = self._encoder.address  # what a saved adapter says it belongs to
+        return model.to(PartialState().device)
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, split: Literal["tuning", "test"]) -> Figures:
+        """The official figures; on two test sets their mean over both, and the deciding figure of each."""
+        if split == "tuning":
+            return self._summary(self._figures("tuning", predict(model, self._batches["tuning"])))
+        parts = {name: self._figures(name, predict(model, self._batches[name])) for name in self._data.evaluations}
+        figures = self._summary({name: mean(part[name] for part in parts.values()) for name in self._data.task.metrics})
+        return figures if len(parts) == 1 else {**figures, **{name: glue_score(part) for name, part in parts.items()}}
+
+    def _figures(self, split: str, logits: np.ndarray) -> Figures:
+        return task_figures(self._metric, logits, self._labels[split], self._data.task.is_regression)
+
+    @staticmethod
+    def _summary(figures: Figures) -> Figures:
+        return figures if len(figures) == 1 else {SCORE: glue_score(figures), **figures}
+
+    def references(self) -> dict[str, float]:
+        """What needs no model: the same answer for all samples, and what the data know of."""
+        same = {
+            name: self._figures(name, self._same_answer(len(self._labels[name]))) for name in self._data.evaluations
+        }
+        return {"the most frequent answer for all": mean(map(glue_score, same.values())), **self._data.references}
+
+    def _same_answer(self, n_samples: int) -> np.ndarray:
+        """Outputs of a model that has only counted the training labels: [samples, outputs]."""
+        if self._data.task.is_regression:
+            return np.full((n_samples, 1), mean(self._data.train.labels))
+        ((label, _),) = Counter(self._data.train.labels).most_common(1)
+        return np.tile(np.eye(self._data.task.num_labels)[int(label)], (n_samples, 1))
+
+    def settings(self) -> dict[str, Any]:
+        """Model and samples."""
+        return {
+            "model": self._encoder.name,
+            "task": self._data.task.name,
+            "attn_implementation": self._encoder.attention,
+            "max_length": self._max_length,
+            "group_by_length": self._group_by_length,
+            "data": {name: part["sha256"] for name, part in self._data.describe().items()},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and fingerprints of the samples, and what is to be known about the figures."""
+        return {
+            "samples": self._data.describe(),
+            "notes": self._data.notes,
+            "figures from": self._metric_source,
+        }
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batches: Sequence[Batch]) -> np.ndarray:
+    """Outputs for all samples of all batches, on every process: [samples, outputs], float32."""
+    state = PartialState()
+    model.eval()
+    device = next(model.parameters()).device
+    found: list[tuple[list[int], np.ndarray]] = []
+    for first in range(0, len(batches), state.num_processes):
+        # Every process takes part in every round, which sharded models need; past the end it does not count.
+        index = first + state.process_index
+        positions, inputs = batches[min(index, len(batches) - 1)]
+        logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        if index < len(batches):
+            found.append((positions, logits.float().cpu().numpy()))
+    gathered = gather_object(found)
+    outputs = np.empty((sum(len(positions) for positions, _ in gathered), gathered[0][1].shape[1]), dtype=np.float32)
+    for positions, logits in gathered:
+        outputs[positions] = logits
+    return outputs

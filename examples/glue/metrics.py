@@ -1,0 +1,85 @@
+"""The official figures of the GLUE tasks, from `evaluate` where its script can be loaded, else from scikit-learn.
+
+Both ways compute the same: the script of `evaluate` calls scikit-learn for Matthews' correlation and F1, and SciPy for
+the correlations of Pearson and Spearman.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from tasks import Task
+
+Figures = dict[str, float]
+Metric = Callable[[np.ndarray, np.ndarray], Figures]
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Linear correlation; NaN where one side does not vary."""
+    x, y = (np.asarray(side, dtype=np.float64) for side in (predictions, labels))
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0.0 else math.nan
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)  # rank of the last member of each group of equal values
+    return (last - (count - 1) / 2)[group]
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation of the ranks."""
+    return pearson(average_ranks(predictions), average_ranks(labels))
+
+
+FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda predictions, labels: float(accuracy_score(labels, predictions)),
+    "f1": lambda predictions, labels: float(f1_score(labels, predictions, zero_division=0.0)),
+    "matthews_correlation": lambda predictions, labels: float(matthews_corrcoef(labels, predictions)),
+    "pearson": pearson,
+    "spearmanr": spearman,
+}
+
+
+def computed_here(task: Task) -> Metric:
+    """The task's figures from the formulas above."""
+    return lambda predictions, labels: {name: FORMULAS[name](predictions, labels) for name in task.metrics}
+
+
+def official_metric(task: Task) -> Metric | None:
+    """`evaluate`'s own script for the task, or None where it cannot be loaded (no package, no hub, nothing cached)."""
+    try:
+        import evaluate  # here, because importing it takes seconds
+
+        script = evaluate.load("glue", task.name, keep_in_memory=True)  # several processes, no shared file
+    except Exception:  # a different type for each way a download can fail; the figures do not depend on it
+        return None
+    return lambda predictions, labels: dict(script.compute(predictions=predictions, references=labels))
+
+
+def task_figures(metric: Metric, logits: np.ndarray, labels: np.ndarray, is_regression: bool) -> Figures:
+    """The official figures of a model's outputs.
+
+    A correlation that does not exist, because a model gives every sentence the same answer, counts as 0: such a model
+    has found nothing out.
+
+    Args:
+        metric: from `official_metric` or `computed_here`.
+        logits: [samples, classes], or [samples, 1] for a regression.
+        labels: [samples].
+        is_regression: whether the output is the prediction itself.
+    """
+    predictions = logits[:, 0] if is_regression else logits.argmax(axis=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SciPy and scikit-learn warn of constant predictions
+        figures = metric(predictions, labels)
+    return {name: 0.0 if math.isnan(value) else float(value) for name, value in figures.items()}
+
+
+def glue_score(figures: Mapping[str, float]) -> float:
+    """GLUE's score of a task: the mean of its figures."""
+    return sum(figures.values()) / len(figures)

@@ -11,7 +11,10 @@ from huggingface_hub import HfApi, ModelCard
 
 from comparison.errors import UserError
 
-OFFLINE_HINT = "without a hub, run with no arguments or give local text with --train_file and --validation_file"
+OFFLINE_HINT = (
+    "without a hub, run with no arguments or give local text with --train_file and --validation_file, or GLUE's own "
+    "files with --data_dir"
+)
 PROBE_SECONDS = 10.0
 
 

@@ -10,8 +10,8 @@ from tasks import HUB_NAME, TASKS
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 PRESETS = ("fair", "paper")
-#: Of the smoke run: one method of each kind. A full adapter search needs minutes, and CI has less.
-SMOKE_METHODS = ("ft", "head-only", "lora-linear", "lreg")
+#: Of the smoke run: one method of each kind, at one learning rate. All of them need minutes, and CI has less.
+SMOKE_RATES = {"ft": 1e-4, "head-only": 1e-2, "lora-linear": 2e-3, "lreg": 5e-3}
 
 
 @dataclass
@@ -86,7 +86,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if run.smoke:
         fill(data, max_train_samples=480, tuning_samples=60, max_eval_samples=100, max_length=24)
         fill(comparison, steps=60, batch_size=8, lr_trials=1)
-        comparison.methods = comparison.methods or list(SMOKE_METHODS)
+        comparison.methods = comparison.methods or list(SMOKE_RATES)
+        if comparison.lr_trials == 1:
+            comparison.learning_rates = [
+                f"{name}={rate}" for name, rate in SMOKE_RATES.items()
+            ] + comparison.learning_rates
     if data.epochs is None:
         fill(comparison, steps=100)
     fill(data, max_length=48)

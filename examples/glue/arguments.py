@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, get_type_hints
 
 from comparison.errors import UserError
 from comparison.options import ComparisonArguments, RunArguments, check, fill, option, parse, require_at_least
@@ -61,8 +62,7 @@ class DataArguments:
     epochs: float | None = option(None, "Passes over the training samples, where --steps is not given.")
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(NamedTuple):
     """All options, with the defaults that depend on others filled in; steps are still open where epochs are given."""
 
     model: ModelArguments
@@ -71,7 +71,7 @@ class Arguments:
     run: RunArguments
 
 
-KINDS = (ModelArguments, DataArguments, ComparisonArguments, RunArguments)
+KINDS = tuple(get_type_hints(Arguments).values())
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:

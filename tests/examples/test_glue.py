@@ -1,20 +1,16 @@
 """The GLUE example: the offline smoke run, a tiny random BERT end to end, bad input in one sentence."""
 
-import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from accelerate.utils import set_seed
+from example_scripts import EXAMPLES, Modules, example_modules, launch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,45 +27,19 @@ from transformers import (
 
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "glue" / "run_glue.py"
 METHODS = ["ft", "bitfit", "head-only", "lora", "lora-linear", "lreg-attention", "lreg"]
 #: For the tiny model, found by trying a factor of three more and less.
 RATES = dict(zip(METHODS, ("0.01", "0.1", "0.03", "0.03", "0.03", "0.1", "0.03"), strict=True))
-Modules = Callable[[str], ModuleType]
 
 # One worker of pytest-xdist runs this module, so the small runs happen once.
 pytestmark = pytest.mark.xdist_group("glue")
 
 
-def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it, with the checkout importable."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Modules]:
-    """Import a module of the example by its plain name; forget all of them and their side effects afterwards."""
-    before, path, n_threads = set(sys.modules), list(sys.path), torch.get_num_threads()
-    verbosity = transformers.utils.logging.get_verbosity()
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "glue")]
-    yield importlib.import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(EXAMPLES)):
-            del sys.modules[name]
-    torch.set_num_threads(n_threads)
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
+    with example_modules("glue") as load:
+        yield load
 
 
 # --- a tiny BERT on a handful of sentences ---------------------------------------------------------------------------

@@ -1,30 +1,20 @@
 """GLUE's data and figures: official files with their habits, labels, splits, the offline pairs, the metrics."""
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-Modules = Callable[[str], ModuleType]
+from example_scripts import Modules, example_modules
 
 
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Modules]:
-    """Import a module of the example by its plain name; forget all of them afterwards."""
-    before, path = set(sys.modules), list(sys.path)
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "glue")]
-    yield importlib.import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(EXAMPLES)):
-            del sys.modules[name]
+    with example_modules("glue") as load:
+        yield load
 
 
 def options(**given: object) -> SimpleNamespace:

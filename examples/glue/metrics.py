@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from comparison.hub import prefer_cache_if_unreachable
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tasks import Task
 
@@ -55,6 +56,7 @@ def official_metric(task: Task) -> Metric | None:
     try:
         import evaluate  # here, because importing it takes seconds
 
+        prefer_cache_if_unreachable()
         script = evaluate.load("glue", task.name, keep_in_memory=True)  # several processes, no shared file
     except Exception:  # a different type for each way a download can fail; the figures do not depend on it
         return None

@@ -1,6 +1,7 @@
 """GLUE's data and figures: official files with their habits, labels, splits, the offline pairs, the metrics."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,6 +309,23 @@ def test_every_task_has_its_official_figures(modules: Modules, name: str) -> Non
     if official is not None:
         expected = metrics.task_figures(official, logits, labels, task.is_regression)
         assert figures == pytest.approx(expected, rel=1e-6)  # the official script takes STS-B's scores as float32
+
+
+def test_the_official_script_is_asked_where_there_is_one(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, task = modules("metrics"), modules("tasks").find_task("mrpc")
+    asked = []
+
+    def load(*names: str, **options: object) -> SimpleNamespace:
+        asked.append(names)
+        return SimpleNamespace(compute=lambda predictions, references: {"accuracy": 0.25, "f1": math.nan})
+
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
+    monkeypatch.setattr(metrics, "prefer_cache_if_unreachable", lambda: None)
+    figures = metrics.task_figures(metrics.official_metric(task), np.eye(2), np.arange(2), False)
+    assert asked == [("glue", "mrpc")]
+    assert figures == {"accuracy": 0.25, "f1": 0.0}
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    assert metrics.official_metric(task) is None
 
 
 def test_a_constant_answer_scores_nothing(modules: Modules) -> None:

@@ -238,7 +238,7 @@ METHODS = {
             "head-only",
             "the new head, nothing else",
             attach_head_only,
-            Rates(1e-2, 1e-2, 3e-3),
+            Rates(1e-2, 1e-2, 1e-2),
             tasks=CLASSIFICATION,
         ),
         Method("lora", "LoRA on PEFT's choice of attention projections", attach_lora, Rates(1e-2, 1e-2, 1e-3), "rank"),

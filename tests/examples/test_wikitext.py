@@ -1,12 +1,8 @@
 """The WikiText example: a small run end to end, what it writes, and one clear sentence for each kind of bad input."""
 
-import importlib
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from example_scripts import EXAMPLES, Modules, example_modules, launch
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -28,28 +24,13 @@ from transformers import (
 
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "wikitext"
-SCRIPT = EXAMPLE / "run_wikitext.py"
+SCRIPT = EXAMPLES / "wikitext" / "run_wikitext.py"
 LORA, LREG = ["lora", "lora-linear-head"], ["lreg-head", "lreg-mlp", "lreg"]
 METHODS = ["ft", "bitfit", "vocab-bias", *LORA, *LREG]
 SIZED = {**dict.fromkeys(LORA, "rank"), **dict.fromkeys(LREG, "n_components")}
 
 # One worker of pytest-xdist runs this module, so the small run happens once.
 pytestmark = pytest.mark.xdist_group("wikitext")
-
-
-def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it, with the checkout importable."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +45,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
 
 
 @pytest.fixture(scope="module")
-def modules() -> Iterator[Callable[[str], ModuleType]]:
-    """Import a module of the example by its plain name; forget all of them and their side effects afterwards."""
-    before, n_threads = set(sys.modules), torch.get_num_threads()
-    verbosity = transformers.utils.logging.get_verbosity()
-    sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
-    yield importlib.import_module
-    for folder in (EXAMPLE, EXAMPLE.parent):
-        while str(folder) in sys.path:
-            sys.path.remove(str(folder))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(EXAMPLE.parent)):
-            del sys.modules[name]
-    torch.set_num_threads(n_threads)
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
+def modules() -> Iterator[Modules]:
+    with example_modules("wikitext") as load:
+        yield load
 
 
 # --- the small run --------------------------------------------------------------------------------------------------

@@ -267,12 +267,12 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
 
 
 def test_offline_default_learns(smoke: tuple[Path, str, dict[str, Any]]) -> None:
-    """Bounds between chance (0.5) and what was seen; a method that trains nothing but the head stays near chance."""
+    """Bounds between what the head alone reaches (seen: 0.51) and what was seen with ft (0.84) and lreg (0.83)."""
     folder, output, results = smoke
     accuracy = {row["method"]: row["test"]["accuracy"]["mean"] for row in results["rows"]}
     assert list(accuracy) == ["ft", "head-only", "lora-linear", "lreg"]
     assert accuracy["ft"] > 0.68
-    assert accuracy["lreg"] > 0.62
+    assert accuracy["lreg"] > 0.65
     assert accuracy["lreg"] > accuracy["head-only"]
     assert 0.7 < results["references"]["words in common, no model"] < 0.95
     table = [line for line in output.splitlines() if line.startswith("|")]

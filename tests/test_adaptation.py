@@ -1,11 +1,7 @@
 """Meshes that move in training: what moves with them, what must stay, what is refused."""
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import adaptation_run
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
+from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
@@ -369,11 +366,8 @@ class TestInModels:
 
 
 def test_two_processes_end_as_one(tmp_path):
-    tests = Path(__file__).parent
     # `accelerate launch --cpu --num_processes 2` starts a second process through MPI only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
-    subprocess.run([*command, adaptation_run.__file__, str(tmp_path)], check=True, env=environment, timeout=300)
+    run_on_two(adaptation_run.__file__, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     alone = adaptation_run.train()
     for name in ("nodes", "coefficients", "moments"):

@@ -1,13 +1,12 @@
 """The feature cache on two processes: one cache for both, the same training as on one."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from processes import run_on_two
 from torch import nn
 
 import lreg_peft.cache as cache_module
@@ -15,23 +14,7 @@ from lreg_peft import LRegConfig, cache_features
 
 
 def test_two_processes_build_one_cache_and_train_as_one_process(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            __file__,
-            str(tmp_path),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_two(__file__, tmp_path)
     ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = _train(tmp_path / "alone", 0, 1)
     for mine, other in zip(ours[0]["weights"], ours[1]["weights"], strict=True):

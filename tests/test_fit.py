@@ -1,7 +1,5 @@
 """Certified fits of terminal shortcuts: that they reach the optimum of the model's own loss, and what they refuse."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from processes import run_on_two
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lreg_peft import FeatureCache, LRegConfig, cache_features, fit_coefficients
@@ -280,21 +279,7 @@ def test_not_reaching_the_tolerance_is_said():
 
 def test_two_processes_end_with_the_same_weights(tmp_path):
     """Shares of different sizes, one of them empty in the end; and an error on one process is one on both."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(__file__, str(tmp_path)),
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_two(__file__, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in ("causal", "values", "sequences", "causal, stored"):
         assert torch.equal(first[name][0], second[name][0])

@@ -1,35 +1,18 @@
 """The data-driven start on two processes: every rank sees other batches and ends with the same tensors."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from processes import run_on_two
 
 from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
 
 
 def test_two_processes_end_with_the_same_start(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            __file__,
-            str(tmp_path),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_two(__file__, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["rows"] != second["rows"]  # they did see different data
     for method in ("pca", "gradient"):

@@ -352,8 +352,11 @@ class TestInModels:
                 assert update_meshes(twin, twin_optimizer).accepted
                 frames.append(counter.frame_count)
         assert frames[0] > 0 and frames[0] == frames[-1]
-        # The counter runs the same kernels as the eager model.
-        assert same_state(state(model), state(twin))
+        # Compiled, the gradient takes another way through the basis, and Adam amplifies the rounding of small ones.
+        mine, theirs = state(model), state(twin)
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
     def test_whole_graph_without_statistics_and_a_clear_error_with_them(self):
         layer, x = toy(track=False), torch.randn(5, 1)

@@ -41,10 +41,10 @@ def find_encoder(arguments: Arguments, task: Task) -> Encoder:
     options = arguments.model
     source = options.model_name_or_path
     if options.architecture is not None:
+        config = random_config(options.architecture)
         # Random weights make nothing of a token; any vocabulary that fits will do.
         tokenizer = load_pretrained(AutoTokenizer, str(packaged_model()))
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # not every architecture has two segments
-        config = random_config(options.architecture)
         name, address, source = f"{options.architecture} with random weights", options.architecture, None
         if len(tokenizer) > config.vocab_size:
             raise UserError(

@@ -20,8 +20,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .core.adapt import element_moments, element_sums, node_gradient
 from .core.mesh import coordinate_dtype, locate
 
-#: Rows noted per backward pass. 50 passes see 12,800 of them, over a hundred per element at dof 100.
-DEFAULT_ROWS = 256
+#: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at dof 100.
+DEFAULT_ROWS = 128
 
 # Rows to collect before they are sorted into elements. Sorting costs some sixty small kernels, whatever their number.
 _ROWS_PER_FOLD = 4096

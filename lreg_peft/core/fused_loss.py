@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _CPU_ROWS = 128
 # GEMM and softmax over a row length that fills whole vector registers run up to twice as fast.
 _ALIGNED_ROWS = 32
+_SQUARED_AT_ONCE = 2048
 # After the GEMM a chunk is worked off in blocks of this size: read from the cache eight times instead of from memory.
 _CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
@@ -264,8 +265,9 @@ def _note_energy(energy: Tensor, gradient: Tensor, picked: tuple[int, int, int],
     begin = start + max(0, -(-(part.start - start) // step)) * step  # the first picked row that is not before `part`
     end = min(stop, part.stop)
     if begin < end:
-        norms = torch.linalg.vector_norm(gradient[begin - part.start : end - part.start : step], dim=1)
-        energy[begin:end:step] = norms.square()
+        rows = gradient[begin - part.start : end - part.start : step]
+        # In pieces that stay in the cache; vector_norm is ten times slower across the layout of the memory.
+        energy[begin:end:step] = sum(piece.square().sum(dim=1) for piece in rows.split(_SQUARED_AT_ONCE, dim=1))
 
 
 def _rows_per_block(scores: Tensor) -> int:

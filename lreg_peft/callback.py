@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from . import penalty
 from .adaptation import MeshUpdate, node_spread, update_meshes
+from .backbone import eval_mode
 from .core.adapt import Strategy
 from .layer import LRegLayer
 from .statistics import DEFAULT_ROWS
@@ -240,13 +241,8 @@ class LRegCallback(TrainerCallback, ExportableState):
                 "there is no training batch to try a move of the meshes on. Set LRegCallback(n_check_batches=0) to "
                 "keep every move."
             )
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with eval_mode(model):
             losses = [_loss_of(model(*args, **kwargs)) for args, kwargs in self._batches]
-        finally:
-            for module, training in modes:
-                module.training = training
         return float(torch.stack(losses).float().mean())
 
     def _describe_meshes(self, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from .backbone import eval_mode, remove_hooks
 from .config import DATA_STARTS
 from .core.projection import leading_axes, principal_axes, standardised_start
 from .core.rank import from_main, gather_objects, rank_and_world
-from .layer import LRegLayer
+from .layer import LRegLayer, layers_with_adapter
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
@@ -107,15 +107,7 @@ def initialize_lreg_weights(
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LRegLayer) and adapter_name in module.lreg_nodes
-    }
-    if not layers:
-        raise ValueError(
-            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
-        )
+    layers = layers_with_adapter(model, adapter_name)
     trained = [name for name, layer in layers.items() if not layer.is_identity(adapter_name)]
     if trained:
         raise ValueError(

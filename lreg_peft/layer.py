@@ -549,6 +549,24 @@ def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool
     return (LRegLinear if linear else LRegLayer)(module, in_features, out_features)
 
 
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
+    """The layers of a model that carry an adapter, by name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LRegLayer) and adapter_name in module.lreg_nodes
+    }
+    if not layers:
+        raise ValueError(
+            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
+        )
+    return layers
+
+
 def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The tensor that a shortcut is added to, and a function that puts its replacement back in place."""
     if isinstance(output, Tensor):

@@ -17,13 +17,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .backbone import eval_mode, unwrap
+from .core.rank import rank_and_world
 from .core.subspace import dominant_subspace, subspace_cost, subspace_step
 from .layer import LRegLayer
 from .terminal import IGNORE_INDEX, Objective, objective_of, row_loss, shifts_labels
@@ -162,7 +162,7 @@ def refine_linearized(
     ridges = {ridge} if isinstance(ridge, (int, float)) else set(ridge)
     if not ridges or not all(0 <= value < math.inf for value in ridges):
         raise ValueError(f"ridge must be finite and at least 0, got {ridge}.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if rank_and_world()[1] > 1:
         raise RuntimeError("refine_linearized runs in one process: save the adapter and refine it in a run of its own.")
     inner = unwrap(model)
     start = values = _trainable(inner)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .backbone import eval_mode
 from .tracking import Site, all_sites
 
 if TYPE_CHECKING:
@@ -69,16 +70,13 @@ def snapshot_meshes(
         sites.setdefault(site.module, site)
     seen: dict[str, list[Tensor]] = {path: [] for path in sites}
     removers = [site.layer.register_input_hook(_CoordinateNote(site, seen[path])) for path, site in sites.items()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        for batch in batches or ():
-            model(**batch)
+        with eval_mode(model):
+            for batch in batches or ():
+                model(**batch)
     finally:
         for remove in removers:
             remove()
-        for module, training in modes:
-            module.training = training
     return {
         path: MeshSnapshot(
             site.nodes.detach().cpu().clone(),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbone import eval_mode, unwrap
-from .layer import LRegLayer, first_tensor
+from .layer import LRegLayer, first_tensor, layers_with_adapter
 
 IGNORE_INDEX = -100
 
@@ -218,26 +218,23 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
         ValueError: if the adapter does not exist, or is not on exactly one module that ends the model; with the reason.
     """
     inner = unwrap(model)
-    layers = {name: module for name, module in inner.named_modules() if isinstance(module, LRegLayer)}
     if adapter_name is None:
-        active = dict.fromkeys(a for layer in layers.values() for a in layer.active_adapters if a in layer.lreg_nodes)
+        layers = [module for module in inner.modules() if isinstance(module, LRegLayer)]
+        active = dict.fromkeys(a for layer in layers for a in layer.active_adapters if a in layer.lreg_nodes)
         if len(active) != 1:
             raise ValueError(f"name the adapter: adapter_name must be one of the active {sorted(active)}.")
         (adapter_name,) = active
-    own = [name for name, layer in layers.items() if adapter_name in layer.lreg_nodes]
-    if not own:
-        raise ValueError(
-            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
-        )
+    own = layers_with_adapter(inner, adapter_name)
     inside = [name for name in own if is_inside_backbone(inner, name)]
     if inside or len(own) != 1:
         raise ValueError(
-            f"the adapter {adapter_name!r} has a shortcut at {(inside or own)[0]!r}"
+            f"the adapter {adapter_name!r} has a shortcut at {(inside or list(own))[0]!r}"
             + (f" and {len(own) - 1} more modules" if len(own) > 1 else "")
             + ", inside the network; it must be on the one module that gives the model's output, such as a language "
             "model head or a classifier: LRegConfig(target_modules=[...])."
         )
-    return Terminal(inner, own[0], layers[own[0]], adapter_name)
+    ((name, layer),) = own.items()
+    return Terminal(inner, name, layer, adapter_name)
 
 
 def objective_of(model: nn.Module, targets: Tensor, out_features: int, where: str) -> Objective:

@@ -371,5 +371,6 @@ class TestBadInput:
     def test_several_processes(self, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
         with pytest.raises(RuntimeError, match="runs in one process"):
             refine(adapted(), regression())

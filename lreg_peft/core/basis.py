@@ -71,7 +71,12 @@ def design_matrix(coords: Tensor, nodes: Tensor, *, reduced: bool = False) -> Te
     Returns:
         `[..., K]`, K = components x dof, or components x (dof - 1) + 1; fp32 or fp64, differentiable in `coords`.
     """
-    basis = hat_basis(coords, nodes, validate=False)  # [..., components, dof]
+    return design_of_elements(*locate(coords, nodes, validate=False), nodes.shape[1], reduced=reduced)
+
+
+def design_of_elements(element: Tensor, local: Tensor, dof: int, *, reduced: bool = False) -> Tensor:
+    """`design_matrix` for coordinates that `locate` has found already."""
+    basis = expand_basis(element, local, dof)  # [..., components, dof]
     if not reduced:
         return basis.flatten(-2)
     return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)

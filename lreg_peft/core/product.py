@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .basis import design_matrix, reverse_mode_only
+from .basis import design_matrix, design_of_elements, reverse_mode_only
 from .mesh import locate, take
 
 
@@ -119,21 +119,21 @@ class _AddBasis(torch.autograd.Function):
             d_table = grads.pop(0) if needs_table else None
             return gradient, d_coords, None, d_table, None, None
         rows = gradient.reshape(-1, table.shape[1])
+        element, local = locate(coords, nodes, validate=False)
         if needs_table:
-            design = design_matrix(coords, nodes, reduced=ctx.reduced).to(table.dtype)
+            design = design_of_elements(element, local, nodes.shape[1], reduced=ctx.reduced).to(table.dtype)
             d_table = design.reshape(-1, table.shape[0]).T @ rows
         if needs_coords:
-            d_coords = _through_the_basis(rows @ table.T, coords, nodes, ctx.reduced)
+            d_coords = _through_the_basis(rows @ table.T, coords, element, nodes, ctx.reduced)
         return gradient, d_coords, None, d_table, None, None
 
 
-def _through_the_basis(d_design: Tensor, coords: Tensor, nodes: Tensor, reduced: bool) -> Tensor:
+def _through_the_basis(d_design: Tensor, coords: Tensor, element: Tensor, nodes: Tensor, reduced: bool) -> Tensor:
     """Gradient in the coordinates `[..., components]` from that in the design `[n, K]`."""
     components, dof = nodes.shape
     if reduced:
         d_design = F.pad(d_design[:, :-1].unflatten(1, (components, dof - 1)), (1, 0))
     by_node = d_design.reshape(*coords.shape, dof)
-    element, _ = locate(coords, nodes, validate=False)
     ends = torch.stack((element, element + 1), dim=-1)
     rise = by_node.gather(-1, ends).to(coords.dtype).diff(dim=-1).squeeze(-1)
     left, right = take(nodes[:, :-1], element), take(nodes[:, 1:], element)

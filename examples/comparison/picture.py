@@ -1,7 +1,7 @@
 """The picture of a comparison: the metric against trainable parameters, and against training time."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log10
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from comparison.report import Report, Row
 
 matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 PICTURE_FILE = "results.png"
+#: Without the grey, which is the base model's.
+COLORS = [color for color in plt.get_cmap("tab10").colors if len(set(color)) > 1]
 
 
 def write_picture(report: Report, directory: Path) -> None:
@@ -30,11 +33,12 @@ def write_picture(report: Report, directory: Path) -> None:
     scale = report.metric.scale
     labelled = []
     for index, row in enumerate(rows):
-        color = f"C{index}"
+        color = COLORS[index % len(COLORS)]
+        marker = "o" if index < len(COLORS) else "s"
         spread = row.spread(name)
         for axes, x in zip(panels, (row.trainable_parameters, row.training_seconds), strict=True):
             error = None if spread is None else spread * scale
-            axes.errorbar(x, row.mean(name) * scale, yerr=error, fmt="o", color=color, capsize=3)
+            axes.errorbar(x, row.mean(name) * scale, yerr=error, fmt=marker, color=color, capsize=3)
         labelled.append((row.method, row.training_seconds, row.mean(name), color))
     _frame(panels, rows)
     for row in report.rows:
@@ -52,12 +56,16 @@ def _frame(panels: Any, rows: Sequence[Row]) -> None:
     for axes, values in zip(
         panels, ([row.trainable_parameters for row in rows], [row.training_seconds or 1.0 for row in rows]), strict=True
     ):
+        low, high = min(values) / 1.5, max(values) * 1.5
         axes.set_xscale("log")
-        axes.set_xlim(min(values) / 1.5, max(values) * 1.5)
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if log10(high / low) > 2.5 else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
 
 
-def _label(report: Report, axes: Any, labelled: list[tuple[str, float | None, float, str]]) -> None:
+def _label(report: Report, axes: Any, labelled: list[tuple[str, float | None, float, Any]]) -> None:
     """Names and figures beside the axes, each tied to its point."""
     low, high = axes.get_ylim()
     labelled.sort(key=lambda label: label[2])

@@ -27,6 +27,8 @@ from comparison.sampling import LengthGroupedSampler
 from comparison.trained_state import State, put_back, trained_state
 from lreg_peft import initialize_lreg_weights
 
+START_BATCH = 8  # samples in a batch of a start from data
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -302,14 +304,19 @@ def start_from_data(
 ) -> float:
     """The data-driven start of an LReg adapter from a few training samples; returns its seconds.
 
-    Every process takes its share of the samples, one at a time: the loss of a batch would be a mean over that batch,
-    and the start would depend on how the samples are divided.
+    The batches are formed first and dealt out to the processes afterwards, so that the means that are the losses do not
+    depend on how many processes there are.
     """
     began = time.perf_counter()
     state = PartialState()
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    own = order[:n_samples][state.process_index :: state.num_processes]
+    n_samples = max(n_samples, state.num_processes)
+    size = min(START_BATCH, n_samples // state.num_processes)  # no process may go without
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()[:n_samples]
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
     collate = collator or default_data_collator
-    batches = [collate([samples[position]]) for position in own]
-    initialize_lreg_weights(model, batches, method="gradient", n_batches=len(batches), seed=seed, show_progress=False)
+    own = [
+        collate([samples[position] for position in batch])
+        for batch in batches[state.process_index :: state.num_processes]
+    ]
+    initialize_lreg_weights(model, own, method="gradient", n_batches=len(own), seed=seed, show_progress=False)
     return time.perf_counter() - began

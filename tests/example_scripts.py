@@ -30,6 +30,21 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
     )
 
 
+def launch_two(kind: str, script: Path, options: list[str]) -> subprocess.CompletedProcess[str]:
+    """A script on two CPU processes: "replicated" parameters, or "sharded" by the FSDP config file of the examples."""
+    sharding = [str(ROOT / "tests" / "sharded_run.py"), str(EXAMPLES / "wikitext" / "configs" / "accelerate_fsdp.yaml")]
+    # Not on the GPUs of a machine that has them: they may be fewer than two.
+    environment = {"replicated": {"ACCELERATE_USE_CPU": "true"}, "sharded": {"CUDA_VISIBLE_DEVICES": ""}}[kind]
+    return launch(
+        [
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(sharding if kind == "sharded" else []),
+            *(str(script), *options),
+        ],
+        **environment,
+    )
+
+
 @contextmanager
 def example_modules(name: str) -> Iterator[Modules]:
     """Import modules of one example by their plain names; forget all of them and their side effects afterwards."""

@@ -24,6 +24,7 @@ from transformers import (
 
 from comparison.errors import UserError
 from comparison.sampling import LengthGroupedSampler
+from comparison.sharding import shard_by_layer
 from comparison.trained_state import State, put_back, trained_state
 from lreg_peft import initialize_lreg_weights
 
@@ -290,6 +291,8 @@ def train(
     trainer.slow = fixed_rate
     if lengths is not None:
         trainer.order = LengthGroupedSampler(lengths, settings.batch_size, seed)
+    if trainer.is_fsdp_enabled:
+        shard_by_layer(model)
     trainer.remove_callback(PrinterCallback)
     if keep_best is not None:
         keep_best.report = lambda figures: trainer.log({f"eval_{key}": value for key, value in figures.items()})

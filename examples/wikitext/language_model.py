@@ -13,6 +13,7 @@ from base_model import base_config, is_masked, prepare_tokenizer
 from comparison.errors import UserError
 from comparison.hub import load_pretrained
 from comparison.task import Metric, Task
+from comparison.trained_state import save_trained, trained_state
 from data import (
     IGNORED,
     Corpus,
@@ -100,8 +101,9 @@ class LanguageModelTask(Task):
         documents = self._corpus.base or self._corpus.train
         blocks = self._blocks(encode(self._tokenizer, documents), "base" if self._corpus.base else "training")
         train(model, blocks, self._arguments.model.base_learning_rate or 0.0)
+        state = trained_state(model)  # of sharded parameters every process holds a part
         if PartialState().is_main_process:
-            model.save_pretrained(self._base_dir)
+            save_trained(model, state, self._base_dir)
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy on this process's device."""

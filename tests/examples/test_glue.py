@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
-from example_scripts import EXAMPLES, Modules, example_modules, launch
+from example_scripts import EXAMPLES, Modules, example_modules, launch, launch_two
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -165,16 +165,13 @@ def test_finished_runs_are_not_repeated(
     ]
 
 
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_two_processes_train_the_same_adapter(
-    tiny: Path, sentiment: tuple[Path, dict[str, Any]], tmp_path: Path
+    tiny: Path, sentiment: tuple[Path, dict[str, Any]], kind: str, tmp_path: Path
 ) -> None:
     """The batch is divided, not multiplied, and grouped by length as a whole."""
     options = tiny_command(tiny, tmp_path, "--task", "sst2", "--seeds", "1", "--methods", "lora", "lreg")
-    # Not on the GPUs of a machine that has them: they may be fewer than two.
-    done = launch(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), *options],
-        ACCELERATE_USE_CPU="true",
-    )
+    done = launch_two(kind, SCRIPT, options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| lreg ") == 1, "more than one process prints"
     for method in ("lora", "lreg"):
@@ -267,13 +264,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
 
 
 def test_offline_default_learns(smoke: tuple[Path, str, dict[str, Any]]) -> None:
-    """Bounds between what the head alone reaches (seen: 0.51) and what was seen with ft (0.84) and lreg (0.83)."""
+    """Bounds between what the head alone reaches (seen: 0.51) and the others (seen: ft 0.84, LoRA 0.88, LReg 0.83)."""
     folder, output, results = smoke
     accuracy = {row["method"]: row["test"]["accuracy"]["mean"] for row in results["rows"]}
     assert list(accuracy) == ["ft", "head-only", "lora-linear", "lreg"]
     assert accuracy["ft"] > 0.68
-    assert accuracy["lreg"] > 0.65
-    assert accuracy["lreg"] > accuracy["head-only"]
+    assert accuracy["lora-linear"] > 0.68
+    assert accuracy["lreg"] > 0.68
+    assert accuracy["head-only"] < 0.65
     assert 0.7 < results["references"]["words in common, no model"] < 0.95
     table = [line for line in output.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(accuracy)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from example_scripts import EXAMPLES, Modules, example_modules, launch
+from example_scripts import EXAMPLES, Modules, example_modules, launch, launch_two
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -191,18 +191,13 @@ def tiny_command(tiny: Path, name: str, output_dir: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", "replicated"), ("gpt2", "sharded"), ("roberta", "replicated")])
 def test_one_and_two_processes_give_the_same_figures(
-    tiny: Path, name: str, modules: Callable[[str], ModuleType], tmp_path: Path
+    tiny: Path, name: str, kind: str, modules: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     """Batch, masks and start from data are divided, not multiplied: two processes take the same steps as one."""
     modules("run_wikitext").main(tiny_command(tiny, name, tmp_path / "one"))
-    # Not on the GPUs of a machine that has them: they may be fewer than two.
-    done = launch(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-        + tiny_command(tiny, name, tmp_path / "two"),
-        ACCELERATE_USE_CPU="true",
-    )
+    done = launch_two(kind, SCRIPT, tiny_command(tiny, name, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| base ") == 1, "more than one process prints"
     one, two = (json.loads((tmp_path / n / "results.json").read_text(encoding="utf-8")) for n in ("one", "two"))
@@ -214,6 +209,13 @@ def test_one_and_two_processes_give_the_same_figures(
         assert figure(together) == pytest.approx(figure(alone), rel=1e-5), alone["method"]
     base, *adapted = map(figure, one["rows"])
     assert max(adapted) < 0.999 * base
+
+
+def test_a_model_that_cannot_be_sharded_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    done = launch_two("sharded", SCRIPT, tiny_command(tiny, "roberta", tmp_path))
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "'lm_head.bias' and 'lm_head.decoder.bias' are one parameter" in error
+    assert "accelerate_ddp.yaml" in error
 
 
 def figure(row: dict[str, Any]) -> float:

@@ -7,10 +7,10 @@ from comparison.errors import UserError
 
 
 def shard_by_layer(model: nn.Module) -> None:
-    """Prepare a model for FSDP2 as Accelerate 1.15 has it, which shards word embeddings and output layer by themselves.
+    """Prepare a model for FSDP2 in Accelerate 1.15, which shards word embeddings and output layer by themselves.
 
-    The other units are to be the layers, and not the embeddings of BERT and RoBERTa: these would be sharded twice, which
-    torch refuses. It also refuses a parameter in two places, unless embeddings and output layer share it.
+    The other units are to be the layers, and not the embeddings of BERT and RoBERTa: these would be sharded twice, and
+    torch refuses that. It also refuses a parameter in two places, unless embeddings and output layer share it.
     """
     backbone = model.get_base_model() if isinstance(model, PeftModel) else model
     units = getattr(backbone, "_no_split_modules", None) or ()

@@ -307,19 +307,27 @@ def start_from_data(
 ) -> float:
     """The data-driven start of an LReg adapter from a few training samples; returns its seconds.
 
-    The batches are formed first and dealt out to the processes afterwards, so that the means that are the losses do not
-    depend on how many processes there are.
+    Every process takes its share of the batches.
     """
     began = time.perf_counter()
     state = PartialState()
-    n_samples = max(n_samples, state.num_processes)
-    size = min(START_BATCH, n_samples // state.num_processes)  # no process may go without
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()[:n_samples]
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
     collate = collator or default_data_collator
+    batches = start_batches(min(n_samples, len(samples)), len(samples), seed, state.num_processes)
     own = [
         collate([samples[position] for position in batch])
         for batch in batches[state.process_index :: state.num_processes]
     ]
     initialize_lreg_weights(model, own, method="gradient", n_batches=len(own), seed=seed, show_progress=False)
     return time.perf_counter() - began
+
+
+def start_batches(n_samples: int, n_available: int, seed: int, num_processes: int) -> list[list[int]]:
+    """Positions of some samples in batches, at least one for every process.
+
+    The batches are formed before they are dealt out: a loss is a mean over its batch, and what the start sees must not
+    depend on the number of processes, unless there are too many of them for whole batches.
+    """
+    n_samples = max(n_samples, num_processes)
+    size = min(START_BATCH, n_samples // num_processes)
+    order = torch.randperm(n_available, generator=torch.Generator().manual_seed(seed)).tolist()[:n_samples]
+    return [order[first : first + size] for first in range(0, len(order), size)]

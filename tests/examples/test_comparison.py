@@ -39,7 +39,7 @@ from comparison.placements import layer_sizes, linear_layers
 from comparison.protocol import run_comparison
 from comparison.task import Metric, Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
-from comparison.training import KeepBest, _Trainer
+from comparison.training import KeepBest, _Trainer, start_batches
 
 # One worker of pytest-xdist runs this module: its runs share the process state of Accelerate.
 pytestmark = pytest.mark.xdist_group("comparison")
@@ -495,6 +495,21 @@ def test_options_from_files_and_the_command_line(tmp_path: Path) -> None:
 def test_options_that_cannot_be_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
         check(ComparisonArguments(**wrong), RunArguments())
+
+
+def test_the_start_sees_the_same_batches_whatever_the_number_of_processes() -> None:
+    alone = start_batches(32, 100, seed=0, num_processes=1)
+    assert [len(batch) for batch in alone] == [8, 8, 8, 8]
+    assert len({position for batch in alone for position in batch}) == 32
+    assert alone == start_batches(32, 100, seed=0, num_processes=4) != start_batches(32, 100, seed=1, num_processes=1)
+
+
+@pytest.mark.parametrize("num_processes", [5, 31, 64])
+def test_the_start_leaves_no_process_without_a_batch(num_processes: int) -> None:
+    batches = start_batches(32, 100, seed=0, num_processes=num_processes)
+    assert len(batches) >= num_processes
+    positions = [position for batch in batches for position in batch]
+    assert len(set(positions)) == len(positions)
 
 
 def test_places_become_names(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def learning_rate_grids(
     methods: Sequence[Method],
     n_trials: int,
     ratio: float,
-    kind: Literal["offline", "language_model", "classification"],
+    kind: Literal["offline", "language_model", "classification", "small_encoder"],
     overrides: Sequence[str],
 ) -> dict[str, list[float]]:
     """The same number of learning rates for every method, a constant ratio apart around its own centre.

@@ -48,11 +48,19 @@ class Fit:
 
 @dataclass(frozen=True)
 class Rates:
-    """Centres of the learning-rate grids: of the tiny offline model, pretrained language models, classification."""
+    """Centres of the learning-rate grids, by what is adapted.
+
+    Attributes:
+        offline: the tiny language model made offline.
+        language_model: a pretrained one.
+        classification: a pretrained model as a classifier.
+        small_encoder: an encoder of some 20 million parameters as a classifier, in a few hundred steps.
+    """
 
     offline: float
     language_model: float
     classification: float
+    small_encoder: float
 
 
 @dataclass(frozen=True)
@@ -225,29 +233,31 @@ def _peft_task(fit: Fit) -> str | None:
 METHODS = {
     method.name: method
     for method in (
-        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5)),
-        Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3)),
+        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5, 1e-4)),
+        Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",
             "a bias on the logits, nothing else",
             attach_vocab_bias,
-            Rates(1e-1, 5e-2, 1e-2),
+            Rates(1e-1, 5e-2, 1e-2, 1e-2),
             tasks=LANGUAGE_MODELS,
         ),
         Method(
             "head-only",
             "the new head, nothing else",
             attach_head_only,
-            Rates(1e-2, 1e-2, 1e-2),
+            Rates(1e-2, 1e-2, 1e-2, 1e-1),
             tasks=CLASSIFICATION,
         ),
-        Method("lora", "LoRA on PEFT's choice of attention projections", attach_lora, Rates(1e-2, 1e-2, 1e-3), "rank"),
-        Method("lora-linear", "LoRA on all linear layers", attach_lora_linear, Rates(1e-2, 2e-2, 1e-3), "rank"),
+        Method(
+            "lora", "LoRA on PEFT's choice of attention projections", attach_lora, Rates(1e-2, 1e-2, 1e-3, 3e-3), "rank"
+        ),
+        Method("lora-linear", "LoRA on all linear layers", attach_lora_linear, Rates(1e-2, 2e-2, 1e-3, 3e-3), "rank"),
         Method(
             "lora-linear-head",
             "LoRA on all linear layers and the LM head",
             attach_lora_linear_head,
-            Rates(2e-2, 2e-2, 1e-3),
+            Rates(2e-2, 2e-2, 1e-3, 3e-3),
             "rank",
             tasks=LANGUAGE_MODELS,
         ),
@@ -255,7 +265,7 @@ METHODS = {
             "lreg-head",
             "LReg at the LM head (the paper's placement)",
             attach_lreg_default,
-            Rates(3e-2, 2e-2, 1e-3),
+            Rates(3e-2, 2e-2, 1e-3, 1e-3),
             "n_components",
             dof=2,
             tasks=LANGUAGE_MODELS,
@@ -264,7 +274,7 @@ METHODS = {
             "lreg-mlp",
             "LReg around every MLP block",
             attach_lreg_mlp,
-            Rates(3e-2, 2e-2, 3e-3),
+            Rates(3e-2, 2e-2, 3e-3, 3e-3),
             "n_components",
             dof=2,
             tasks=LANGUAGE_MODELS,
@@ -274,7 +284,7 @@ METHODS = {
             "lreg-attention",
             "LReg on query and key (the paper's placement)",
             attach_lreg_default,
-            Rates(3e-3, 3e-3, 3e-3),
+            Rates(3e-3, 3e-3, 3e-3, 1e-2),
             "n_components",
             dof=6,
             tasks=CLASSIFICATION,
@@ -283,7 +293,7 @@ METHODS = {
             "lreg",
             "LReg on all linear layers (and the LM head), factored, started from gradients",
             attach_lreg,
-            Rates(2e-2, 2e-2, 3e-3),
+            Rates(2e-2, 2e-2, 3e-3, 3e-3),
             "n_components",
             dof=8,
             start="gradient",

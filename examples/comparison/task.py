@@ -66,7 +66,7 @@ class Task(ABC):
     task_type: Literal["CAUSAL_LM", "MASKED_LM", "SEQ_CLS"]
     auto_class: Any
     config: PretrainedConfig
-    rates: Literal["offline", "language_model", "classification"]
+    rates: Literal["offline", "language_model", "classification", "small_encoder"]
     metrics: tuple[Metric, ...]
     unit: Literal["tokens", "samples"]
     units_per_sample: int

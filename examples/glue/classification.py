@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from comparison.hub import load_pretrained
 from comparison.task import Metric, Task
 from data import Data, tokenize
-from encoder import Encoder
+from encoder import PACKAGED_MODEL, Encoder
 from metrics import Figures, computed_here, glue_score, official_metric, task_figures
 from torch import nn
 from torch.nn import functional
@@ -38,7 +38,6 @@ class ClassificationTask(Task):
     script = "run_glue.py"
     task_type = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
-    rates = "classification"
     unit = "samples"
     units_per_sample = 1
     start_samples = 128  # each has one label only
@@ -49,6 +48,7 @@ class ClassificationTask(Task):
         self._max_length, self._group_by_length = max_length, group_by_length
         self.title = f"{data.source}: {encoder.name}"
         self.config = encoder.config
+        self.rates = "small_encoder" if encoder.address == PACKAGED_MODEL else "classification"
         official = official_metric(data.task) if data.is_glue else None
         self._metric = official or computed_here(data.task)
         self._metric_source = "evaluate's glue script" if official else "the same formulas from scikit-learn and NumPy"

@@ -88,9 +88,7 @@ def _stack(model: nn.Module) -> list[str]:
             "transformers' own set_adapter cannot activate grades next to modules_to_save: wrap the model by "
             "get_peft_model instead."
         )
-    below = layers[0].previous_grades  # every layer knows those of the whole model
-    names = [name for active in layers[0].active_adapters for name in (*below.get(active, ()), active)]
-    return list(dict.fromkeys(names))
+    return layers[0].active_stack  # every layer knows that of the whole model
 
 
 def _free_name(model: nn.Module, number: int) -> str:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .backbone import eval_mode, remove_hooks
 from .config import DATA_STARTS
 from .core.projection import leading_axes, principal_axes, standardised_start
-from .core.rank import from_main, gather_objects, rank_and_world
+from .core.rank import gather_objects, rank_and_world, sum_over_processes, tensor_from_main
 from .layer import LRegLayer, layers_with_adapter
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
@@ -99,11 +99,13 @@ def initialize_lreg_weights(
             )
         n_components, dof = layer.lreg_nodes[adapter_name].shape
         if with_gradient:
-            axes = leading_axes(_reduce(collector.sketch(name, rows.mean(dim=0)), world), n_components)
+            (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0))])
+            axes = leading_axes(sketch.float(), n_components)
         else:
             axes = principal_axes(rows, n_components)
         start = standardised_start(rows, axes, n_components, dof)
-        layer.set_encoder(adapter_name, *_from_main(start, world))
+        # The main process's on every process: the same rows need not give the same bits on other hardware.
+        layer.set_encoder(adapter_name, *map(tensor_from_main, start))
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
@@ -195,20 +197,6 @@ def _gather(rows: list[Tensor], world: int) -> Tensor:
         return own
     parts = [part for part in gather_objects(own.cpu()) if part.shape[0]]
     return torch.cat(parts).to(own.device) if parts else own
-
-
-def _reduce(matrix: Tensor, world: int) -> Tensor:
-    """Sum over all processes."""
-    if world > 1:
-        torch.distributed.all_reduce(matrix)
-    return matrix
-
-
-def _from_main(tensors: tuple[Tensor, ...], world: int) -> tuple[Tensor, ...]:
-    """The main process's tensors on every process: the same rows need not give the same bits on other hardware."""
-    if world == 1:
-        return tensors
-    return from_main(tuple(tensor.cpu() for tensor in tensors))
 
 
 def install_reminder(model: nn.Module) -> None:

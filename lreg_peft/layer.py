@@ -172,8 +172,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     @property
     def stacked_adapters(self) -> list[str]:
         """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
+        return [name for name in self.active_stack if name in self.lreg_nodes]
+
+    @property
+    def active_stack(self) -> list[str]:
+        """The active adapters of the model after the grades they stand on, in order, whether or not they are here."""
         names = (name for active in self.active_adapters for name in (*self.previous_grades.get(active, ()), active))
-        return [name for name in dict.fromkeys(names) if name in self.lreg_nodes]
+        return list(dict.fromkeys(names))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; with an active grade, the one before it becomes active.

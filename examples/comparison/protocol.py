@@ -32,7 +32,7 @@ from comparison.options import ComparisonArguments, RunArguments
 from comparison.picture import write_picture
 from comparison.report import Report, Row, finite
 from comparison.task import Task
-from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
+from comparison.trained_state import put_back, read_state, save_trained, trained_state, weight_bytes, write_state
 from comparison.training import KeepBest, Progress, TrainSettings, start_from_data, train
 
 #: Settings of the comparison that every run of a folder shares. What is not here (methods, sizes, rates, seeds) may
@@ -234,11 +234,6 @@ class Protocol:
             trials=[{"learning_rate": trial.learning_rate, **trial.tuning} for trial in trials],
             steps=[{"seed": run.seed, "taken": run.steps, "kept": run.best_step} for run in runs],
         )
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of the weights in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, began: float) -> None:

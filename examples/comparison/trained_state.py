@@ -69,4 +69,9 @@ def save_trained(model: nn.Module, state: State, directory: Path) -> int:
         model.save_pretrained(directory, state_dict=state)
     else:
         save_file(state, directory / TRAINED_FILE)
+    return weight_bytes(directory)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the weights in a folder."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))

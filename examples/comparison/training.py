@@ -312,7 +312,7 @@ def start_from_data(
     began = time.perf_counter()
     state = PartialState()
     collate = collator or default_data_collator
-    batches = start_batches(min(n_samples, len(samples)), len(samples), seed, state.num_processes)
+    batches = start_batches(n_samples, len(samples), seed, state.num_processes)
     own = [
         collate([samples[position] for position in batch])
         for batch in batches[state.process_index :: state.num_processes]
@@ -327,7 +327,7 @@ def start_batches(n_samples: int, n_available: int, seed: int, num_processes: in
     The batches are formed before they are dealt out: a loss is a mean over its batch, and what the start sees must not
     depend on the number of processes, unless there are too many of them for whole batches.
     """
-    n_samples = max(n_samples, num_processes)
+    n_samples = min(max(n_samples, num_processes), n_available)
     size = min(START_BATCH, n_samples // num_processes)
     order = torch.randperm(n_available, generator=torch.Generator().manual_seed(seed)).tolist()[:n_samples]
     return [order[first : first + size] for first in range(0, len(order), size)]

@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
@@ -24,7 +24,7 @@ def gather_objects(value: T) -> list[T]:
     if world == 1:
         return [value]
     parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, value)
+    dist.all_gather_object(parts, value)
     return parts
 
 
@@ -34,14 +34,14 @@ def from_main(value: T) -> T:
     if world == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def barrier() -> None:
     """Wait for the others."""
     if rank_and_world()[1] > 1:
-        torch.distributed.barrier()
+        dist.barrier()
 
 
 def communication_device(device: torch.device) -> torch.device:

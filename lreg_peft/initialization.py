@@ -100,7 +100,7 @@ def initialize_lreg_weights(
         n_components, dof = layer.lreg_nodes[adapter_name].shape
         if with_gradient:
             (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0))])
-            axes = leading_axes(sketch.float(), n_components)
+            axes = leading_axes(sketch.to(rows.dtype), n_components)
         else:
             axes = principal_axes(rows, n_components)
         start = standardised_start(rows, axes, n_components, dof)

@@ -42,6 +42,20 @@ def layers(model: nn.Module) -> list[LRegLayer]:
     return [module for module in model.modules() if isinstance(module, LRegLayer)]
 
 
+def test_gradient_start_of_a_double_precision_model():
+    data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
+    single = adapted(target_modules=["mlp"], n_components=2)
+    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_components=2, dof=5)
+    double = get_peft_model(tiny_gpt2().double(), config)
+    for model in (single, double):
+        initialize_lreg_weights(model, data, method="gradient", show_progress=False)
+    for one, two in zip(layers(single), layers(double), strict=True):
+        assert two.lreg_projection["default"].dtype == torch.float64
+        # A randomised SVD in two precisions.
+        expected = one.lreg_projection["default"].double()
+        torch.testing.assert_close(two.lreg_projection["default"], expected, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
 def test_function_is_unchanged_and_every_element_is_used(head):
     model = adapted(head=head)

@@ -11,24 +11,24 @@ Source: Z. Li, J. Cheng, H. Gu (2025), "A Globally Optimal Alternative to MLP", 
 doi:10.3390/info16100921.
 """
 
-from . import _registration
 from ._version import __version__
-from .adaptation import MeshUpdate, ModuleUpdate, update_meshes
-from .cache import FeatureCache, cache_features
-from .callback import LRegCallback
-from .config import LRegConfig
 from .core.fused_loss import fused_cross_entropy
-from .fit import CoefficientFit, fit_coefficients
-from .grades import add_grade, load_grades
-from .initialization import initialize_lreg_weights
-from .layer import LRegLayer
-from .linearize import Refinement, refine_linearized
-from .mesh_fit import MeshFit, fit_meshes
-from .model import LRegModel
-from .model_card import push_model_card
+from .fitting.coefficients import CoefficientFit, fit_coefficients
+from .fitting.feature_cache import FeatureCache, cache_features
+from .fitting.linearize import Refinement, refine_linearized
+from .fitting.meshes import MeshFit, fit_meshes
 from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
-from .targets import Target, TargetReport, inspect_targets
-from .tracking import count_hard_samples, track_statistics
+from .training.callback import LRegCallback
+from .training.initialization import initialize_lreg_weights
+from .training.mesh_update import MeshUpdate, ModuleUpdate, update_meshes
+from .training.tracking import count_hard_samples, track_statistics
+from .tuner import registration as _registration
+from .tuner.config import LRegConfig
+from .tuner.grades import add_grade, load_grades
+from .tuner.layer import LRegLayer
+from .tuner.model import LRegModel
+from .tuner.model_card import push_model_card
+from .tuner.targets import Target, TargetReport, inspect_targets
 
 __all__ = [
     "__version__",

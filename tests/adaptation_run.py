@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lreg_peft import LRegConfig, track_statistics, update_meshes
-from lreg_peft.layer import wrap
+from lreg_peft.tuner.layer import wrap
 
 STEPS, EVERY, BATCH, FEATURES = 60, 5, 64, 3
 

@@ -17,18 +17,18 @@ MODULES = {
 }
 # From the bottom to the top; what stands in one line does not import its neighbours.
 ORDER = [
-    ["_version", "_registration"],
-    ["model_card"],
-    ["core.mesh", "core.solve"],
-    ["core.basis", "core.projection", "core.adapt", "core.subspace", "core.fused_loss", "core.rank"],
-    ["core.regression", "core.product", "core.solve_entropy", "core.solve_squares"],
-    ["config", "penalty", "statistics"],
-    ["layer"],
-    ["targets", "backbone", "tracking"],
-    ["initialization", "terminal"],
-    ["output_head", "adaptation", "plotting", "grades", "linearize"],
-    ["fused", "cached_forward", "fit"],
-    ["model", "callback", "cache", "mesh_fit"],
+    ["_version", "tuner.registration"],
+    ["tuner.model_card"],
+    ["core.mesh", "core.solve.problem"],
+    ["core.basis", "core.coordinates", "core.adapt", "core.solve.subspace", "core.fused_loss", "core.distributed"],
+    ["core.free_knots", "core.product", "core.solve.cross_entropy", "core.solve.least_squares"],
+    ["tuner.config", "tuner.penalty", "tuner.statistics"],
+    ["tuner.layer"],
+    ["tuner.targets", "tuner.hooks.backbone", "training.tracking"],
+    ["training.initialization", "fitting.output_shortcut"],
+    ["tuner.hooks.output_head", "training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
+    ["tuner.hooks.head_loss", "fitting.cached_forward", "fitting.coefficients"],
+    ["tuner.model", "training.callback", "fitting.feature_cache", "fitting.meshes"],
 ]
 
 
@@ -65,10 +65,10 @@ GRAPH = {name: own_imports(path) for name, path in MODULES.items()}
 
 
 def test_the_reader_sees_what_is_there():
-    assert "core.basis" in GRAPH["layer"]
-    assert "config" in GRAPH["layer"]
-    assert {"backbone", "output_head", "targets"} <= GRAPH["model"]
-    assert GRAPH["_registration"] >= {"model_card"}  # inside a function
+    assert "core.basis" in GRAPH["tuner.layer"]
+    assert "tuner.config" in GRAPH["tuner.layer"]
+    assert {"tuner.hooks.backbone", "tuner.hooks.output_head", "tuner.targets"} <= GRAPH["tuner.model"]
+    assert GRAPH["tuner.registration"] >= {"tuner.model_card"}  # inside a function
     assert "core.mesh" in GRAPH["core.basis"]
 
 
@@ -79,7 +79,7 @@ def test_no_module_imports_itself_by_a_detour():
 def test_imports_point_down():
     level = {name: i for i, names in enumerate(ORDER) for name in names}
     assert level.keys() == GRAPH.keys()
-    late = {("_registration", "model_card")}  # inside a function, when both are there
+    late = {("tuner.registration", "tuner.model_card")}  # inside a function, when both are there
     upward = [
         f"{name} imports {other}"
         for name, found in GRAPH.items()
@@ -97,19 +97,19 @@ def test_core_knows_torch_and_nothing_above(name):
 
 
 def test_mathematics_does_not_import_peft_or_transformers():
-    for name in ("penalty", "_version"):
+    for name in ("tuner.penalty", "_version"):
         assert not {"peft", "transformers"} & {item.split(".")[0] for item in imports(MODULES[name])}, name
 
 
 def test_one_file_touches_the_tables_of_peft():
     words = ("PEFT_TYPE_TO_", "register_peft_method", "_member_map_", "setattr(PeftModel")
     touching = {name for name, path in MODULES.items() if any(word in path.read_text("utf-8") for word in words)}
-    assert touching == {"_registration"}
+    assert touching == {"tuner.registration"}
 
 
 def test_registration_imports_nothing_but_the_standard_library_to_begin_with():
     """So that its enum code runs on any interpreter."""
-    tree = ast.parse(MODULES["_registration"].read_text("utf-8"))
+    tree = ast.parse(MODULES["tuner.registration"].read_text("utf-8"))
     names = [
         alias.name if isinstance(node, ast.Import) else node.module
         for node in tree.body

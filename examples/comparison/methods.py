@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from comparison.errors import UserError
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
 from lreg_peft import LRegConfig
-from lreg_peft.targets import output_head_name
+from lreg_peft.tuner.targets import output_head_name
 
 LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM")
 CLASSIFICATION = ("SEQ_CLS",)

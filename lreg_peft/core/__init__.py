@@ -11,13 +11,13 @@ from .basis import (
     expand_basis,
     hat_basis,
 )
+from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
+from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
 from .mesh import check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
 from .product import add_basis, add_product
-from .projection import LOGISTIC_NORMAL_SCALE, initial_projection, project
-from .regression import PiecewiseLinearFit, fit_piecewise_linear
-from .solve import Certificate, Chunk, Chunks, Processes, Solution
-from .solve_entropy import solve_cross_entropy
-from .solve_squares import solve_least_squares
+from .solve.cross_entropy import solve_cross_entropy
+from .solve.least_squares import solve_least_squares
+from .solve.problem import Certificate, Chunk, Chunks, Processes, Solution
 
 __all__ = [
     "LOGISTIC_NORMAL_SCALE",

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lreg_peft import LRegLayer
-from lreg_peft.terminal import Rows, Terminal
+from lreg_peft.fitting.output_shortcut import Rows, Terminal
 
 
 class StoredRows:

@@ -40,10 +40,10 @@ from lreg_peft.core import (
     hat_basis,
     quantile_nodes,
     solve_cross_entropy,
-    solve_entropy,
     solve_least_squares,
 )
-from lreg_peft.core.solve import rows_at_once
+from lreg_peft.core.solve import cross_entropy as entropy_module
+from lreg_peft.core.solve.problem import rows_at_once
 
 RIDGE, TOLERANCE = 1e-4, 1e-6
 ROWS = 1000
@@ -232,7 +232,7 @@ def pass_cost(classes: int, width: int, features: int) -> dict[str, Any]:
             yield chunk._replace(offset=h @ weight.T)
 
     def cost(chunks: Callable[[], Iterator[Chunk]]) -> float:
-        objective = solve_entropy._Objective(chunks, (features, classes), "classes", RIDGE, Processes())
+        objective = entropy_module._Objective(chunks, (features, classes), "classes", RIDGE, Processes())
         c = torch.zeros(features, classes, dtype=torch.float64)
         objective.evaluate(c, torch.float32)
         times = []
@@ -242,7 +242,7 @@ def pass_cost(classes: int, width: int, features: int) -> dict[str, Any]:
             times.append(time.process_time() - started)
         return 1e6 * min(times) / (2 * rows)
 
-    pairs = solve_entropy._History(features * classes).pairs.maxlen
+    pairs = entropy_module._History(features * classes).pairs.maxlen
     return {
         "classes": classes,
         "width": width,

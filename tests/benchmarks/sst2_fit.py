@@ -41,8 +41,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
-from lreg_peft.core.projection import principal_axes, standardised_start
-from lreg_peft.terminal import Terminal, find_terminal
+from lreg_peft.core.coordinates import principal_axes, standardised_start
+from lreg_peft.fitting.output_shortcut import Terminal, find_terminal
 
 SPLITS = ("train", "validation")
 GRADES = 3

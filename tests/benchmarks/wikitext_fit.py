@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from lreg_peft import CoefficientFit, LRegConfig, fit_coefficients, initialize_lreg_weights
 from lreg_peft.core import Chunk, Solution, solve_cross_entropy
-from lreg_peft.terminal import find_terminal
+from lreg_peft.fitting.output_shortcut import find_terminal
 
 ROWS = 256
 COLUMNS = {

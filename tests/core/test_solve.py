@@ -19,10 +19,10 @@ from lreg_peft.core import (
     hat_basis,
     quantile_nodes,
     solve_cross_entropy,
-    solve_entropy,
     solve_least_squares,
 )
-from lreg_peft.core import solve as solve_module
+from lreg_peft.core.solve import cross_entropy as entropy_module
+from lreg_peft.core.solve import problem as solve_module
 
 RIDGE = 1e-4
 
@@ -199,7 +199,7 @@ def test_products_with_the_hessian_are_derivatives_of_the_gradient(targets):
     basis, target = random_classes(n=60)
     target = target if targets == "classes" else torch.nn.functional.one_hot(target).double()
     chunks = chunks_of(basis, target, gaussian(60, 5, seed=9), gaussian(60, seed=10).abs(), rows=17)
-    objective = solve_entropy._Objective(chunks, (12, 5), targets, RIDGE, solve_entropy.Processes())
+    objective = entropy_module._Objective(chunks, (12, 5), targets, RIDGE, entropy_module.Processes())
     c, direction = gaussian(12, 5, seed=11), gaussian(12, 5, seed=12)
     ahead, behind = (objective.evaluate(c + s * direction, torch.float64).gradient for s in (1e-5, -1e-5))
     product = objective.hessian_product(c, direction, torch.float64)
@@ -233,7 +233,7 @@ def test_a_newton_finish_where_lbfgs_crawls(monkeypatch):
     solved = solve_cross_entropy(chunks, zeros(128, 8), ridge=1e-6)
     assert "Newton" in solved.method and solved.status == "converged"
     assert solved.passes == chunks.reads > solved.iterations + 10
-    monkeypatch.setattr(solve_entropy, "_PATIENCE", 10_000)
+    monkeypatch.setattr(entropy_module, "_PATIENCE", 10_000)
     alone = solve_cross_entropy(chunks, zeros(128, 8), ridge=1e-6)
     assert alone.method == "L-BFGS"
     assert alone.objective == pytest.approx(solved.objective, abs=1e-6)
@@ -294,8 +294,8 @@ def test_memory_does_not_grow_with_samples_times_classes(monkeypatch, features):
 
 
 def test_history_is_bounded_in_memory():
-    assert solve_entropy._History(50_257 * 64).pairs.maxlen * 2 * 50_257 * 64 <= 1 << 26
-    assert solve_entropy._History(128 * 20).pairs.maxlen == 20
+    assert entropy_module._History(50_257 * 64).pairs.maxlen * 2 * 50_257 * 64 <= 1 << 26
+    assert entropy_module._History(128 * 20).pairs.maxlen == 20
 
 
 def test_not_reaching_the_tolerance_is_said():
@@ -361,7 +361,7 @@ def test_normal_equations_alone_would_have_missed_it(monkeypatch):
     target = basis @ gaussian(12, 2, seed=1) * 1e6
     exact = solve_least_squares(chunks_of(basis, target), zeros(12, 2), tolerance=1e-18)
     assert exact.method == "QR"
-    monkeypatch.setattr("lreg_peft.core.solve_squares._MAX_CONDITION", 1e40)
+    monkeypatch.setattr("lreg_peft.core.solve.least_squares._MAX_CONDITION", 1e40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = solve_least_squares(chunks_of(basis, target), zeros(12, 2), tolerance=1e-18, max_passes=3)

@@ -1,0 +1,207 @@
+"""Least squares with an offset, sample weights and several outputs, from one or two passes and a check."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .problem import (
+    Chunk,
+    Chunks,
+    Processes,
+    Report,
+    Solution,
+    Status,
+    check_chunk,
+    check_not_empty,
+    check_options,
+    rows_at_once,
+    slices,
+    total_of,
+)
+
+# The normal equations square the condition number of the basis. Up to this condition of the product at least five
+# digits of the coefficients are right after the first solve, and every further pass adds as many.
+_MAX_CONDITION = 1e11
+
+_MIN_ROWS = 4096  # a QR step repeats the triangle so far, which many samples at once make cheap
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Eigenvectors and eigenvalues of the Hessian A^T W A / sum(W) + ridge; of both only what rounding leaves sure."""
+
+    vectors: Tensor  # [features, rank]
+    values: Tensor  # [rank]
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        return self.vectors @ ((self.vectors.T @ gradient) / self.values.unsqueeze(1))
+
+    def gap(self, gradient: Tensor) -> float:
+        """P minus its minimum: for a quadratic function half of g^T H^-1 g, exactly."""
+        return ((self.vectors.T @ gradient).square() / self.values.unsqueeze(1)).sum().item() / 2
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over all samples at some coefficients, fp64."""
+
+    weight: float  # over scale
+    squares: float
+    product: Tensor  # basis^T residual, [features, outputs]
+    gram: Tensor  # basis^T basis, [features, features]
+
+
+def solve_least_squares(
+    chunks: Chunks,
+    start: Tensor,
+    *,
+    ridge: float = 0.0,
+    scale: float = 1.0,
+    tolerance: float = 1e-6,
+    max_passes: int = 20,
+    processes: Processes | None = None,
+    report: Report | None = None,
+) -> Solution:
+    """Minimise P(c) = scale * sum_i w_i |offset_i + basis_i c - target_i|^2 / (2 sum_i w_i) + ridge/2 |c|^2.
+
+    The normal equations are accumulated chunk by chunk in fp64. If their condition is bad, the triangular factor of a
+    QR decomposition is accumulated instead, which does not square the condition number of the basis. A further pass
+    computes the gradient afresh, which certifies the result; if it is not good enough, it refines it. Without a
+    ridge, directions that the samples do not determine, up to the rounding of the basis, keep their value in `start`
+    and have no part in the gap: from zero, this is the solution of smallest norm.
+
+    Memory: O(features^2 + features * outputs), and the chunks in fp64, a few thousand samples at a time.
+
+    Args:
+        chunks: begins a pass over the samples; targets floating `[n, outputs]`.
+        start: `[features, outputs]`; its dtype and device are those of the result.
+        ridge: at least 0.
+        scale: positive; `2 / outputs` makes the first term the mean squared error.
+        tolerance: gap at which to stop, in the units of P.
+        max_passes: at least 3.
+        processes: how several processes act as one; each passes its own samples, and all get the same result.
+        report: told after every pass.
+
+    Returns:
+        A `Solution` with the method "normal equations" or "QR".
+
+    Raises:
+        ValueError: for empty or non-finite data, shapes that do not fit, or options out of range.
+
+    Warns:
+        RuntimeWarning: if the tolerance was not reached.
+    """
+    check_options(start, scale, tolerance, max_passes)
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be at least 0, got {ridge}.")
+    processes = processes or Processes()
+    c = start.detach().double()
+    sums = _sum_up(chunks, c, processes, scale, check=True)
+    check_not_empty(sums.weight)
+    passes, iterations, method = 1, 0, "normal equations"
+    spectrum = _of_normal_equations(sums, ridge)
+    if spectrum is None:
+        spectrum, method = _of_triangle(*_triangle(chunks, start, processes), sums.weight, ridge), "QR"
+        passes += 1
+    gradient = sums.product / sums.weight + ridge * c
+    best: Solution | None = None
+    status: Status = "iteration_limit"
+    while passes < max_passes:
+        c = c - spectrum.solve(gradient)
+        rounded = c.to(start.dtype)
+        sums = _sum_up(chunks, rounded.double(), processes, scale)
+        passes, iterations = passes + 1, iterations + 1
+        gradient = sums.product / sums.weight + ridge * rounded.double()
+        objective = sums.squares / (2 * sums.weight) + ridge / 2 * rounded.double().square().sum().item()
+        gap = spectrum.gap(gradient)
+        if report is not None:
+            report(passes, objective, gap)
+        stalled = best is not None and not gap < best.gap / 2
+        if best is None or gap < best.gap:
+            best = Solution(
+                objective, gap, gradient.norm().item(), iterations, passes, "converged", method, "", rounded
+            )
+        if best.gap <= tolerance or stalled:
+            status = "converged" if best.gap <= tolerance else "stalled"
+            break
+        c = rounded.double()
+    assert best is not None  # max_passes >= 3 leaves one turn of the loop after the QR pass
+    message = _message(status, best.gap, tolerance, passes, method, start.dtype)
+    result = replace(best, passes=passes, status=status, message=message)
+    result.warn_unless_converged()
+    return result
+
+
+def _message(status: Status, gap: float, tolerance: float, passes: int, method: str, dtype: torch.dtype) -> str:
+    found = f"least squares by {method}: gap {gap:.1e} after {passes} passes"
+    if status == "converged":
+        return f"{found}, within the tolerance {tolerance:.1e}."
+    if status == "stalled":
+        return f"{found}, which rounding keeps above the tolerance {tolerance:.1e}: raise tolerance or ridge" + (
+            ", or keep the coefficients in fp64." if dtype != torch.float64 else "."
+        )
+    return f"{found} is above the tolerance {tolerance:.1e}: raise max_passes, tolerance or ridge."
+
+
+def _doubles(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Basis, target minus offset, weights, and their roots as a column; fp64."""
+    target = chunk.target.double()
+    if chunk.offset is not None:
+        target = target - chunk.offset
+    weight = target.new_ones(len(target)) if chunk.weight is None else chunk.weight.double()
+    return chunk.basis.double(), target, weight, weight.sqrt().unsqueeze(1)
+
+
+def _sum_up(chunks: Chunks, c: Tensor, processes: Processes, scale: float, *, check: bool = False) -> _Sums:
+    """One pass; the Gram matrix is summed in a pass that checks the data as well."""
+    features, outputs = c.shape
+    scalars = c.new_zeros(2)
+    product = c.new_zeros(features, outputs)
+    gram = c.new_zeros(features, features)
+    for whole in chunks():
+        if check:
+            check_chunk(whole, (features, outputs), classes=False)
+        for chunk in slices(whole, rows_at_once(outputs, c.device)):
+            basis, target, weight, root = _doubles(chunk)
+            residual = (basis @ c - target) * root
+            basis = basis * root
+            scalars += torch.stack((weight.sum(), residual.square().sum()))
+            product += basis.T @ residual
+            if check:
+                gram += basis.T @ basis
+    scalars, product, gram = total_of(processes, scalars, product, gram)
+    return _Sums(scalars[0].item() / scale, scalars[1].item(), product, gram)
+
+
+def _of_normal_equations(sums: _Sums, ridge: float) -> _Spectrum | None:
+    """None if the condition is bad."""
+    values, vectors = torch.linalg.eigh(sums.gram / sums.weight)
+    if not values[0] + ridge > (values[-1] + ridge) / _MAX_CONDITION:
+        return None
+    return _Spectrum(vectors, values + ridge)
+
+
+def _triangle(chunks: Chunks, like: Tensor, processes: Processes) -> tuple[Tensor, float]:
+    """R of the QR decomposition of the weighted basis, fp64 `[features, features]`, and the precision of the basis."""
+    features = like.shape[0]
+    factor = like.new_zeros(features, features, dtype=torch.float64)
+    precision = 0.0
+    for whole in chunks():
+        precision = max(precision, torch.finfo(whole.basis.dtype).eps)
+        for chunk in slices(whole, max(_MIN_ROWS, 4 * features)):
+            basis, _, _, root = _doubles(chunk)
+            factor = torch.linalg.qr(torch.cat((factor, basis * root)), mode="r").R
+    parts = processes.gather(factor)
+    precision = max(processes.gather(like.new_tensor([precision], dtype=torch.float64))).item()
+    return parts[0] if len(parts) == 1 else torch.linalg.qr(torch.cat(parts), mode="r").R, precision
+
+
+def _of_triangle(factor: Tensor, precision: float, total_weight: float, ridge: float) -> _Spectrum:
+    """Without a ridge, directions that the basis determines by no more than its own rounding are left out."""
+    _, singular, rows = torch.linalg.svd(factor / math.sqrt(total_weight))
+    known = singular > len(singular) * precision * singular[0]
+    values = singular.square() * known + ridge
+    used = known if ridge == 0 else torch.ones_like(known)
+    return _Spectrum(rows.T[:, used], values[used])

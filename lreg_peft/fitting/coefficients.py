@@ -1,0 +1,276 @@
+"""Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
+from ..core.distributed import AllProcesses, raise_together, rank_and_world, tensor_from_main
+from ..core.solve.problem import Report, check_options, rows_at_once
+from ..tuner.hooks.backbone import eval_mode
+from .output_shortcut import Objective, Rows, Terminal, find_terminal
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows that can be read again and again in the same order, such as a feature cache."""
+
+    def chunks(self, rows_per_chunk: int) -> Iterable[Rows]:
+        """All rows, at most `rows_per_chunk` at a time."""
+
+
+# In this order the largest index is right where some processes have no rows.
+_OBJECTIVES: tuple[Objective | None, ...] = (None, *get_args(Objective))
+
+Data = Iterable[Mapping[str, Any]] | RowSource
+
+
+@dataclass(frozen=True)
+class CoefficientFit(Certificate):
+    """What a fit reached: a `core.Certificate` of the weights that are in the model now.
+
+    The objective P is the model's mean loss over the labels plus `ridge / 2` times the sum of the squared weights;
+    `gap` bounds how far it is from the smallest P that any weights reach.
+
+    Attributes:
+        module: name of the wrapped module.
+        adapter: name of the adapter.
+        n_rows: labels that the fit is about, over all processes.
+    """
+
+    module: str
+    adapter: str
+    n_rows: int
+
+
+def fit_coefficients(
+    model: nn.Module,
+    data: Data,
+    *,
+    ridge: float = 1e-4,
+    tolerance: float = 1e-6,
+    max_passes: int = 500,
+    adapter_name: str | None = None,
+    show_progress: bool = True,
+) -> CoefficientFit:
+    """Put the linear weights of a shortcut on a model's output to the global optimum of the training loss.
+
+    With projection and mesh fixed, the shortcut is linear in the rest of its weights: the coefficients of the full
+    head, coefficients and constant of the reduced head, the output vectors of the factored head (whose profiles stay as
+    they are, and are part of what is held fixed). The model's loss is convex in them, and
+
+        P = mean loss over all labels + ridge / 2 * (sum of the squared weights)
+
+    has one minimum. The fit begins at the present weights, so it can follow gradient training as well as replace it.
+    What everything else gives, other active adapters included, is taken as it is. The curvature penalty of the
+    configuration has no part in P.
+
+    The data are read once: the frozen part of the model runs in eval mode, and the solver then works on the inputs of
+    the output module, or on the outputs if these are narrower. Those are kept in memory, unless `data` is a feature
+    cache and they are wide. Several processes end with the same weights, bit for bit.
+
+    Args:
+        model: a model with an LReg adapter on exactly the module that gives its output: a language model head, a
+            classification or a regression head.
+        data: batches as the model takes them, dictionaries with labels, of which every process gives its own share; or
+            a feature cache (`cache_features`), of which every process takes its share.
+        ridge: weight of the penalty; positive for cross-entropy, and at least 0 for regression.
+        tolerance: gap at which to stop, in the units of the loss.
+        max_passes: most reads of the rows; at least 3.
+        adapter_name: which adapter; None takes the active one.
+        show_progress: show progress with the gap, on the main process.
+
+    Returns:
+        A `CoefficientFit`; its `gap` is the certificate.
+
+    Raises:
+        ValueError: if the fit is not convex (shortcuts inside the network), if the model changes or weights its output
+            in a way that rows cannot repeat, and for empty or non-finite data, labels outside the classes, or options
+            out of range. The model is then as it was.
+        TypeError: if a batch is not a dictionary.
+        RuntimeError: if another process stopped with an error.
+
+    Warns:
+        RuntimeWarning: if the tolerance was not reached, with the option to change.
+        UserWarning: if the start from data that the configuration promises has not been made.
+    """
+    terminal = find_terminal(model, adapter_name)
+    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    problem = FitProblem(terminal, data, ridge, show_progress)
+    problem.warn_of_missing_start()
+    fit = problem.solve(tolerance, max_passes)
+    problem.write(fit.table)
+    return fit.summary
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights that are not in the model yet, and what is to be said about them."""
+
+    table: Tensor  # [K, out_features]
+    summary: CoefficientFit
+
+
+class FitProblem:
+    """A terminal shortcut and the rows it is fitted to."""
+
+    def __init__(self, terminal: Terminal, data: Data, ridge: float, show_progress: bool) -> None:
+        self.terminal, self.ridge = terminal, ridge
+        self.layer, self.adapter = terminal.layer, terminal.adapter_name
+        self.out_features = self.layer.out_features
+        self.processes = AllProcesses()
+        self._rank, self._world = rank_and_world()
+        self.show_progress = show_progress and self._rank == 0
+        # Whichever is narrower is kept: the inputs of the output module, or its outputs.
+        self._keep_offsets = self.out_features <= self.layer.in_features
+        self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
+        # A weight, of the base module if it has one, for device and dtype of the features.
+        self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
+        self._coords: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []  # offsets or features
+        self.objective: Objective | None = None
+        error: Exception | None = None
+        try:
+            with torch.no_grad(), eval_mode(terminal.model):
+                for rows in self._read(data):
+                    self._add(rows)
+        except Exception as caught:
+            error = caught
+        raise_together(error)
+        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))]))
+        self.n_rows = int(sum(n_rows))
+        kinds = self.processes.gather(torch.tensor([_OBJECTIVES.index(self.objective)]))
+        self.objective = _OBJECTIVES[int(max(kinds))]  # a process without rows does not know
+        if not self.n_rows:
+            raise ValueError(
+                "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
+                "are -100."
+            )
+
+    def _read(self, data: Data) -> Iterator[Rows]:
+        """The rows of this process."""
+        bar = partial(tqdm, desc="LReg fit: features", disable=not self.show_progress)
+        if isinstance(data, RowSource):
+            yield from bar(self._own_chunks(data))
+            return
+        for i, batch in enumerate(bar(data)):
+            yield self.terminal.rows(batch)
+            if i == 0:  # after the rows, which have been found valid by now
+                self.terminal.check(batch)
+
+    def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
+        """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""
+        chunks = cache.chunks(rows_at_once(self.out_features, self._place.device))
+        for features, targets in islice(chunks, self._rank, None, self._world):
+            yield Rows(features.to(self._place), targets.to(self._place.device))
+
+    def _add(self, rows: Rows) -> None:
+        objective = self.terminal.objective(rows.targets)
+        if self.objective not in (None, objective):
+            raise ValueError(f"the labels must be all of one kind, got {self.objective} and {objective}.")
+        if not self.ridge > 0 and (objective != "squared_error" or not self.ridge == 0):
+            raise ValueError(
+                f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
+                "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
+            )
+        self.objective = objective
+        features, targets = rows
+        for name, tensor in (("features", features), ("labels", targets)):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"the {name} of {self.terminal.name!r} must be finite, got NaN or infinite values after row "
+                    f"{sum(map(len, self._targets))}."
+                )
+        self._coords.append(self.layer.coords(self.adapter, features))
+        self._targets.append(targets)
+        if self._keep_offsets:
+            self._sources.append(self.terminal.base_output(features))
+        elif self._cache is None:
+            self._sources.append(features)
+
+    def warn_of_missing_start(self) -> None:
+        """Warn if the start from data that the configuration promises has not been made."""
+        if self.adapter in self.layer.start_is_owed:
+            warnings.warn(
+                "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
+                "dataloader) was not called before the fit: projection and mesh are random and uniform.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
+        """One pass over the rows: coordinates, and what the solver takes."""
+        for coords, targets, offset in self._passes():
+            basis = self.layer.design(self.adapter, coords)
+            offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+            if targets.is_floating_point():
+                targets = targets.to(basis.dtype)
+            yield coords, Chunk(basis, targets, offset)
+
+    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Coordinates, targets, offsets, a bounded number of rows at a time."""
+        if self._cache is not None:
+            again = (features for features, _ in self._own_chunks(self._cache))
+            for coords, targets, features in zip(self._coords, self._targets, again, strict=True):
+                yield coords, targets, self.terminal.base_output(features)
+            return
+        rows = rows_at_once(self.out_features, self._place.device)
+        for coords, targets, sources in zip(self._coords, self._targets, self._sources, strict=True):
+            for c, t, source in zip(coords.split(rows), targets.split(rows), sources.split(rows), strict=True):
+                yield c, t, source if self._keep_offsets else self.terminal.base_output(source)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over the rows, for the solvers."""
+        return (chunk for _, chunk in self.coords_and_chunks())
+
+    def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
+        """The optimum on the present mesh, from the present weights; the model stays as it is."""
+        # The solvers sum over outputs, and halve squares; models average over outputs.
+        if self.objective == "squared_error":
+            solve: Callable[..., Solution] = partial(solve_least_squares, scale=2 / self.out_features)
+        elif self.objective == "binary_cross_entropy":
+            solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
+        else:
+            solve = solve_cross_entropy
+        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.terminal.model):
+            solution = solve(
+                self.chunks,
+                self.layer.table(self.adapter).detach(),
+                ridge=self.ridge,
+                tolerance=tolerance,
+                max_passes=max_passes,
+                processes=self.processes,
+                report=report,
+            )
+        certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
+        summary = CoefficientFit(**certificate, module=self.terminal.name, adapter=self.adapter, n_rows=self.n_rows)
+        return Fitted(tensor_from_main(solution.coefficients), summary)
+
+    @torch.no_grad()
+    def write(self, table: Tensor) -> None:
+        """Put weights `[K, out_features]`, in the order of `LRegLayer.table`, into the model, in place."""
+        weights = self.layer.output_weights(self.adapter)
+        parts = table.split([weight.numel() // self.out_features for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.copy_(part.view_as(weight))
+
+
+@contextmanager
+def _progress(show: bool, keep: bool) -> Iterator[Report]:
+    """A bar that counts passes and shows objective and gap."""
+    with tqdm(desc="LReg fit: passes", unit="pass", disable=not show, leave=keep) as bar:
+
+        def report(passes: int, objective: float, gap: float) -> None:
+            bar.set_postfix(objective=f"{objective:.6g}", gap=f"{gap:.1e}", refresh=False)
+            bar.update(passes - bar.n)
+
+        yield report

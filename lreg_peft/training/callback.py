@@ -1,0 +1,264 @@
+"""Mesh adaptation in a Transformers `Trainer`: when to call `update_meshes`, and what to log. No mathematics."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..core.adapt import Strategy
+from ..tuner import penalty
+from ..tuner.hooks.backbone import eval_mode
+from ..tuner.layer import LRegLayer
+from ..tuner.statistics import DEFAULT_ROWS
+from .mesh_update import MeshUpdate, node_spread, update_meshes
+from .tracking import movable_sites, track_statistics
+
+Unit = Literal["steps", "epochs"]
+
+# A size so small that nodes hardly slide any more.
+_SMALLEST_SIZE = 1 / 64
+
+
+class LRegCallback(TrainerCallback, ExportableState):
+    """Moves the meshes of an LReg adapter while a `Trainer` trains it.
+
+    Each move is tried on the last few training batches, in eval mode, and undone if the loss on them rises. Then the
+    next one is half as large; an accepted move restores the size. The batches are taken from the model's own inputs,
+    which must hold the labels.
+
+    The Trainer's training logs (`log_history` and every reporter that was added after this callback) also get
+    `lreg_node_spread`, `lreg_smallest_element`, `lreg_moves_accepted`, `lreg_moves_refused` and, with a
+    `curvature_weight`, `lreg_curvature_penalty`. Reporters named in `report_to` come first in a Trainer's list; for
+    these to see the entries, `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
+
+    With `TrainingArguments(restore_callback_states_from_checkpoint=True)` its state survives
+    `resume_from_checkpoint`. Statistics since the last move are not saved: a checkpoint in whose step the meshes
+    moved resumes exactly, another one moves next time by the steps after it alone.
+
+    Args:
+        every: move after this many `unit`s.
+        unit: "steps" (of the optimiser) or "epochs".
+        start: fraction of the training before which nothing moves.
+        stop: fraction of the training after which nothing moves; the coefficients settle on their final mesh then.
+        strategy: see `update_meshes`.
+        n_refine: see `update_meshes`.
+        size: size of the first move, see `core.adapt.adapt_mesh`.
+        n_check_batches: training batches to try a move on; 0 keeps every move (what `"mrc"` needs: its moves pay
+            only after the coefficients have followed).
+        tolerance: how far the loss on these may rise for a move to be kept, relative to the loss.
+        adapter_name: which adapter; None takes the active ones of every layer.
+        n_rows: see `track_statistics`.
+        n_hard_samples: hits per backward pass, for `"mrc"` only; see `track_statistics`.
+
+    Raises:
+        ValueError: for options out of range; when training begins, if the model has no mesh that can move.
+        RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        unit: Unit = "steps",
+        *,
+        start: float = 0.0,
+        stop: float = 0.75,
+        strategy: Strategy = "exchange",
+        n_refine: int | None = None,
+        size: float = 1.0,
+        n_check_batches: int = 2,
+        tolerance: float = 0.0,
+        adapter_name: str | None = None,
+        n_rows: int = DEFAULT_ROWS,
+        n_hard_samples: int = 32,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        if unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
+        if not 0 < size <= 1:
+            raise ValueError(f"size must lie in (0, 1], got {size}.")
+        if n_check_batches < 0:
+            raise ValueError(f"n_check_batches must be at least 0, got {n_check_batches}.")
+        self._options: dict[str, Any] = {
+            "every": every,
+            "unit": unit,
+            "start": start,
+            "stop": stop,
+            "strategy": strategy,
+            "n_refine": n_refine,
+            "size": size,
+            "n_check_batches": n_check_batches,
+            "tolerance": tolerance,
+            "adapter_name": adapter_name,
+            "n_rows": n_rows,
+            "n_hard_samples": n_hard_samples,
+        }
+        #: Size of the next move.
+        self.current_size = size
+        #: Moves that were kept.
+        self.n_accepted = 0
+        #: Moves that were undone.
+        self.n_refused = 0
+        #: What the last `update_meshes` returned.
+        self.last_update: MeshUpdate | None = None
+        self._batches: deque[tuple[Any, Any]] = deque(maxlen=n_check_batches)
+        self._shape_logs: dict[str, float] = {}
+        self._model: nn.Module | None = None
+        self._remove_hook: Callable[[], None] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        attributes = {name: getattr(self, name) for name in ("current_size", "n_accepted", "n_refused")}
+        return {"args": dict(self._options), "attributes": attributes}
+
+    # Events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start gathering, if the first move is near."""
+        self._close()  # of a training that broke off
+        self._model = kwargs["model"]
+        self._describe_meshes(self._model)
+        self._open_or_close(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move, if it is time: after the optimiser's step, before evaluation and saving."""
+        self._open_or_close(state)
+        if self._options["unit"] == "steps" and state.global_step % self._options["every"] == 0:
+            self._move(state, kwargs["model"], kwargs["optimizer"])
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move, if it is time: before evaluation and saving."""
+        if self._options["unit"] == "epochs" and round(state.epoch or 0) % self._options["every"] == 0:
+            self._move(state, kwargs["model"], kwargs["optimizer"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the logs of the training loss."""
+        if logs is None or "loss" not in logs or self._model is None:
+            return
+        entries = {
+            **self._shape_logs,
+            "lreg_moves_accepted": self.n_accepted,
+            "lreg_moves_refused": self.n_refused,
+        }
+        value = penalty.value(module for module in self._model.modules() if isinstance(module, LRegLayer))
+        if value is not None:
+            entries["lreg_curvature_penalty"] = float(value)
+        logs.update(entries)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(entries)  # the Trainer has copied the logs there already
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop gathering and take every hook off."""
+        self._close()
+
+    # What they do
+
+    def _move(self, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        first, last = self._window(state)
+        if not first < state.global_step <= last:
+            return
+        update = update_meshes(
+            model,
+            optimizer,
+            strategy=self._options["strategy"],
+            adapter_name=self._options["adapter_name"],
+            n_refine=self._options["n_refine"],
+            size=self.current_size,
+            accept=(lambda: self._recent_loss(model)) if self._options["n_check_batches"] else None,
+            tolerance=self._options["tolerance"],
+        )
+        self.last_update = update
+        self.n_accepted += update.accepted
+        self.n_refused += update.refused
+        if update.refused:
+            self.current_size = max(self.current_size / 2, _SMALLEST_SIZE)
+        elif update.accepted:
+            self.current_size = self._options["size"]
+        self._describe_meshes(model)
+
+    def _window(self, state: TrainerState) -> tuple[float, float]:
+        """Steps between which moves are allowed: after the first, up to the last."""
+        return self._options["start"] * state.max_steps, self._options["stop"] * state.max_steps
+
+    def _open_or_close(self, state: TrainerState) -> None:
+        """Gather from one interval before the first move to the last one."""
+        interval = float(self._options["every"])
+        if self._options["unit"] == "epochs":
+            interval *= state.max_steps / max(state.num_train_epochs, 1)
+        first, last = self._window(state)
+        wanted = first - interval <= state.global_step <= last
+        if wanted and self._remove_hook is None and self._model is not None:
+            by_hits = self._options["strategy"] == "mrc"
+            track_statistics(
+                self._model,
+                adapter_name=self._options["adapter_name"],
+                n_rows=self._options["n_rows"],
+                n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
+            )
+            self._remove_hook = self._model.register_forward_pre_hook(self._keep_batch, with_kwargs=True).remove
+        elif not wanted:
+            self._stop_gathering()
+
+    def _stop_gathering(self) -> None:
+        if self._remove_hook is not None and self._model is not None:
+            self._remove_hook()
+            self._remove_hook = None
+            self._batches.clear()
+            track_statistics(self._model, False, adapter_name=self._options["adapter_name"])
+
+    def _close(self) -> None:
+        self._stop_gathering()
+        self._model = None
+
+    def _keep_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self._batches.append((args, dict(kwargs)))
+
+    def _recent_loss(self, model: nn.Module) -> float:
+        if not self._batches:
+            raise RuntimeError(
+                "there is no training batch to try a move of the meshes on. Set LRegCallback(n_check_batches=0) to "
+                "keep every move."
+            )
+        with eval_mode(model):
+            losses = [_loss_of(model(*args, **kwargs)) for args, kwargs in self._batches]
+        return float(torch.stack(losses).float().mean())
+
+    def _describe_meshes(self, model: nn.Module) -> None:
+        meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
+        self._shape_logs = {
+            "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
+            "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
+        }
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise RuntimeError(
+            f"the model returned no loss for a training batch (its output is a {type(output).__name__}), so a move of "
+            "the meshes cannot be tried. Put the labels into the batch, or set LRegCallback(n_check_batches=0) to "
+            "keep every move."
+        )
+    return loss.detach().mean()

@@ -1,0 +1,226 @@
+"""A start that has seen data: projections along the directions that matter, meshes at quantiles."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..core.coordinates import leading_axes, principal_axes, standardised_start
+from ..core.distributed import gather_objects, rank_and_world, sum_over_processes, tensor_from_main
+from ..tuner.config import DATA_STARTS
+from ..tuner.hooks.backbone import eval_mode, remove_hooks
+from ..tuner.layer import LRegLayer, layers_with_adapter
+
+# Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
+_SKETCH_SIZE = 128
+
+
+def initialize_lreg_weights(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    *,
+    method: Literal["pca", "gradient"] | None = None,
+    adapter_name: str = "default",
+    n_batches: int = 8,
+    max_samples: int = 4096,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> None:
+    """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
+
+    The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to
+    uniform; the nodes go to the quantiles of u, so that every element is used from the first step. The coefficients
+    stay zero, so the function of the model does not change.
+
+    - "pca": the principal components of x ("the built-in PCA can be obtained through standard unsupervised methods",
+      Li, Cheng & Gu 2025, sec. 2.7).
+    - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
+      module's output: the directions of x along which a change of the output lowers the loss most. The batches need
+      labels. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li 2024.)
+
+    Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
+    share of the rows and all end with the same tensors.
+
+    Args:
+        model: a model with an LReg adapter, in a `PeftModel` or injected.
+        dataloader: batches as the model takes them, dictionaries of tensors; only the first `n_batches` are used.
+        method: "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
+        adapter_name: the adapter to initialise.
+        n_batches: batches to run.
+        max_samples: rows (tokens, pixels) kept per module, over all processes; memory is this many input rows for
+            every adapted module.
+        seed: of the choice of rows.
+        show_progress: show a progress bar on the main process.
+
+    Raises:
+        ValueError: if there is no such adapter, it has been trained already, the batches give no rows, or the model
+            returns no loss for the method "gradient".
+        TypeError: if a batch is not a dictionary.
+    """
+    layers = _layers_at_their_start(model, adapter_name)
+    if method is None:
+        promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
+        method = promised if promised in DATA_STARTS else "pca"
+    if method not in DATA_STARTS:
+        raise ValueError(f"method must be {' or '.join(map(repr, DATA_STARTS))}, got {method!r}.")
+    for name, value in (("n_batches", n_batches), ("max_samples", max_samples)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    rank, world = rank_and_world()
+    main = rank == 0 and show_progress
+    quota = -(-max_samples // (n_batches * world))
+    with_gradient = method == "gradient"
+    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
+    device = next(model.parameters()).device
+    with collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
+        for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"a batch must be a dictionary of model inputs, got {type(batch).__name__}.")
+            collector.attention_mask = batch.get("attention_mask")
+            output = model(
+                **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            )
+            if with_gradient:
+                _backward(output, layers.values(), adapter_name)
+
+    for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=not main):
+        rows = _gather(collector.rows[name], world)
+        if rows.shape[0] < 2:
+            raise ValueError(
+                f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
+                "its attention_mask hides everything, or the forward pass does not reach this module."
+            )
+        n_components, dof = layer.lreg_nodes[adapter_name].shape
+        if with_gradient:
+            (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0))])
+            axes = leading_axes(sketch.to(rows.dtype), n_components)
+        else:
+            axes = principal_axes(rows, n_components)
+        start = standardised_start(rows, axes, n_components, dof)
+        # The main process's on every process: the same rows need not give the same bits on other hardware.
+        layer.set_encoder(adapter_name, *map(tensor_from_main, start))
+
+
+def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
+    layers = layers_with_adapter(model, adapter_name)
+    trained = [name for name, layer in layers.items() if not layer.is_identity(adapter_name)]
+    if trained:
+        raise ValueError(
+            f"the adapter {adapter_name!r} is not at its start: {trained[0]!r} has non-zero coefficients, which a new "
+            "projection would give another meaning. Initialise before training, and not with init_weights=False."
+        )
+    return layers
+
+
+def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> None:
+    """Send the gradient of the loss through the model, without touching any `.grad`."""
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            "the method 'gradient' needs a loss, and the model returned none: give batches with labels, or use 'pca'."
+        )
+    weights = [weight for layer in layers for weight in layer.output_weights(adapter_name) if weight.requires_grad]
+    if not weights:
+        raise ValueError(f"the adapter {adapter_name!r} is frozen: activate it with set_adapter before initialising.")
+    torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+class _Collector(ExitStack):
+    """Keeps a random share of the input rows of every layer, and a sketch of what their gradients ask for."""
+
+    def __init__(
+        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, with_gradient: bool
+    ) -> None:
+        super().__init__()
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.attention_mask: Tensor | None = None
+        self._layers = layers
+        self._adapter_name = adapter_name
+        self._quota = quota
+        self._generator = torch.Generator().manual_seed(seed)
+        self._with_gradient = with_gradient
+        # Per layer sum of (S^T g) x^T and of S^T g, S a random matrix that every process draws alike.
+        self._products: dict[str, tuple[Tensor, Tensor]] = {}
+        self._compress: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "_Collector":
+        for name, layer in self._layers.items():
+            self.callback(layer.register_input_hook(partial(self._keep, name)))
+            if self._with_gradient:
+                self.callback(layer.register_gradient_hook(partial(self._multiply, name)))
+        return self
+
+    def _keep(self, name: str, features: Tensor) -> None:
+        """Keep some rows of `[..., in_features]`."""
+        rows = features.detach().reshape(-1, features.shape[-1])
+        mask = self.attention_mask
+        if mask is not None and mask.ndim == 2 and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1).to(rows.device).bool()]
+        chosen = torch.randperm(rows.shape[0], generator=self._generator)[: self._quota]
+        self.rows[name].append(self._layers[name].encoder_input(self._adapter_name, rows[chosen.to(rows.device)]))
+
+    @torch.no_grad()
+    def _multiply(self, name: str, features: Tensor, gradient: Tensor) -> None:
+        """Add one backward pass to the sketch; padding has no gradient."""
+        x = self._layers[name].encoder_input(self._adapter_name, features.reshape(-1, features.shape[-1])).float()
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        if len(x) != len(g):
+            raise ValueError(
+                f"{name!r} changes the number of rows, so its inputs have no gradients of their own: use 'pca'."
+            )
+        if name not in self._compress:
+            draw = torch.Generator().manual_seed(0)
+            matrix = torch.randn(g.shape[1], min(_SKETCH_SIZE, g.shape[1]), generator=draw)
+            self._compress[name] = matrix.to(g.device)
+        small = g @ self._compress[name]  # [rows, sketch]
+        product, total = self._products.get(name, (0, 0))
+        self._products[name] = (product + small.T @ x, total + small.sum(dim=0))
+
+    def sketch(self, name: str, mean: Tensor) -> Tensor:
+        """sum (S^T g) (x - mean)^T: `[sketch, in_features]`, whose row space is that of the full matrix up to S."""
+        product, total = self._products[name]
+        return product - torch.outer(total, mean.to(total))
+
+
+def _gather(rows: list[Tensor], world: int) -> Tensor:
+    """Rows of all processes in the order of their ranks: `[n, in_features]`, fp32 or fp64."""
+    own = torch.cat(rows) if rows else torch.empty(0, 0)
+    own = own if own.dtype == torch.float64 else own.float()
+    if world == 1:
+        return own
+    parts = [part for part in gather_objects(own.cpu()) if part.shape[0]]
+    return torch.cat(parts).to(own.device) if parts else own
+
+
+def install_reminder(model: nn.Module) -> None:
+    """Warn if training begins before the data-driven start that a configuration promised."""
+    remove_reminder(model)
+    model.register_forward_pre_hook(_remind)
+
+
+def remove_reminder(model: nn.Module) -> None:
+    """Undo `install_reminder`."""
+    remove_hooks(model, _remind)
+
+
+def _remind(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    owing = [module for module in model.modules() if isinstance(module, LRegLayer) and module.start_is_owed]
+    if not any(module.training for module in owing):
+        return
+    for module in owing:
+        module.start_is_owed.clear()
+    warnings.warn(
+        "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
+        "dataloader) was not called before training: the adapter starts from a random projection and uniform meshes.",
+        UserWarning,
+        stacklevel=2,
+    )

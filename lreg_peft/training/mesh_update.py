@@ -1,0 +1,292 @@
+"""Moving the nodes of a model in training: the step between `core.adapt` and a training loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh
+from ..core.distributed import communication_device, rank_and_world, sum_over_processes, tensor_from_main
+from ..tuner.statistics import MeshStatistics
+from .tracking import Site, movable_sites
+
+
+@dataclass(frozen=True)
+class ModuleUpdate:
+    """What an update did to the meshes of one module.
+
+    Attributes:
+        module: path of the module in the model.
+        adapter: name of the adapter.
+        n_moved: nodes that the proposal moved, over all components.
+        largest_move: the longest way of a node from its old place to its new one in the order of the mesh.
+        node_spread: standard deviation of the lengths of the elements over their mean, after the update: 0 for
+            uniform meshes.
+        smallest_element: length of the shortest element, after the update.
+    """
+
+    module: str
+    adapter: str
+    n_moved: int
+    largest_move: float
+    node_spread: float
+    smallest_element: float
+
+
+@dataclass(frozen=True)
+class MeshUpdate:
+    """The result of `update_meshes`.
+
+    Attributes:
+        modules: one entry per module and adapter that was considered.
+        accepted: whether the proposed meshes are in place; False if they were refused, or no node was to move.
+        refused: whether `accept` spoke against the move; everything is then as it was.
+        loss_before: what `accept` gave before the move, averaged over processes; None if it was not asked.
+        loss_after: the same after the move.
+    """
+
+    modules: tuple[ModuleUpdate, ...]
+    accepted: bool
+    refused: bool
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+    @property
+    def n_moved(self) -> int:
+        """Nodes that the proposal moved, over all modules."""
+        return sum(module.n_moved for module in self.modules)
+
+    @property
+    def node_spread(self) -> float:
+        """Mean of the modules' node spread."""
+        return sum(module.node_spread for module in self.modules) / len(self.modules)
+
+    @property
+    def smallest_element(self) -> float:
+        """Length of the shortest element of all."""
+        return min(module.smallest_element for module in self.modules)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A proposal for one site, and everything that lives on its mesh."""
+
+    site: Site
+    mesh: AdaptedMesh
+    values: tuple[Tensor, ...]  # the parameter and the optimiser's state of it
+
+    def state(self) -> tuple[Tensor, ...]:
+        """The nodes and what lives on them."""
+        return (self.site.nodes, *self.values)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the proposal in place."""
+        for values in self.values:
+            values.copy_(self._carry(values))
+        self.site.nodes.copy_(self.mesh.nodes)
+
+    def _carry(self, values: Tensor) -> Tensor:
+        if values.shape[1] == self.mesh.nodes.shape[1]:
+            return self.mesh.carry(values)
+        # The reduced head has no entry for the first node, where its functions are zero.
+        pad = [0, 0] * (values.ndim - 2) + [1, 0]
+        return self.mesh.carry(F.pad(values, pad))[:, 1:]
+
+
+def update_meshes(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    strategy: Strategy = "exchange",
+    adapter_name: str | None = None,
+    n_refine: int | None = None,
+    size: float = 1.0,
+    pseudocount: float = 1.0,
+    accept: Callable[[], float] | None = None,
+    tolerance: float = 0.0,
+) -> MeshUpdate:
+    """Move the nodes of every LReg mesh to where the model underfits.
+
+    Looks at what `track_statistics` has gathered since the last update. Coefficients and the optimiser's state of
+    them follow by interpolation, in place, so that the step after the update sees moments that belong to the new
+    nodes (a convex combination of old ones: second moments stay non-negative). To be called between optimiser steps,
+    by every process of a distributed run: statistics are summed over processes, and all end with the same nodes.
+
+    Args:
+        model: any module that contains LReg layers, wrapped in other modules or not.
+        optimizer: the optimiser that trains the coefficients, or accelerate's wrapper of it. None leaves its state
+            alone: right for one without state, such as plain SGD.
+        strategy: `"exchange"` or `"mrc"`, see `core.adapt.adapt_mesh`. `"mrc"` needs hits: see `track_statistics`.
+        adapter_name: which adapter; None takes the active ones of every layer.
+        n_refine: as in `adapt_mesh`.
+        size: as in `adapt_mesh`.
+        pseudocount: as in `adapt_mesh`.
+        accept: returns the loss on data of your choice, best on recent batches in eval mode; called without
+            gradients before and after the move. The move is undone, exactly, if the loss rises or is NaN; averaged
+            over processes. None keeps every move.
+        tolerance: how far the loss may rise for a move to be kept, relative to the loss before.
+
+    Returns:
+        A `MeshUpdate`. The statistics start anew, whatever was decided.
+
+    Raises:
+        ValueError: if the model has no mesh that can move; if `optimizer` does not hold the coefficients of a mesh
+            that would move, or holds state of them that cannot be interpolated; or for options out of range.
+        RuntimeError: if no statistics were gathered since the last update, or parameters are sharded.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
+    sites = _with_statistics(movable_sites(model, adapter_name), strategy)
+    moves = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+    moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
+    before = after = None
+    refused = False
+    if moved and accept is not None:
+        saved = [[tensor.clone() for tensor in move.state()] for move in moved]
+        before = _loss(accept)
+        _apply(moved)
+        after = _loss(accept)
+        refused = not after <= before + tolerance * abs(before)
+        if refused:
+            _restore(moved, saved)
+    else:
+        _apply(moved)
+    for site, _ in sites:
+        if site.statistics is not None:
+            site.statistics.reset()
+    return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
+
+
+def _with_statistics(sites: list[Site], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that saw samples, with their sums over all processes."""
+    tracked = [site for site in sites if site.statistics is not None]
+    if not tracked:
+        raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
+    sums = [site.statistics.read(site.nodes) for site in tracked if site.statistics is not None]
+    tensors = sum_over_processes([tensor for entry in sums for tensor in entry.tensors()])
+    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(sums))]
+    seen = [
+        (site, entry)
+        for site, entry in zip(tracked, sums, strict=True)
+        if (entry.hits if strategy == "mrc" else entry.energy).any()
+    ]
+    if seen:
+        return seen
+    if strategy == "mrc" and any(entry.energy.any() for entry in sums):
+        raise RuntimeError(
+            "strategy='mrc' looks at the hits of the hardest samples, and none were counted since the last update. "
+            "Call count_hard_samples(model, losses, k) in every training step, or let the layers count them: "
+            "track_statistics(model, n_hard_samples=k)."
+        )
+    raise RuntimeError(
+        "no statistics were gathered since the last update. They come from training passes (train mode, gradients on) "
+        "that are followed by a step of an optimiser that holds the coefficients; steps that a gradient scaler skips "
+        "do not count, nor do passes through a copy of the model."
+    )
+
+
+def _propose(
+    site: Site,
+    sums: MeshStatistics,
+    optimizer: Optimizer | None,
+    strategy: Strategy,
+    n_refine: int | None,
+    pseudocount: float,
+    size: float,
+) -> Move:
+    parameter = site.parameter.detach()
+    if hasattr(parameter, "full_tensor") or parameter.shape[0] != site.nodes.shape[0]:
+        raise RuntimeError(
+            f"the coefficients of {site.module} are sharded over processes, and meshes move on whole ones. "
+            "Use data parallelism without sharding for the adapter, or keep the meshes as they are."
+        )
+    exchange = strategy != "mrc"
+    mesh = adapt_mesh(
+        site.nodes,
+        site.layer.nodal_coefficients(site.adapter).detach(),
+        sums.energy if exchange else sums.hits,
+        strategy=strategy,
+        n_refine=n_refine,
+        pseudocount=pseudocount,
+        moments=sums.moments if exchange else None,
+        node_gradient=sums.node_gradient if exchange else None,
+        size=size,
+    )
+    mesh = AdaptedMesh(tensor_from_main(mesh.nodes), mesh.old_nodes.clone())
+    return Move(site, mesh, (parameter, *_optimizer_state(site, optimizer)))
+
+
+def _optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
+    """The state tensors that belong to single coefficients: moments, momentum, averages."""
+    if optimizer is None:
+        return []
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    parameter = site.parameter
+    if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
+        raise ValueError(
+            f"the optimizer ({type(optimizer).__name__}) does not hold the coefficients of {site.module} (adapter "
+            f"{site.adapter!r}), so it cannot be the one that trains them. Pass the optimizer that was built from this "
+            "model's parameters, after the adapter was added."
+        )
+    if parameter not in optimizer.state:
+        return []
+    state = {
+        name: value
+        for name, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"the optimizer ({type(optimizer).__name__}) keeps {name!r} of {site.module} as {value.dtype}, which "
+                "cannot be interpolated. Keep the state of the coefficients in floating point, or pass "
+                "optimizer=None to leave it as it is."
+            )
+    return list(state.values())
+
+
+def _apply(moves: list[Move]) -> None:
+    for move in moves:
+        move.apply()
+
+
+@torch.no_grad()
+def _restore(moves: list[Move], saved: list[list[Tensor]]) -> None:
+    for move, values in zip(moves, saved, strict=True):
+        for tensor, value in zip(move.state(), values, strict=True):
+            tensor.copy_(value)
+
+
+def _describe(move: Move) -> ModuleUpdate:
+    new, old = move.mesh.nodes, move.mesh.old_nodes
+    nearest = torch.searchsorted(old, new).clamp_max(old.shape[1] - 1)
+    lengths = move.site.nodes.diff(dim=1)
+    return ModuleUpdate(
+        module=move.site.module,
+        adapter=move.site.adapter,
+        n_moved=int((old.gather(1, nearest) != new).sum()),
+        largest_move=float((new - old).abs().max()),
+        node_spread=node_spread(move.site.nodes),
+        smallest_element=float(lengths.min()),
+    )
+
+
+def node_spread(nodes: Tensor) -> float:
+    """How far meshes `[components, dof]` are from uniform ones; see `ModuleUpdate`."""
+    lengths = nodes.diff(dim=1)
+    return float((lengths.std(dim=1, correction=0) / lengths.mean(dim=1)).mean())
+
+
+@torch.no_grad()
+def _loss(accept: Callable[[], float]) -> float:
+    """Mean over processes, the same number on all of them."""
+    loss = float(accept())
+    _, world = rank_and_world()
+    if world == 1:
+        return loss
+    (total,) = sum_over_processes([torch.tensor([loss], device=communication_device(torch.device("cpu")))])
+    return float(total) / world

@@ -1,0 +1,185 @@
+"""Switching the gathering of statistics on and off, and counting the hardest samples."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..tuner import statistics
+from ..tuner.layer import LRegLayer
+from ..tuner.statistics import DEFAULT_ROWS, RunningStatistics
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapter of one layer.
+
+    Attributes:
+        module: path of the layer in the model.
+        layer: the layer.
+        adapter: name of the adapter.
+    """
+
+    module: str
+    layer: LRegLayer
+    adapter: str
+
+    @property
+    def nodes(self) -> Tensor:
+        """`[components, dof]`."""
+        return self.layer.lreg_nodes[self.adapter]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that lives on the mesh."""
+        return self.layer.nodal_parameter(self.adapter)
+
+    @property
+    def statistics(self) -> RunningStatistics | None:
+        """What has been gathered; None while nobody asked."""
+        return self.layer.lreg_statistics.get(self.adapter)
+
+
+def all_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
+    """The adapters of all LReg layers of a model.
+
+    Args:
+        model: any module that contains LReg layers.
+        adapter_name: which adapter; None takes the active ones of every layer.
+
+    Raises:
+        ValueError: if there are none; the message says why.
+    """
+    sites = [
+        Site(path, layer, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LRegLayer)
+        for name in (layer.active_adapters if adapter_name is None else [adapter_name])
+        if name in layer.lreg_nodes
+    ]
+    if not sites:
+        layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
+        if not layers:
+            raise ValueError(
+                f"the model ({type(model).__name__}) has no LReg layer. Adapt it first: "
+                "get_peft_model(model, LRegConfig(...)), or model.add_adapter(LRegConfig(...))."
+            )
+        there = sorted({name for layer in layers for name in layer.lreg_nodes})
+        wanted = "an active adapter" if adapter_name is None else f"an adapter named {adapter_name!r}"
+        raise ValueError(f"no LReg layer has {wanted}. The adapters are: {there}.")
+    return sites
+
+
+def movable_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
+    """The adapters whose meshes have nodes that can move.
+
+    Args:
+        model: any module that contains LReg layers.
+        adapter_name: which adapter; None takes the active ones of every layer.
+
+    Raises:
+        ValueError: if there are none; the message says why.
+    """
+    movable = [site for site in all_sites(model, adapter_name) if site.nodes.shape[1] > 2]
+    if not movable:
+        raise ValueError(
+            "every mesh has dof=2, the two ends of (0, 1), so that no node can move. "
+            "Set LRegConfig(dof=...) to 3 or more."
+        )
+    return movable
+
+
+def track_statistics(
+    model: nn.Module,
+    enabled: bool = True,
+    *,
+    adapter_name: str | None = None,
+    n_rows: int = DEFAULT_ROWS,
+    n_hard_samples: int | None = None,
+) -> None:
+    """Gather in training what `update_meshes` looks at, or stop.
+
+    Training passes count when an optimiser that holds the coefficients steps: all micro-batches of a step, the
+    recomputation of gradient checkpointing once, evaluation never. A step that a gradient scaler skips does not
+    count, provided gradients are cleared with `zero_grad(set_to_none=True)`, the default. (While the scale of the
+    loss changes, so does the weight of a step.) Nothing of it is saved with the model.
+
+    A model under `torch.compile` runs, but each adapted module splits its graph; with `fullgraph=True`, which forbids
+    that, tracing fails with an error that names this function.
+
+    Args:
+        model: any module that contains LReg layers.
+        enabled: False forgets what was gathered; the layers cost nothing again.
+        adapter_name: which adapter; None takes the active ones of every layer.
+        n_rows: rows (samples, or tokens, or pixels) to note per module and backward pass, evenly strided.
+        n_hard_samples: count, per backward pass, the noted rows with the largest gradient as hits for
+            `strategy="mrc"`. None counts none: `count_hard_samples` does it by the losses of the samples.
+
+    Raises:
+        ValueError: if the model has no mesh that can move, or a number is below 1.
+    """
+    for name, value in (("n_rows", n_rows), ("n_hard_samples", n_hard_samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    for site in movable_sites(model, adapter_name):
+        if site.statistics is not None:
+            site.statistics.stop()
+        if enabled:
+            site.layer.lreg_statistics[site.adapter] = RunningStatistics(n_rows, n_hard_samples)
+            statistics.watch(site.layer)
+        else:
+            site.layer.lreg_statistics.pop(site.adapter, None)
+            if not site.layer.lreg_statistics:
+                statistics.unwatch(site.layer)
+
+
+def count_hard_samples(
+    model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
+) -> None:
+    """Count the hits of the samples with the largest loss (Li, Cheng & Gu 2025, Algorithm 1), for `"mrc"`.
+
+    To be called once per training pass, before the optimiser steps; after `backward()` if gradient checkpointing is
+    reentrant. A module that runs several times per pass counts where its last run placed the samples.
+
+    Args:
+        model: any module with LReg layers under `track_statistics`.
+        losses: one per sample `[batch]`, or per position `[batch, length]`, flattened or not. With one per sample,
+            all its positions count.
+        n_hard_samples: k, how many of them count.
+        adapter_name: which adapter; None takes the active ones of every layer.
+
+    Raises:
+        ValueError: if the model has no mesh that can move, the losses do not fit the last training pass, or hits are
+            already counted by gradient.
+        RuntimeError: if statistics are not tracked, or there was no training pass.
+    """
+    if n_hard_samples < 1:
+        raise ValueError(f"n_hard_samples must be at least 1, got {n_hard_samples}.")
+    tracked = [site for site in movable_sites(model, adapter_name) if site.statistics is not None]
+    if not tracked:
+        raise RuntimeError("no statistics are tracked. Call track_statistics(model) before training.")
+    if not any(site.statistics.coords is not None for site in tracked if site.statistics):
+        raise RuntimeError(
+            "no training pass has reached the LReg layers. Call count_hard_samples after the model has run in train "
+            "mode with gradients; after backward() if gradient checkpointing is reentrant."
+        )
+    losses = losses.detach()
+    hardest = losses.flatten().topk(min(n_hard_samples, losses.numel())).indices
+    for site in tracked:
+        assert site.statistics is not None
+        if site.statistics.n_hard_samples is not None:
+            raise ValueError(
+                "hits are already counted by gradient: leave n_hard_samples out of track_statistics to count them by "
+                "loss."
+            )
+        coords = site.statistics.coords
+        if coords is None:
+            continue  # this module had no part in the pass
+        positions = coords.shape[:-1]
+        if losses.shape != positions[: losses.ndim] and losses.numel() != positions.numel():
+            raise ValueError(
+                f"losses must have one entry per sample or position of the last training pass: the input of "
+                f"{site.module} has {tuple(positions)}, got losses of shape {tuple(losses.shape)}. Pad shifted "
+                "language model losses with a zero at the last position."
+            )
+        grouped = coords.reshape(losses.numel(), -1, coords.shape[-1])  # [losses, positions of each, components]
+        site.statistics.count(grouped[hardest.to(coords.device)].flatten(0, 1), site.parameter)

@@ -1,0 +1,263 @@
+"""The configuration of an LReg adapter."""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from .registration import METHOD, upstream_has_lreg
+
+
+def _option(default: Any, text: str) -> Any:
+    """A dataclass field whose description is written once: as metadata, and from there into the class docstring."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=type(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+Head = Literal["full", "reduced", "factored"]
+HEADS: tuple[str, ...] = get_args(Head)
+GradeForm = Literal["additive", "composed"]
+#: Values of `init_weights` that ask for `initialize_lreg_weights`.
+DATA_STARTS = ("pca", "gradient")
+
+
+def head_parameters(head: str, n_components: int, dof: int, out_features: int) -> int:
+    """Number of parameters of a head; the projection adds `(in_features + 1) * n_components`."""
+    if head == "factored":
+        return n_components * (dof + out_features)
+    if head == "reduced":
+        return (n_components * (dof - 1) + 1) * out_features
+    return n_components * dof * out_features
+
+
+@dataclass
+class LRegConfig(PeftConfig):
+    """Configuration of an LReg adapter (Li, Cheng & Gu 2025).
+
+    Every adapted module f gets a shortcut: y = f(x) + sum_ij psi_ij(u_i) c_ij with u = sigmoid(P x + b). It has
+    `(in_features + 1) * n_components + n_components * dof * out_features` trainable parameters with the full head.
+
+    Raises:
+        ValueError: for values that cannot work, alone or together; the message says what to change.
+        TypeError: for values of the wrong type.
+    """
+
+    n_components: int = _option(
+        2, "d, the number of projected components: each gets its own one-dimensional mesh. At least 1."
+    )
+    dof: int = _option(
+        2,
+        "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. "
+        "(Not the number of trainable parameters, which is d * n * out_features and the projection.)",
+    )
+    head: Head = _option(
+        "full",
+        "How the basis functions are weighted. 'full': a vector c_ij per node, the paper's head, d n C parameters for "
+        "C output features. 'reduced': the same functions without the d - 1 redundant directions (every component can "
+        "carry the constant), (d (n - 1) + 1) C. 'factored': c_ij = s_ij v_i, a scalar function per component times "
+        "one output vector, d n + d C.",
+    )
+    target_modules: list[str] | str | None = _option(
+        None,
+        "Modules that get a shortcut: a list of names or name endings, a regular expression that matches whole names, "
+        "or 'all-linear' (every linear layer but the output head). Linear and Conv1D layers, convolutions and whole "
+        "blocks can be named. None takes the placement of the paper for the task: the language model head, or the "
+        "attention query and key projections for classification.",
+    )
+    exclude_modules: list[str] | str | None = _option(
+        None,
+        "Modules that get none although `target_modules` matches them: names, name endings, or an expression.",
+    )
+    layers_to_transform: list[int] | int | None = _option(
+        None, "Indices of the layers to adapt, if not all. Needs `target_modules` as a list of names."
+    )
+    layers_pattern: list[str] | str | None = _option(
+        None, "Name of the module list the indices of `layers_to_transform` count in, e.g. 'layers' or 'h'."
+    )
+    modules_to_save: list[str] | None = _option(
+        None, "Modules to train in full and save with the adapter, e.g. a new classification head."
+    )
+    component_pattern: dict[str, int] = _option(
+        {}, "`n_components` for some modules: name, name ending or regular expression -> value."
+    )
+    dof_pattern: dict[str, int] = _option(
+        {}, "`dof` for some modules: name, name ending or regular expression -> value."
+    )
+    feature_sizes: dict[str, tuple[int, int]] = _option(
+        {},
+        "Sizes (in_features, out_features) of modules they cannot be read off: name, name ending or regular "
+        "expression -> pair.",
+    )
+    init_weights: bool | Literal["pca", "gradient"] = _option(
+        True,
+        "True: zero coefficients, so that the adapted model starts exactly as the base model, a random projection and "
+        "uniform meshes. 'pca' or 'gradient': the same, and a promise to call `initialize_lreg_weights(model, "
+        "dataloader)`, which fits projections and meshes to the data. False: random coefficients, which only tests "
+        "want.",
+    )
+    train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
+    backbone_eval: bool = _option(
+        True,
+        "Keep the frozen model in eval mode (no dropout, fixed batch-norm statistics) while the adapter trains, as the "
+        "paper does; `modules_to_save` stay in train mode. With several active adapters one True is enough.",
+    )
+    curvature_weight: float = _option(
+        0.0,
+        "Weight of the L1 penalty on the curvature of the coefficients along the mesh. Its gradient is added once per "
+        "optimiser step, whatever the training loop.",
+    )
+    fused_loss: bool = _option(
+        True,
+        "With a shortcut on the output head of a language model: compute the training loss in chunks, without a tensor "
+        "of [batch, length, vocabulary]. While the model trains with labels, its output then computes logits only when "
+        "they are asked for. Applies where the result is the same; with several active adapters one False is enough to "
+        "switch it off.",
+    )
+    previous_grades: list[str] = _option(
+        [],
+        "Names of the adapters that this one stands on, first grade first; `add_grade` sets it. Activating the adapter "
+        "adds their shortcuts too, frozen.",
+    )
+    grade_form: GradeForm = _option(
+        "additive",
+        "What the encoder of a grade reads: 'additive' the features x of the module, 'composed' x and the basis "
+        "functions of the last previous grade at that module, whose K = d n values widen P to [components, "
+        "in_features + K].",
+    )
+
+    # PEFT reads this attribute to decide whether to save the output embedding next to an adapter that targets it. An
+    # adapter that leaves the embedding frozen must not: the file would grow from 0.8 MB to 155 MB on GPT-2. It is a
+    # class attribute, so it is neither an option nor part of the saved configuration.
+    trainable_token_indices = {}  # type: ignore[var-annotated]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if upstream_has_lreg():
+            raise RuntimeError(
+                "this version of PEFT ships its own LREG method. Use peft.LRegConfig instead of lreg_peft.LRegConfig, "
+                "or install an earlier PEFT."
+            )
+        self.peft_type = PeftType[METHOD.upper()]
+        _check_count("n_components", self.n_components, 1)
+        _check_count("dof", self.dof, 2)
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
+        self._check_targets()
+        self._check_patterns()
+        if self.init_weights not in (True, False, *DATA_STARTS):
+            raise ValueError(
+                f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
+            )
+        for name in ("train_projection", "backbone_eval", "fused_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_curvature_weight()
+        self._check_grades()
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str):
+                _check_expression(name, value)
+                continue
+            setattr(self, name, _as_names(name, value))
+        if self.modules_to_save is not None:
+            self.modules_to_save = _as_names("modules_to_save", self.modules_to_save)
+            both = sorted(set(self.modules_to_save) & set(_names(self.target_modules)))
+            if both:
+                raise ValueError(
+                    f"{both} stand in both target_modules and modules_to_save. A module either keeps its weights and "
+                    "gets a shortcut (target_modules) or is trained in full (modules_to_save): remove it from one."
+                )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names, got "
+                f"target_modules={self.target_modules!r}. Give a list, or put the layer numbers into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} only has an effect together with layers_to_transform."
+            )
+
+    def _check_patterns(self) -> None:
+        for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
+            for key, value in getattr(self, name).items():
+                _check_expression(f"{name} key", key)
+                _check_count(f"{name}[{key!r}]", value, lowest)
+        sizes = {}
+        for key, value in self.feature_sizes.items():
+            _check_expression("feature_sizes key", key)
+            if not isinstance(value, (tuple, list)) or len(value) != 2:
+                raise ValueError(f"feature_sizes[{key!r}] must be a pair (in_features, out_features), got {value!r}.")
+            for part, size in zip(("in_features", "out_features"), value, strict=True):
+                _check_count(f"feature_sizes[{key!r}] {part}", size, 1)
+            sizes[key] = (value[0], value[1])
+        self.feature_sizes = sizes
+
+    def _check_curvature_weight(self) -> None:
+        weight = self.curvature_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"curvature_weight must be a number, got {weight!r}.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"curvature_weight must be finite and not negative, got {weight}.")
+        if weight > 0 and max([self.dof, *self.dof_pattern.values()]) == 2:
+            raise ValueError(
+                f"curvature_weight={weight} has nothing to act on: a mesh of dof=2 has no interior node. "
+                "Set dof to 3 or more, or curvature_weight to 0."
+            )
+
+    def _check_grades(self) -> None:
+        self.previous_grades = _as_names("previous_grades", self.previous_grades)
+        if len(set(self.previous_grades)) < len(self.previous_grades):
+            raise ValueError(f"previous_grades must name every adapter once, got {self.previous_grades}.")
+        if self.grade_form not in get_args(GradeForm):
+            raise ValueError(f"grade_form must be one of {', '.join(get_args(GradeForm))}, got {self.grade_form!r}.")
+        if self.grade_form == "composed" and not self.previous_grades:
+            raise ValueError(
+                "grade_form='composed' reads the basis of a previous grade, and previous_grades is empty. "
+                "add_grade(model, form='composed') sets both."
+            )
+
+
+def _check_count(name: str, value: Any, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < lowest:
+        raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+
+
+def _check_expression(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a non-empty string, got {value!r}.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}={value!r} is not a valid regular expression: {error}.") from None
+
+
+def _as_names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"{name} must be a list of module names, got {value!r}.")
+    names = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    if not all(isinstance(item, str) and item for item in names):
+        raise ValueError(f"{name} must hold non-empty module names, got {value!r}.")
+    return names
+
+
+def _names(value: list[str] | str | None) -> list[str]:
+    return value if isinstance(value, list) else []
+
+
+_options = "\n".join(
+    f"        {item.name}: {item.metadata['help']}"
+    for item in dataclasses.fields(LRegConfig)
+    if item.name in LRegConfig.__annotations__
+)
+LRegConfig.__doc__ = f"{LRegConfig.__doc__}\n    Args:\n{_options}\n"

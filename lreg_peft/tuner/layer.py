@@ -1,0 +1,615 @@
+"""The shortcut around one module."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core import (
+    add_basis,
+    add_product,
+    check_nodes,
+    dense_is_faster,
+    design_matrix,
+    evaluate,
+    evaluate_profile,
+    initial_projection,
+    project,
+    uniform_nodes,
+)
+from ..core.coordinates import standard_profile
+from ..core.fused_loss import fused_cross_entropy
+from . import penalty, statistics
+from .config import DATA_STARTS, LRegConfig
+
+MERGE_REFUSED = (
+    "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
+    "module can express it. Keep the adapter beside the model (it adds little to a forward pass), or call unload() "
+    "to get the base model back without it."
+)
+
+# Standard deviation of the coefficients for init_weights=False.
+_RANDOM_INIT_STD = 0.02
+
+
+class NodeDict(BufferDict):
+    """Mesh nodes by adapter name: persistent buffers that keep their precision.
+
+    `model.half()` or `model.to(torch.bfloat16)` moves them but does not round them: in bf16 neighbouring nodes
+    collide, and a mesh with an empty element divides by zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, nodes in exact.items():
+            moved = self._buffers[name]
+            if nodes is not None and moved is not None and moved.dtype != nodes.dtype:
+                self._buffers[name] = nodes.to(moved.device)
+        return self
+
+
+class LRegLayer(nn.Module, BaseTunerLayer):
+    """A module with one LReg shortcut per adapter: y = f(x) + sum_ij psi_ij(sigmoid(P x + b)) c_ij.
+
+    f is any module whose first input is a float tensor with the features in its last dimension (or, channels first,
+    in dimension 1) and whose output is such a tensor, or a tuple or ModelOutput that begins with one; the shortcut is
+    added to that one. If a channels-first module changes the spatial size, the shortcut is average-pooled to it. If f
+    turns a sequence into one vector, as the classification heads of encoders do, it reads the first position.
+
+    Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
+    `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
+    buffer). The reduced head keeps c `[components, dof - 1, out_features]`, without the first node of each component,
+    and one `lreg_constant` `[out_features]`; the factored head, c_ij = s_ij v_i, keeps `lreg_profile` s
+    `[components, dof]` and `lreg_direction` v `[components, out_features]`. P of a composed grade has `in_features + K`
+    columns, K the number of basis functions of the grade before it.
+
+    Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the basis in
+    the dtype of f's output.
+
+    Source: Li, Cheng & Gu (2025), section 2.7. Unlike their published code, the encoder passes gradients on to P, b
+    and x, and the mesh covers exactly the range (0, 1) of the coordinates.
+    """
+
+    adapter_layer_names = (
+        "lreg_projection",
+        "lreg_projection_bias",
+        "lreg_coefficients",
+        "lreg_constant",
+        "lreg_profile",
+        "lreg_direction",
+    )
+    other_param_names = ("lreg_nodes", "curvature_weight", "lreg_statistics", "composed_on")
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.lreg_projection = nn.ParameterDict()
+        self.lreg_projection_bias = nn.ParameterDict()
+        self.lreg_coefficients = nn.ParameterDict()
+        self.lreg_constant = nn.ParameterDict()
+        self.lreg_profile = nn.ParameterDict()
+        self.lreg_direction = nn.ParameterDict()
+        self.lreg_nodes = NodeDict()
+        self.curvature_weight: dict[str, float] = {}
+        #: The adapter whose basis functions the encoder of a composed grade reads.
+        self.composed_on: dict[str, str] = {}
+        #: The adapters that a grade stands on, first grade first, for the grades of the whole model.
+        self.previous_grades: dict[str, tuple[str, ...]] = {}
+        # Attributes that PEFT declares on the class and would share between layers.
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.merged_adapters: list[str] = []
+        #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
+        self.was_called = False
+        #: Adapters whose configuration promises a start from data that has not been made yet.
+        self.start_is_owed: set[str] = set()
+        #: What a mesh update looks at, of the adapters that `track_statistics` asked for.
+        self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
+        #: Set for the time of a mixed batch: one adapter name per sample.
+        self.batch_adapter_names: Sequence[str] | None = None
+        #: Set for the time of a forward pass in which this output head computes the loss.
+        self.loss_request: Any = None
+        parameters = inspect.signature(base_layer.forward).parameters
+        self._input_name = next(iter(parameters), None)
+
+    def update_layer(
+        self, adapter_name: str, n_components: int, dof: int, config: LRegConfig, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or replace the one of that name."""
+        self.composed_on.pop(adapter_name, None)
+        width = self.in_features
+        if below := self.grade_below(config):
+            self.composed_on[adapter_name] = below
+            width += self.lreg_nodes[below].numel()
+        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
+        self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
+        self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof)
+        for name in ("lreg_coefficients", "lreg_constant", "lreg_profile", "lreg_direction"):
+            if adapter_name in (weights := getattr(self, name)):
+                del weights[adapter_name]
+        if config.head == "factored":
+            self.lreg_profile[adapter_name] = nn.Parameter(standard_profile(self.lreg_nodes[adapter_name]))
+            self.lreg_direction[adapter_name] = self._linear_weight(config, n_components, self.out_features)
+        else:
+            free_nodes = dof if config.head == "full" else dof - 1
+            self.lreg_coefficients[adapter_name] = self._linear_weight(
+                config, n_components, free_nodes, self.out_features
+            )
+            if config.head == "reduced":
+                self.lreg_constant[adapter_name] = self._linear_weight(config, self.out_features)
+        self.lreg_statistics.pop(adapter_name, None)
+        self.curvature_weight[adapter_name] = config.curvature_weight
+        if config.curvature_weight > 0:
+            penalty.watch(self)
+        # PEFT re-enables requires_grad on every switch of adapters, except for the weights listed here.
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        if not config.train_projection:
+            self.frozen_peft_weight_names[adapter_name] = ("lreg_projection", "lreg_projection_bias")
+        self.start_is_owed.discard(adapter_name)
+        if config.init_weights in DATA_STARTS and not inference_mode:
+            self.start_is_owed.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def grade_below(self, config: LRegConfig) -> str | None:
+        """The adapter that a composed grade of this configuration reads here; None if there is none, or if additive."""
+        if config.grade_form != "composed":
+            return None
+        return next((name for name in reversed(config.previous_grades) if name in self.lreg_nodes), None)
+
+    @property
+    def stacked_adapters(self) -> list[str]:
+        """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
+        return [name for name in self.active_stack if name in self.lreg_nodes]
+
+    @property
+    def active_stack(self) -> list[str]:
+        """The active adapters of the model after the grades they stand on, in order, whether or not they are here."""
+        names = (name for active in self.active_adapters for name in (*self.previous_grades.get(active, ()), active))
+        return list(dict.fromkeys(names))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; with an active grade, the one before it becomes active.
+
+        Raises:
+            ValueError: if another grade stands on this adapter.
+        """
+        for grade, previous in self.previous_grades.items():
+            if adapter_name in previous:
+                raise ValueError(f"the grade {grade!r} stands on {adapter_name!r}: delete {grade!r} first.")
+        own = self.previous_grades.pop(adapter_name, ())
+        if own and self.active_adapters == [adapter_name]:
+            self.set_adapter(own[-1])
+        super().delete_adapter(adapter_name)
+
+    def is_identity(self, adapter_name: str) -> bool:
+        """Whether this adapter adds nothing yet."""
+        return not any(weight.any() for weight in self.output_weights(adapter_name))
+
+    def output_weights(self, adapter_name: str) -> list[nn.Parameter]:
+        """The parameters that the shortcut's value is linear in, zero at the start."""
+        weights = (self.lreg_coefficients, self.lreg_constant, self.lreg_direction)
+        return [weight[adapter_name] for weight in weights if adapter_name in weight]
+
+    @torch.no_grad()
+    def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
+        """Give an adapter that is still the identity another projection and mesh, in place.
+
+        Args:
+            adapter_name: which adapter.
+            projection: P, `[components, in_features]`, wider for a composed grade.
+            bias: b, `[components]`.
+            nodes: `[components, dof]`.
+        """
+        check_nodes(nodes)
+        self.lreg_projection[adapter_name].copy_(projection)
+        self.lreg_projection_bias[adapter_name].copy_(bias)
+        self.lreg_nodes[adapter_name].copy_(nodes)
+        if adapter_name in self.lreg_profile:
+            self.lreg_profile[adapter_name].copy_(standard_profile(nodes))
+        self.start_is_owed.discard(adapter_name)
+
+    def register_input_hook(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hook(self._channels_last(self._features(args, kwargs), first_tensor(output)[0])[0])
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
+
+    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+        """Call `hook` in every backward pass with the features `[..., in_features]` and the gradient of the loss in the
+        module's output `[..., out_features]`; returns what removes it."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = first_tensor(output)[0]
+            if hidden.requires_grad:
+                features, channels_first = self._channels_last(self._features(args, kwargs), hidden)
+                features = features.detach()
+                hidden.register_hook(lambda g: hook(features, g.movedim(1, -1) if channels_first else g))
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
+
+    @staticmethod
+    def _linear_weight(config: LRegConfig, *shape: int) -> nn.Parameter:
+        """A weight that the output is linear in: zero for an adapter that starts as the identity."""
+        weight = torch.zeros(shape)
+        if not config.init_weights and weight.device.type != "meta":
+            weight.normal_(std=_RANDOM_INIT_STD)
+        return nn.Parameter(weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with the active shortcuts added to its first tensor."""
+        self.was_called = True
+        if self.loss_request is not None:
+            return self.loss_request(self, self._features(args, kwargs))
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        hidden, rebuild = first_tensor(output)
+        adapters = self.stacked_adapters
+        if not adapters and self.batch_adapter_names is None:
+            return output
+        features = self._features(args, kwargs)
+        if self.batch_adapter_names is not None:
+            return rebuild(self._add_per_sample(features, hidden, self.batch_adapter_names))
+        for name in adapters:
+            hidden = self._add_shortcut(name, features, hidden)
+        return rebuild(hidden)
+
+    def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
+        row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
+            *features.shape[:-1],
+            self.out_features,
+        )
+        if not row_by_row or self._is_channels_first(features, hidden) or not self.has_design(name):
+            return hidden + self.shortcut(name, features, hidden)
+        # These two return a new tensor. What other modules return may be their input or something they keep.
+        is_new = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
+        with torch.autocast(features.device.type, enabled=False):
+            coords = self.coords(name, features)  # [..., components]
+            observation = self._observe(name, coords)
+            table = self.table(name).to(hidden.dtype)
+            if name in self.lreg_profile:
+                total = add_product(hidden, self.design(name, coords).to(hidden.dtype), table, in_place=is_new)
+            else:
+                reduced = name in self.lreg_constant
+                total = add_basis(hidden, coords, self.lreg_nodes[name], table, reduced=reduced, in_place=is_new)
+        if observation is not None:
+            observation.follow(total)
+        return total
+
+    def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
+        """The shortcut's value alone.
+
+        Args:
+            adapter_name: which adapter.
+            features: input of the module, `[..., in_features]` or channels first.
+            like: output of the base module; gives dtype and layout.
+
+        Returns:
+            A tensor of the shape and dtype of `like`.
+        """
+        shapes = tuple(features.shape), tuple(like.shape)
+        features, channels_first = self._channels_last(features, like)
+        if features.shape[-1] != self.in_features:
+            raise self._misfit(*shapes)
+        with torch.autocast(features.device.type, enabled=False):
+            coords = self.coords(adapter_name, features)  # [..., components]
+            observation = self._observe(adapter_name, coords)
+            value = self._head(adapter_name, coords, like.dtype)  # [..., out_features]
+        if observation is not None:
+            observation.follow(value)
+        if channels_first:
+            value = value.movedim(-1, 1)
+            if value.shape[2:] != like.shape[2:]:
+                value = _average_pool(value, like.shape[2:])
+        if value.shape != like.shape:
+            raise self._misfit(*shapes)
+        return value
+
+    def fused_loss(self, features: Tensor, targets: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
+        """Cross-entropy of this module's output, with the active shortcuts, in chunks of rows.
+
+        Args:
+            features: `[n, in_features]`.
+            targets: int64 `[n]`.
+            normaliser: what the summed loss is divided by; None takes n.
+
+        Returns:
+            A scalar; see `core.fused_loss`.
+        """
+        kind = features.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+        def autocast_base(rows: Tensor) -> Tensor:
+            with torch.autocast(kind, dtype, enabled):
+                return first_tensor(self.base_layer(rows))[0]
+
+        base = autocast_base if enabled or type(self.base_layer) is not nn.Linear else self.base_layer
+
+        designs, tables, watchers = [], [], []
+        with torch.autocast(kind, enabled=False):
+            for name in self.stacked_adapters:
+                coords = self.coords(name, features)  # [n, components]
+                if name in self.lreg_statistics and not coords.requires_grad:
+                    coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
+                if (observation := self._observe(name, coords)) is not None:
+                    watchers.append((observation.picked, observation.record))
+                designs.append(self.design(name, coords))
+                tables.append(self.table(name))
+            design, table = torch.cat(designs, dim=-1), torch.cat(tables)
+            return fused_cross_entropy(base, features, targets, design, table, normaliser=normaliser, watchers=watchers)
+
+    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
+        """u = sigmoid(P x + b): `[..., in_features]` -> `[..., components]`, fp32 or fp64."""
+        inputs = self.encoder_input(adapter_name, features)
+        return project(inputs, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+
+    def encoder_input(self, adapter_name: str, features: Tensor) -> Tensor:
+        """What P multiplies: the features x `[..., in_features]`, and the basis below for a composed grade."""
+        below = self.composed_on.get(adapter_name)
+        if below is None:
+            return features
+        basis = design_matrix(self.coords(below, features), self.lreg_nodes[below])
+        return torch.cat((features.to(basis.dtype), basis), dim=-1)  # [..., in_features + K]
+
+    def has_design(self, adapter_name: str) -> bool:
+        """Whether one GEMM with `design` is the faster way to evaluate this adapter."""
+        nodes = self.lreg_nodes[adapter_name]
+        return adapter_name in self.lreg_profile or dense_is_faster(nodes.shape[1], nodes.device)
+
+    def design(self, adapter_name: str, coords: Tensor) -> Tensor:
+        """What the rows of `table` are weighted by, so that the shortcut is `design @ table`, for every head.
+
+        Args:
+            adapter_name: which adapter.
+            coords: `[..., components]`.
+
+        Returns:
+            `[..., K]`, fp32 or fp64, differentiable in `coords`. Full head: the hat basis, K = components x dof.
+            Reduced: without the first node of each component, and a one for the constant. Factored: the values of the
+            profiles, K = components.
+        """
+        nodes = self.lreg_nodes[adapter_name]
+        if adapter_name in self.lreg_profile:
+            return evaluate_profile(coords, nodes, self.lreg_profile[adapter_name])
+        return design_matrix(coords, nodes, reduced=adapter_name in self.lreg_constant)
+
+    def table(self, adapter_name: str) -> Tensor:
+        """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
+        if adapter_name in self.lreg_profile:
+            return self.lreg_direction[adapter_name]
+        table = self.lreg_coefficients[adapter_name].flatten(0, 1)
+        if adapter_name not in self.lreg_constant:
+            return table
+        return torch.cat((table, self.lreg_constant[adapter_name].unsqueeze(0)))
+
+    def _observe(self, name: str, coords: Tensor) -> statistics.Observation | None:
+        """In training, note down the statistics that somebody asked for."""
+        observer = self.lreg_statistics.get(name)
+        if observer is None or not (self.training and torch.is_grad_enabled()):
+            return None
+        head = partial(self._head, name, dtype=coords.dtype)
+        return observer.observe(coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
+
+    def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
+        if self.has_design(name):
+            return self.design(name, coords).to(dtype) @ self.table(name).to(dtype)
+        return evaluate(coords, self.lreg_nodes[name], self.nodal_coefficients(name).to(dtype), validate=False)
+
+    def nodal_coefficients(self, adapter_name: str) -> Tensor:
+        """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
+        if adapter_name in self.lreg_profile:
+            return self.lreg_profile[adapter_name].unsqueeze(-1) * self.lreg_direction[adapter_name].unsqueeze(1)
+        coefficients = self.lreg_coefficients[adapter_name]
+        if adapter_name not in self.lreg_constant:
+            return coefficients
+        # Every component is zero at its first node; one component carries the constant for all.
+        shift = F.pad(self.lreg_constant[adapter_name].view(1, 1, -1), (0, 0, 0, 0, 0, coefficients.shape[0] - 1))
+        return F.pad(coefficients, (0, 0, 1, 0)) + shift
+
+    def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
+        """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
+        return (self.lreg_profile if adapter_name in self.lreg_profile else self.lreg_coefficients)[adapter_name]
+
+    def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Weight, nodes and penalised parameter of every active adapter with a curvature penalty."""
+        for name in self.active_adapters:
+            if self.curvature_weight.get(name, 0) > 0:
+                yield self.curvature_weight[name], self.lreg_nodes[name], self.nodal_parameter(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if any(weight > 0 for weight in self.curvature_weight.values()):
+            penalty.watch(self)  # a copy or an unpickled layer is not known to the optimiser hook yet
+        if self.lreg_statistics:
+            statistics.watch(self)
+
+    def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
+        batch = features.shape[0]
+        if batch % len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries, but a batch of {batch} reached "
+                f"{type(self.get_base_layer()).__name__}; it must hold one name per sample."
+            )
+        # Beam search repeats every sample in place.
+        expanded = [name for name in names for _ in range(batch // len(names))]
+        result = hidden.clone()
+        for name in dict.fromkeys(expanded):
+            rows = torch.tensor([i for i, item in enumerate(expanded) if item == name], device=hidden.device)
+            for adapter in (*self.previous_grades.get(name, ()), name):
+                if adapter in self.lreg_nodes:  # not "__base__", nor an adapter that does not cover this module
+                    result[rows] += self.shortcut(adapter, features[rows], hidden[rows])
+        return result
+
+    def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        features = args[0] if args else kwargs.get(self._input_name or "")
+        kind = type(self.get_base_layer()).__name__
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(
+                f"a shortcut around {kind} needs a floating-point tensor as the first input of the module, got {got}. "
+                "Target a module whose first input is the hidden state."
+            )
+        return features
+
+    def _misfit(self, got: tuple[int, ...], gives: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"a shortcut from {self.in_features} to {self.out_features} features does not fit around this "
+            f"{type(self.get_base_layer()).__name__}, which takes {got} to {gives}. Set the sizes in "
+            "LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
+        )
+
+    def _channels_last(self, features: Tensor, like: Tensor) -> tuple[Tensor, bool]:
+        """Features as `[..., in_features]`, and whether the channels had to be moved there."""
+        if features.ndim == 3 and like.ndim == 2:
+            return features[:, 0], False  # the token that classification heads take out of a sequence
+        if self._is_channels_first(features, like):
+            return features.movedim(1, -1), True
+        return features, False
+
+    def _is_channels_first(self, features: Tensor, like: Tensor) -> bool:
+        if features.ndim < 3 or features.shape[1] != self.in_features or like.shape[1] != self.out_features:
+            return False
+        if isinstance(self.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return True
+        return not (features.shape[-1] == self.in_features and like.shape[-1] == self.out_features)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
+    ) -> None:
+        # Not PEFT's version: that one would also round the nodes to the dtype of the base module, and reads device
+        # and dtype off `weight`, which a whole block does not have. `like` stands in for a base without parameters.
+        source = next((p for p in self.base_layer.parameters() if p.device.type != "meta"), like)
+        device = device or (None if source is None else source.device)
+        dtype = getattr(self.get_base_layer(), "compute_dtype", None)  # of a quantised layer
+        if dtype is None and source is not None and source.is_floating_point() and source.dtype.itemsize > 1:
+            dtype = source.dtype
+        for name in self.adapter_layer_names:
+            weights = getattr(self, name)
+            if adapter_name in weights and weights[adapter_name].device.type != "meta":
+                weights[adapter_name] = weights[adapter_name].to(device=device, dtype=dtype)
+        if adapter_name in self.lreg_nodes and self.lreg_nodes[adapter_name].device.type != "meta":
+            self.lreg_nodes[adapter_name] = self.lreg_nodes[adapter_name].to(device=device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: the shortcut is nonlinear."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing was ever merged."""
+        raise NotImplementedError(MERGE_REFUSED)
+
+    # Code around a wrapped block goes on asking it for what the block has: RoBERTa's get_output_embeddings() returns
+    # `lm_head.decoder`, weight tying assigns to `lm_head.weight`.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names are left out: accelerate deletes the hook attributes that it finds.
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and any(name in state for state in (base._parameters, base._buffers, base._modules)):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"lreg_peft.{super().__repr__()}"
+
+    def extra_repr(self) -> str:
+        """Sizes, as `print(model)` shows them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LRegLinear(LRegLayer):
+    """`LRegLayer` around a layer that is linear.
+
+    PEFT recognises adapted linear layers by "Linear" in the class name when a further adapter says "all-linear".
+    """
+
+
+def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool) -> LRegLayer:
+    """Put a module into the layer class that fits it; it has no adapter yet."""
+    return (LRegLinear if linear else LRegLayer)(module, in_features, out_features)
+
+
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
+    """The layers of a model that carry an adapter, by name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LRegLayer) and adapter_name in module.lreg_nodes
+    }
+    if not layers:
+        raise ValueError(
+            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
+        )
+    return layers
+
+
+def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor that a shortcut is added to, and a function that puts its replacement back in place."""
+    if isinstance(output, Tensor):
+        return output, lambda hidden: hidden
+    if isinstance(output, dict) and output:  # transformers' ModelOutput is an OrderedDict
+
+        def rebuild_mapping(hidden: Tensor) -> Any:
+            first = next(iter(output))
+            return type(output)(**{**output, first: hidden})
+
+        return next(iter(output.values())), rebuild_mapping
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+
+        def rebuild_sequence(hidden: Tensor) -> Any:
+            make = getattr(type(output), "_make", type(output))  # named tuples take an iterable under this name
+            return make((hidden, *output[1:]))
+
+        return output[0], rebuild_sequence
+    raise TypeError(
+        f"a shortcut needs a module whose output is a tensor or starts with one, got {type(output).__name__}."
+    )
+
+
+def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
+    """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
+    pools: dict[int, Callable[..., Tensor]] = {
+        1: F.adaptive_avg_pool1d,
+        2: F.adaptive_avg_pool2d,
+        3: F.adaptive_avg_pool3d,
+    }
+    return pools[len(size)](value, list(size))
+
+
+def check_saved_nodes(name: str, nodes: Tensor) -> None:
+    """Raise a `ValueError` naming the file entry unless `nodes` is a mesh on [0, 1]."""
+    try:
+        check_nodes(nodes)
+    except ValueError as error:
+        raise ValueError(f"the adapter file is damaged: {name}: {error}") from None
+    if nodes.device.type != "meta" and (nodes[:, 0].ne(0).any() or nodes[:, -1].ne(1).any()):
+        raise ValueError(f"the adapter file is damaged: {name}: every mesh must span [0, 1].")

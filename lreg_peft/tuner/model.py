@@ -1,0 +1,270 @@
+"""The tuner: puts shortcuts into a model."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..fitting import cached_forward
+from ..training.initialization import install_reminder, remove_reminder
+from .config import DATA_STARTS, LRegConfig
+from .hooks import backbone, output_head
+from .hooks import head_loss as fused
+from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
+from .model_card import TAG
+from .targets import (
+    default_targets,
+    feature_sizes,
+    mesh_size,
+    release_targeted_heads,
+    resolve_targets,
+)
+
+
+class LRegModel(BaseTuner):
+    """A model with LReg shortcuts; made by `get_peft_model(model, LRegConfig(...))`.
+
+    Args:
+        model: the base model; any `torch.nn.Module`.
+        config: an `LRegConfig`, or a dictionary of them by adapter name.
+        adapter_name: name of the adapter to inject.
+    """
+
+    prefix: str = "lreg_"
+    tuner_layer_cls = LRegLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (defaults depend on the task, see targets.py)
+
+    # Injection
+
+    def _prepare_adapter_config(self, peft_config: LRegConfig, model_config: dict[str, Any]) -> LRegConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model, peft_config)
+        release_targeted_heads(peft_config)
+        if peft_config.previous_grades:
+            # For classification PEFT adds its head names unasked. A grade stands on the head of the grades before it.
+            peft_config.modules_to_save = None
+        return peft_config
+
+    def _prepare_model(self, peft_config: LRegConfig, model: nn.Module) -> None:
+        resolve_targets(model, peft_config)  # raises before anything is wrapped
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: LRegConfig) -> None:
+        """Nothing to warn of: a shortcut leaves the tied weight alone, and cannot be merged into it."""
+
+    def _create_and_replace(
+        self,
+        peft_config: LRegConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, LRegLayer):
+            sizes = feature_sizes(current_key, target, peft_config)
+            layer = wrap(target, *sizes, linear=_is_linear(target))
+            self._replace_module(parent, target_name, layer, target)
+        n_components, dof = mesh_size(current_key, peft_config)
+        layer.update_layer(
+            adapter_name, n_components, dof, config=peft_config, inference_mode=peft_config.inference_mode
+        )
+        if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
+            layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Not PEFT's version: that one assigns `weight` and `bias`, which a whole block does not have. The adapter
+        # goes to its device when it is added.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
+        self._check_grade(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._record_grades()
+        backbone.install(model)
+        output_head.adjust(model)
+        fused.install(model)
+        if self.peft_config[adapter_name].init_weights in DATA_STARTS:
+            install_reminder(model)
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags([TAG])  # type: ignore[operator]
+
+    # Training
+
+    def train(self, mode: bool = True) -> "LRegModel":
+        """As `nn.Module.train`; with `backbone_eval` the frozen model stays in eval mode."""
+        super().train(mode)
+        if mode and any(self.peft_config[name].backbone_eval for name in self.active_adapters):
+            backbone.hold_in_eval(self.model)
+        return self
+
+    # Grades
+
+    def _check_grade(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        if adapter_name in config.previous_grades:
+            raise ValueError(
+                f"the adapter is a grade that stands on {config.previous_grades}, so it cannot be called "
+                f"{adapter_name!r} itself. load_grades(model, path) loads all grades under their own names."
+            )
+        absent = [name for name in config.previous_grades if name not in self.peft_config]
+        if absent and config.grade_form == "additive":  # a composed grade is refused when its targets are resolved
+            warnings.warn(
+                f"the adapter {adapter_name!r} was trained on top of {absent}, which the model does not have: its "
+                "output is what this grade adds, and no more. load_grades(model, path) loads all grades.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _record_grades(self) -> None:
+        """Tell every layer which adapters stand on which, also of adapters that do not cover it."""
+        stacks = {
+            name: tuple(grade for grade in config.previous_grades if grade in self.peft_config)
+            for name, config in self.peft_config.items()
+            if getattr(config, "previous_grades", None)
+        }
+        for layer in self.model.modules():
+            if isinstance(layer, LRegLayer):
+                layer.previous_grades = dict(stacks)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT. Activating a grade adds the shortcuts of the grades it stands on, which stay frozen."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module.active_adapters:
+                # What an earlier grade trained in full stays in place, frozen.
+                for owner in {self._owner(module, name) for name in self.active_adapters} & module._adapters:
+                    module.set_adapter(owner, inference_mode=True)
+
+    def _owner(self, module: AuxiliaryTrainingWrapper, adapter_name: str) -> str:
+        """Whose copy of a module in `modules_to_save` belongs to an adapter: its own or that of a grade below."""
+        config = self.peft_config.get(adapter_name)
+        stack = [*config.previous_grades, adapter_name] if config else []
+        return next((name for name in reversed(stack) if name in module._adapters), adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; the last of a stack of grades can be deleted, and the one before it becomes active.
+
+        Raises:
+            ValueError: if another grade stands on this adapter.
+        """
+        above = [name for name, config in self.peft_config.items() if adapter_name in config.previous_grades]
+        if above:
+            raise ValueError(f"the grade {above[0]!r} stands on {adapter_name!r}: delete {above[0]!r} first.")
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)  # modules_to_save of the grade below train again
+
+    # Inference with one adapter per sample
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names works in eval mode only: call model.eval() first.")
+        known = {"__base__", *self.peft_config}
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"adapter_names {unknown} do not exist. There are: {sorted(known)}.")
+        layers = [module for module in self.modules() if isinstance(module, LRegLayer)]
+        handles = [
+            module.register_forward_pre_hook(
+                _AddAdapterNames([self._owner(module, name) for name in names]), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            for layer in layers:
+                layer.batch_adapter_names = names
+            yield
+        finally:
+            for layer in layers:
+                layer.batch_adapter_names = None
+            for handle in handles:
+                handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and return the base model as it was."""
+        model = self.model
+        output_head.restore(model)
+        backbone.release(model)
+        fused.release(model)
+        cached_forward.release(model)
+        remove_reminder(model)
+        for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
+            if isinstance(layer, LRegLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+        super().unload()
+        output_head.restore_tied_keys(model)
+        return model
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LRegConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_saved_adapter(model, adapter_name, remapped)
+        for module in model.modules():
+            if isinstance(module, LRegLayer):
+                module.start_is_owed.discard(adapter_name)  # the file brings projection and mesh
+        return remapped
+
+
+class _AddAdapterNames:
+    """Forward pre-hook that passes `adapter_names` on to PEFT's `modules_to_save` wrappers."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": self.names}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
+
+
+def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse a file that does not fit or is damaged, before any of it reaches the model."""
+    prefix = "base_model.model."
+    saved = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    missing = []
+    for key, own in model.state_dict().items():
+        path, _, owner = key.rpartition(".")
+        if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
+            continue
+        value = saved.get(key.removeprefix(prefix))
+        if value is None:
+            missing.append(path.removeprefix(prefix))
+        elif not value.is_floating_point() or not torch.isfinite(value).all():
+            raise ValueError(f"the adapter file is damaged: {path} holds values that are not finite numbers.")
+        elif value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
+            raise ValueError(
+                f"size mismatch for {path}: the model and the configuration ask for {tuple(own.shape)}, the adapter "
+                f"file holds {tuple(value.shape)}. It was saved for another model or another configuration."
+            )
+        elif path.endswith("lreg_nodes"):
+            check_saved_nodes(path, value)
+    if missing:
+        raise ValueError(
+            f"the adapter file lacks {len(missing)} tensors of this configuration, the first is {missing[0]!r}. "
+            "It was saved for other target modules or is damaged."
+        )

@@ -1,0 +1,323 @@
+"""The feature cache: what it holds, when it is refused, and training from it."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+import lreg_peft.fitting.feature_cache as cache_module
+from lreg_peft import FeatureCache, LRegConfig, cache_features
+from lreg_peft.fitting.output_shortcut import find_terminal
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def samples(n: int = 7, length: int = 9) -> list[dict[str, torch.Tensor]]:
+    result = []
+    for i in range(n):
+        ids = torch.randint(3, tiny.VOCABULARY, (length,), generator=torch.Generator().manual_seed(i))
+        labels = ids.clone()
+        labels[i:] = -100  # the first sample has no label that counts, nor has the second: they are shifted
+        result.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return result
+
+
+DATA = samples()
+ROWS = sum(range(6))
+
+
+def adapted(base: nn.Module | None = None, **options) -> nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(base or tiny.gpt2(), LRegConfig(init_weights=False, **options)).train()
+
+
+def build(path, model: nn.Module | None = None, data=DATA, **options) -> FeatureCache:
+    return cache_features(model or adapted(), data, path, batch_size=options.pop("batch_size", 3), **options)
+
+
+class TestContents:
+    def test_rows_of_samples_and_of_the_whole(self, tmp_path):
+        model = adapted()
+        cache = build(tmp_path / "c", model, dtype=torch.float32, show_progress=False)
+        assert (len(cache), cache.n_rows, cache.objective) == (7, ROWS, "cross_entropy")
+        terminal = find_terminal(model)
+        for i, sample in enumerate(DATA):
+            rows = terminal.rows({name: value[None] for name, value in sample.items()})
+            torch.testing.assert_close(cache[i]["features"], rows.features)
+            assert torch.equal(cache[i]["labels"], rows.targets)
+        chunks = list(cache.chunks(4))
+        assert [len(chunk.targets) for chunk in chunks] == [4, 4, 4, 3]
+        whole = cache.collate([cache[i] for i in range(7)])
+        assert torch.equal(torch.cat([chunk.features for chunk in chunks]), whole["features"])
+        assert torch.equal(cache[-1]["labels"], cache[6]["labels"])
+        with pytest.raises(IndexError):
+            cache[7]
+
+    def test_bytes_on_disk(self, tmp_path):
+        build(tmp_path / "c")
+        assert (tmp_path / "c" / "features-0.bin").stat().st_size == ROWS * tiny.HIDDEN * 2
+        assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+            "features-0.bin", "offsets-0.npy", "stamp.json", "targets-0.bin",
+        ]  # fmt: skip
+        assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+    def test_a_loader_of_batches_gives_the_same(self, tmp_path):
+        loader = DataLoader(DATA, batch_size=3)
+        batches = list(loader)
+        caches = [
+            build(tmp_path / "a"),
+            build(tmp_path / "b", data=loader),
+            build(tmp_path / "c", data=batches, batch_size=None),
+        ]
+        for cache in caches[1:]:
+            assert len(cache) == 7
+            assert torch.equal(cache[5]["features"], caches[0][5]["features"])
+
+    @pytest.mark.parametrize("kind", ["classes", "value", "labels"])
+    def test_classification(self, tmp_path, kind):
+        options = {
+            "classes": {"num_labels": 3},
+            "value": {"num_labels": 1},
+            "labels": {"num_labels": 3, "problem_type": "multi_label_classification"},
+        }[kind]
+        targets = {"classes": torch.tensor([0, 2, 1]), "value": torch.randn(3), "labels": torch.eye(3)}[kind]
+        data = [{**DATA[i], "labels": targets[i]} for i in range(3)]
+        model = adapted(tiny.roberta("SEQ_CLS", **options), target_modules=["classifier"])
+        cache = build(tmp_path / "c", model, data, dtype=torch.float32)
+        assert (len(cache), cache.n_rows) == (3, 3)
+        batch = cache.collate([cache[i] for i in range(3)])
+        expected = model(**{n: torch.stack([d[n] for d in data]) for n in data[0]}).loss
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=1e-6)
+
+    def test_modes_and_weights_of_the_model_are_as_before(self, tmp_path):
+        model = adapted()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        modes = [m.training for m in model.modules()]
+        build(tmp_path / "c", model)
+        assert [m.training for m in model.modules()] == modes
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class TestTraining:
+    def test_same_loss_and_gradients_as_without(self, tmp_path):
+        model = adapted(n_components=3, dof=4)
+        cache = build(tmp_path / "c", model, dtype=torch.float32)
+        picked = [6, 2, 4]
+        batch = {name: torch.stack([DATA[i][name] for i in picked]) for name in DATA[0]}
+        grads = []
+        for inputs in (batch, cache.collate([cache[i] for i in picked])):
+            model.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            grads.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        for mine, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+    def test_trainer_takes_it_and_loses_within_the_precision_of_storage(self, tmp_path):
+        # Trainer counts the first labels, which are never predicted: leave them out to compare.
+        data = [{**s, "labels": torch.cat((torch.tensor([-100]), s["input_ids"][1:]))} for s in DATA]
+        losses = {}
+        for name, dtype in (("model", None), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            model = adapted()
+            cache = None if dtype is None else build(tmp_path / name, model, data, dtype=dtype)
+            arguments = TrainingArguments(
+                tmp_path / "out", num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+                learning_rate=1e-2, seed=3,
+            )  # fmt: skip
+            trainer = Trainer(
+                model, arguments, train_dataset=data if cache is None else cache,
+                data_collator=None if cache is None else cache.collate,
+            )  # fmt: skip
+            trainer.train()
+            losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses["model"]) == 4
+        assert losses["fp32"] == pytest.approx(losses["model"], rel=2e-4)  # four digits are logged
+        assert losses["bf16"] == pytest.approx(losses["model"], rel=1e-2)
+
+    def test_the_model_still_takes_its_own_inputs_and_unload_gives_it_back(self, tmp_path):
+        base = tiny.gpt2()
+        own = base.forward
+        model = adapted(base)
+        ids = DATA[0]["input_ids"][None]
+        before = model.eval()(input_ids=ids).logits
+        build(tmp_path / "c", model)
+        build(tmp_path / "c", model)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        assert model.unload().forward == own
+
+    def test_wrong_features_are_refused(self, tmp_path):
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        with pytest.raises(ValueError, match="without labels"):
+            model(features=cache[3]["features"])
+        with pytest.raises(ValueError, match=r"data_collator=cache\.collate"):
+            model(features=cache[3]["features"][None], labels=cache[3]["labels"][None])
+
+
+class TestReopening:
+    def test_a_complete_cache_is_opened_and_not_built_again(self, tmp_path, monkeypatch):
+        model = adapted()
+        build(tmp_path / "c", model)
+        monkeypatch.setattr(cache_module, "_build", None)
+        assert build(tmp_path / "c", model).n_rows == ROWS
+        assert build(tmp_path / "c", adapted(n_components=5)).n_rows == ROWS  # the adapter itself does not matter
+        assert FeatureCache(tmp_path / "c").n_rows == ROWS
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda m: m.get_base_model().transformer.h[1].ln_1.bias.data.add_(1e-3), "weights below the shortcut"),
+            (lambda m: m.get_base_model().transformer.bfloat16(), "another dtype"),
+            (lambda m: setattr(m.get_base_model().config, "_attn_implementation_internal", "eager"), "attention"),
+        ],
+    )
+    def test_another_model_is_refused_with_the_reason(self, tmp_path, change, reason):
+        build(tmp_path / "c")
+        model = adapted()
+        change(model)
+        with pytest.raises(ValueError, match=reason):
+            build(tmp_path / "c", model)
+
+    def test_other_data_are_refused_and_can_replace_it(self, tmp_path):
+        build(tmp_path / "c")
+        other = samples(6)
+        with pytest.raises(ValueError, match="data are not those"):
+            build(tmp_path / "c", data=other)
+        with pytest.raises(ValueError, match="data are not those"):
+            build(tmp_path / "c", data=DATA[::-1])
+        with pytest.raises(ValueError, match="stored in another dtype"):
+            build(tmp_path / "c", dtype=torch.float32)
+        assert len(build(tmp_path / "c", data=other, overwrite=True)) == 6
+
+    def test_damage_is_noticed(self, tmp_path):
+        build(tmp_path / "c")
+        with (tmp_path / "c" / "features-0.bin").open("r+b") as file:
+            file.truncate(50)
+        with pytest.raises(ValueError, match=r"damaged: .*has 50 bytes in place of 480"):
+            FeatureCache(tmp_path / "c")
+        (tmp_path / "c" / "stamp.json").write_text("{")
+        with pytest.raises(ValueError, match=r"stamp\.json is damaged"):
+            build(tmp_path / "c")
+
+    def test_a_folder_of_something_else_is_left_alone(self, tmp_path):
+        (tmp_path / "thesis.txt").write_text("precious")
+        with pytest.raises(ValueError, match="is not a feature cache"):
+            build(tmp_path)
+        with pytest.raises(FileNotFoundError, match="no complete feature cache"):
+            FeatureCache(tmp_path)
+
+
+class TestInterruption:
+    def interrupt(self, monkeypatch, after: int, error: BaseException) -> None:
+        append = cache_module._Shard.append
+
+        def fail(shard, rows, counts):
+            if shard.batches == after:
+                raise error
+            append(shard, rows, counts)
+
+        monkeypatch.setattr(cache_module._Shard, "append", fail)
+
+    def test_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cache_module, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        expected = build(tmp_path / "whole")
+        model, calls = adapted(), []
+        with monkeypatch.context() as patch:
+            self.interrupt(patch, 2, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                build(tmp_path / "c", model)
+        assert not (tmp_path / "c").exists()
+        monkeypatch.setattr(
+            cache_module, "_rows_by_sample", lambda t, b, own=cache_module._rows_by_sample: calls.append(1) or own(t, b)
+        )
+        cache = build(tmp_path / "c", model)
+        assert len(calls) == 1
+        for i in range(7):
+            assert torch.equal(cache[i]["features"], expected[i]["features"])
+
+    def test_what_another_model_began_is_thrown_away(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cache_module, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        with monkeypatch.context() as patch:
+            self.interrupt(patch, 1, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                build(tmp_path / "c")
+        other = adapted()
+        other.get_base_model().transformer.wpe.weight.data.mul_(2)
+        assert torch.equal(build(tmp_path / "c", other)[5]["features"], build(tmp_path / "d", other)[5]["features"])
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
+        self.interrupt(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match=r"No space left on device.*Nothing was left behind.*32 bytes") as caught:
+            build(tmp_path / "c")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_leaves_the_cache_that_was_to_be_replaced(self, tmp_path, monkeypatch):
+        build(tmp_path / "c")
+        self.interrupt(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match="No space"):
+            build(tmp_path / "c", data=samples(5), overwrite=True)
+        assert len(FeatureCache(tmp_path / "c")) == 7
+
+
+class TestRefusals:
+    def test_of_models(self, tmp_path):
+        with pytest.raises(ValueError, match="inside the network"):
+            build(tmp_path / "c", adapted(target_modules=["mlp"]))
+        model = adapted()
+        model.get_base_model().transformer.ln_f.bias.requires_grad_(True)
+        with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias.*out of date"):
+            build(tmp_path / "c", model)
+        with pytest.raises(ValueError, match="changes the output"):
+            build(tmp_path / "c", adapted(tiny.build("gemma2", "CAUSAL_LM", final_logit_softcapping=0.5)))
+        assert not (tmp_path / "c").exists()
+
+    def test_of_data(self, tmp_path):
+        with pytest.raises(ValueError, match="shuffles"):
+            build(tmp_path / "c", data=DataLoader(DATA, batch_size=2, shuffle=True))
+        with pytest.raises(ValueError, match="used up by one pass"):
+            build(tmp_path / "c", data=iter(DATA))
+        with pytest.raises(ValueError, match="gave no rows"):
+            build(tmp_path / "c", data=DATA[:1])
+        with pytest.raises(ValueError, match="needs 'labels'"):
+            build(tmp_path / "c", data=[{"input_ids": d["input_ids"]} for d in DATA])
+
+        class Shuffled:
+            def __iter__(self):
+                order = torch.randperm(len(DATA), generator=GENERATOR).tolist()
+                return iter([{k: v[None] for k, v in DATA[i].items()} for i in order])
+
+        with pytest.raises(ValueError, match="in another order"):
+            build(tmp_path / "c", data=Shuffled())
+
+    @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"batch_size": 0}])
+    def test_of_options(self, tmp_path, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            build(tmp_path / "c", **options)
+
+
+def test_shards_of_several_processes_read_as_one(tmp_path):
+    """What two processes write is what one writes, cut in two."""
+    model = adapted()
+    whole = build(tmp_path / "whole", model)
+    parts = [build(tmp_path / str(i), model, data=part) for i, part in enumerate((DATA[:4], DATA[4:]))]
+    both = tmp_path / "both"
+    both.mkdir()
+    for i, part in enumerate(parts):
+        for kind in ("features", "targets", "offsets"):
+            (file,) = part.path.glob(f"{kind}-0.*")
+            shutil.copy(file, both / f"{kind}-{i}{file.suffix}")
+    (both / "stamp.json").write_text(json.dumps({**whole.stamp, "shards": 2}))
+    cache = FeatureCache(both)
+    assert (len(cache), cache.n_rows) == (7, ROWS)
+    for i in range(7):
+        assert torch.equal(cache[i]["features"], whole[i]["features"])
+    assert sum(len(chunk.targets) for chunk in cache.chunks(4)) == ROWS

@@ -1,0 +1,151 @@
+"""Rows of a terminal shortcut: what a model's own loss is made of."""
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from lreg_peft import LRegConfig
+from lreg_peft.fitting.output_shortcut import find_terminal, row_loss, trained_elsewhere
+
+IDS = torch.randint(3, tiny.VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+PADDED = torch.cat((IDS[:, :6], torch.full((3, 3), 2)), dim=1)  # 2 is the padding token
+CLASSES = torch.tensor([0, 2, 1])
+
+
+def token_labels() -> torch.Tensor:
+    labels = IDS.clone()
+    labels[0, 3:] = -100
+    return labels
+
+
+def adapted(model: nn.Module, *targets: str, **options) -> nn.Module:
+    config = LRegConfig(target_modules=list(targets) or None, init_weights=False, **options)
+    return get_peft_model(model, config).train()
+
+
+CASES = {
+    "gpt2": (lambda: adapted(tiny.gpt2()), IDS, token_labels(), 18),
+    "llama": (lambda: adapted(tiny.llama()), IDS, token_labels(), 18),
+    "roberta": (lambda: adapted(tiny.roberta()), IDS, token_labels(), 21),
+    "bert": (lambda: adapted(tiny.build("bert", "MASKED_LM")), IDS, token_labels(), 21),
+    "bert tokens": (
+        lambda: adapted(tiny.build("bert", "TOKEN_CLS", num_labels=tiny.VOCABULARY), "classifier"),
+        IDS,
+        token_labels(),
+        21,
+    ),
+    **{
+        f"{kind} {what}": (
+            lambda kind=kind, options=options: adapted(
+                tiny.build(kind, "SEQ_CLS", **options), "score" if kind in ("gpt2", "llama") else "classifier"
+            ),
+            PADDED,
+            labels,
+            3,
+        )
+        for kind in ("roberta", "bert", "gpt2", "llama")
+        for what, options, labels in (
+            ("classes", {"num_labels": 3}, CLASSES),
+            ("value", {"num_labels": 1}, CLASSES.float()),
+            ("labels", {"num_labels": 3, "problem_type": "multi_label_classification"}, torch.eye(3)),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_give_the_loss_of_the_model(name):
+    build, ids, labels, n = CASES[name]
+    model = build()
+    batch = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": labels}
+    terminal = find_terminal(model)
+    objective = terminal.check(batch)
+    rows = terminal.rows(batch)
+    assert rows.features.shape == (n, tiny.HIDDEN)
+    assert rows.targets.shape[0] == n
+    assert not rows.features.requires_grad
+    assert model.training
+    assert terminal.layer.training
+    loss = row_loss(objective, terminal.base_output(rows.features, without=()), rows.targets)
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_offset_leaves_out_one_adapter_and_keeps_the_others():
+    model = adapted(tiny.gpt2())
+    model.add_adapter("second", LRegConfig(init_weights=False, n_components=3))
+    model.base_model.set_adapter(["default", "second"])
+    terminal = find_terminal(model, "second")
+    features = torch.randn(5, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))
+    plain = terminal.layer.get_base_layer()(features)
+    expected = plain + terminal.layer.shortcut("default", features, plain)
+    torch.testing.assert_close(terminal.base_output(features), expected, rtol=0, atol=0)
+    torch.testing.assert_close(terminal.base_output(features, without=("default", "second")), plain, rtol=0, atol=0)
+
+
+def test_a_custom_model_counts_if_it_returns_what_the_module_gives():
+    class Ends(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.body, self.out, self.scale = nn.Linear(4, 6), nn.Linear(6, 2), scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.tanh(self.body(x))) * self.scale
+
+    batch = {"x": torch.randn(7, 4), "labels": torch.randn(7, 2)}
+    terminal = find_terminal(adapted(Ends(1.0), "out"))
+    assert terminal.check(batch) == "squared_error"
+    assert terminal.rows(batch).features.shape == (7, 6)
+    with pytest.raises(ValueError, match="changes the output of this module"):
+        find_terminal(adapted(Ends(2.0), "out")).check(batch)
+    with pytest.raises(ValueError, match=r"8 outputs|2 outputs, but a sample has 3"):
+        terminal.check({"x": batch["x"], "labels": torch.randn(7, 3)})
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    model = adapted(tiny.build("gemma2", "CAUSAL_LM", final_logit_softcapping=0.5))
+    with pytest.raises(ValueError, match="changes the output of this module"):
+        find_terminal(model).check({"input_ids": IDS, "labels": IDS})
+
+
+def test_what_is_not_terminal_is_refused():
+    with pytest.raises(ValueError, match="inside the network"):
+        find_terminal(adapted(tiny.gpt2(), "mlp"))
+    with pytest.raises(ValueError, match=r"'transformer.h.0.mlp' and 2 more modules"):
+        find_terminal(adapted(tiny.gpt2(), "mlp", "lm_head"))
+    with pytest.raises(ValueError, match="no LReg adapter called 'other'"):
+        find_terminal(adapted(tiny.gpt2()), "other")
+
+
+def test_wrong_batches_are_refused():
+    terminal = find_terminal(adapted(tiny.build("bert", "SEQ_CLS", num_labels=3), "classifier"))
+    with pytest.raises(TypeError, match="got list"):
+        terminal.rows([IDS])
+    with pytest.raises(ValueError, match="needs 'labels'"):
+        terminal.rows({"input_ids": IDS})
+    with pytest.raises(ValueError, match="fit neither"):
+        terminal.rows({"input_ids": IDS, "labels": torch.tensor([0, 1])})
+    decoder = find_terminal(adapted(tiny.build("gpt2", "SEQ_CLS", num_labels=3), "score"))
+    decoder.model.config.pad_token_id = None
+    with pytest.raises(ValueError, match=r"Set model\.config\.pad_token_id"):
+        decoder.rows({"input_ids": IDS, "labels": CLASSES})
+
+
+def test_labels_outside_the_outputs_are_named():
+    terminal = find_terminal(adapted(tiny.build("bert", "TOKEN_CLS", num_labels=3), "classifier"))
+    labels = torch.zeros_like(IDS)
+    terminal.check({"input_ids": IDS, "labels": labels})
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\].*got 5"):
+        terminal.check({"input_ids": IDS, "labels": labels + 5})
+
+
+def test_what_trains_elsewhere_is_found():
+    model = adapted(tiny.gpt2())
+    terminal = find_terminal(model)
+    assert trained_elsewhere(terminal) == []
+    terminal.model.transformer.h[0].ln_1.bias.requires_grad_(True)
+    terminal.layer.get_base_layer().weight.requires_grad_(True)  # tied to the embedding, which names it first
+    assert trained_elsewhere(terminal) == ["transformer.wte.weight", "transformer.h.0.ln_1.bias"]

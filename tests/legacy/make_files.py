@@ -1,0 +1,88 @@
+"""Writes adapters, a feature cache and a stack of grades with the version that is installed, and the logits they give.
+
+Run once by version 0.1.0 (before the package got folders); the tests load what it wrote: python make_files.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lreg_peft
+from lreg_peft import LRegConfig
+
+CONFIGS = {
+    "full": {"n_components": 2, "dof": 3},
+    "reduced": {"n_components": 3, "dof": 4, "head": "reduced"},
+    "factored": {
+        "target_modules": ["c_attn", "mlp", "lm_head"],
+        "head": "factored",
+        "dof": 8,
+        "component_pattern": {"c_attn": 1},
+    },
+    "blocks": {"target_modules": ["mlp"], "dof": 12, "curvature_weight": 0.1},
+}
+
+
+def base() -> GPT2LMHeadModel:
+    """The same weights with every version of torch."""
+    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            flat = torch.arange(parameter.numel(), dtype=torch.float64)
+            parameter.copy_((0.3 * torch.sin(1.7 * flat + i)).view(parameter.shape))
+    return model
+
+
+def inputs() -> torch.Tensor:
+    """`[3, 9]`."""
+    return (torch.arange(27) * 7 % 58 + 3).view(3, 9)
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    """Five samples of eight tokens; the first three labels of each do not count."""
+    result = []
+    for i in range(5):
+        ids = (torch.arange(8) * (i + 3)) % 58 + 3
+        result.append({"input_ids": ids, "labels": torch.cat((torch.full((3,), -100), ids[3:]))})
+    return result
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Weights that are neither zero nor random, and meshes that have moved."""
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if "lreg_" in name:
+            flat = torch.arange(parameter.numel(), dtype=torch.float64)
+            parameter.copy_((0.5 * torch.sin(2.3 * flat + i)).view(parameter.shape))
+    for name, nodes in model.named_buffers():
+        if "lreg_nodes" in name:
+            nodes.copy_(nodes**1.5)
+
+
+def main(folder: Path) -> None:
+    logits = {}
+    for name, options in CONFIGS.items():
+        model = get_peft_model(base(), LRegConfig(task_type="CAUSAL_LM", **options))
+        fill(model)
+        model.save_pretrained(folder / name)
+        logits[name] = model.eval()(inputs()).logits.detach().contiguous()
+    model = get_peft_model(base(), LRegConfig(target_modules=["mlp"], dof=3, init_weights=False))
+    fill(model)
+    lreg_peft.add_grade(model, LRegConfig(target_modules=["mlp"], dof=4), form="composed")
+    lreg_peft.add_grade(model, LRegConfig(target_modules=["lm_head"], dof=3, head="factored"))
+    fill(model)
+    model.save_pretrained(folder / "grades")
+    logits["grades"] = model.eval()(inputs()).logits.detach().contiguous()
+    model = get_peft_model(base(), LRegConfig(task_type="CAUSAL_LM", dof=3))
+    cache = lreg_peft.cache_features(model, samples(), folder / "cache", batch_size=2, show_progress=False)
+    rows = cache.collate([cache[i] for i in range(len(cache))])
+    save_file({"logits": torch.stack([logits[n] for n in sorted(logits)]), **rows}, folder / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

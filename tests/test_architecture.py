@@ -22,7 +22,7 @@ ORDER = [
     ["core.mesh", "core.solve.problem"],
     ["core.basis", "core.coordinates", "core.adapt", "core.solve.subspace", "core.fused_loss", "core.distributed"],
     ["core.free_knots", "core.product", "core.solve.cross_entropy", "core.solve.least_squares"],
-    ["tuner.config", "tuner.penalty", "tuner.statistics"],
+    ["tuner.config", "tuner.penalty", "tuner.statistics", "tuner.heads", "tuner.layout", "tuner.storage"],
     ["tuner.layer"],
     ["tuner.targets", "tuner.hooks.backbone", "training.tracking"],
     ["training.initialization", "fitting.output_shortcut"],

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
 from ..core.distributed import AllProcesses, raise_together, rank_and_world, tensor_from_main
 from ..core.solve.problem import Report, check_options, rows_at_once
+from ..tuner.heads import Encoded
 from ..tuner.hooks.backbone import eval_mode
 from .output_shortcut import Objective, Rows, Terminal, find_terminal
 
@@ -134,7 +135,7 @@ class FitProblem:
         self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
         # A weight, of the base module if it has one, for device and dtype of the features.
         self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
-        self._coords: list[Tensor] = []
+        self._latents: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
         self.objective: Objective | None = None
@@ -190,7 +191,7 @@ class FitProblem:
                     f"the {name} of {self.terminal.name!r} must be finite, got NaN or infinite values after row "
                     f"{sum(map(len, self._targets))}."
                 )
-        self._coords.append(self.layer.coords(self.adapter, features))
+        self._latents.append(self.layer.encode(self.adapter, features).latent)
         self._targets.append(targets)
         if self._keep_offsets:
             self._sources.append(self.terminal.base_output(features))
@@ -209,24 +210,25 @@ class FitProblem:
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""
-        for coords, targets, offset in self._passes():
-            basis = self.layer.design(self.adapter, coords)
+        for latent, targets, offset in self._passes():
+            code = Encoded.of(latent)
+            basis = self.layer.design(self.adapter, code)
             offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
             if targets.is_floating_point():
                 targets = targets.to(basis.dtype)
-            yield coords, Chunk(basis, targets, offset)
+            yield code.coords, Chunk(basis, targets, offset)
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Coordinates, targets, offsets, a bounded number of rows at a time."""
+        """Latents (see `Encoded`), targets, offsets, a bounded number of rows at a time."""
         if self._cache is not None:
             again = (features for features, _ in self._own_chunks(self._cache))
-            for coords, targets, features in zip(self._coords, self._targets, again, strict=True):
-                yield coords, targets, self.terminal.base_output(features)
+            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
+                yield latent, targets, self.terminal.base_output(features)
             return
         rows = rows_at_once(self.out_features, self._place.device)
-        for coords, targets, sources in zip(self._coords, self._targets, self._sources, strict=True):
-            for c, t, source in zip(coords.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield c, t, source if self._keep_offsets else self.terminal.base_output(source)
+        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
+            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
+                yield z, t, source if self._keep_offsets else self.terminal.base_output(source)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the rows, for the solvers."""

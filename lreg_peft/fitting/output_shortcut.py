@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..tuner.hooks.backbone import eval_mode, unwrap
-from ..tuner.layer import LRegLayer, first_tensor, layers_with_adapter
+from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.layout import first_tensor
 
 IGNORE_INDEX = -100
 

@@ -1,5 +1,6 @@
 """The tuner: puts shortcuts into a model."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,13 @@ from .targets import (
     default_targets,
     feature_sizes,
     mesh_size,
+    profile_mean,
     release_targeted_heads,
     resolve_targets,
 )
+
+# A parameter's name in the model, adapter name removed.
+_WEIGHT_KEY = re.compile(r"(\.lreg_[a-z_]+)\.weight$")
 
 
 class LRegModel(BaseTuner):
@@ -74,10 +79,27 @@ class LRegModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         n_components, dof = mesh_size(current_key, peft_config)
         layer.update_layer(
-            adapter_name, n_components, dof, config=peft_config, inference_mode=peft_config.inference_mode
+            adapter_name,
+            n_components,
+            dof,
+            config=peft_config,
+            inference_mode=peft_config.inference_mode,
+            profile_mean=profile_mean(current_key, peft_config),
+            nodes=self._nodes_of_the_same(layer, adapter_name, peft_config),
         )
         if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
             layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
+
+    def _nodes_of_the_same(self, layer: LRegLayer, adapter_name: str, config: LRegConfig) -> Tensor | None:
+        """The mesh of an adapter with this very configuration, if there is one.
+
+        Trainers with a reference policy add a second adapter with the first one's configuration and copy the parameters
+        by name. Meshes are buffers; unless the new one begins on the same, the copy would be another function.
+        """
+        for name, other in self.peft_config.items():
+            if name != adapter_name and name in layer.lreg_nodes and other == config:
+                return layer.lreg_nodes[name]
+        return None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Not PEFT's version: that one assigns `weight` and `bias`, which a whole block does not have. The adapter
@@ -214,7 +236,12 @@ class LRegModel(BaseTuner):
         output_head.restore_tied_keys(model)
         return model
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in PEFT, and without the `.weight` of parameters: the keys of files are those they always had."""
+        return _WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -248,7 +275,7 @@ def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[s
     saved = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     missing = []
     for key, own in model.state_dict().items():
-        path, _, owner = key.rpartition(".")
+        path, _, owner = key.removesuffix(".weight").rpartition(".")
         if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
             continue
         value = saved.get(key.removeprefix(prefix))

@@ -20,7 +20,10 @@ ORDER = [
     ["_version", "tuner.registration"],
     ["tuner.model_card"],
     ["core.mesh", "core.solve.problem"],
-    ["core.basis", "core.coordinates", "core.adapt", "core.solve.subspace", "core.fused_loss", "core.distributed"],
+    ["core.basis", "core.coordinates", "core.solve.subspace", "core.fused_loss", "core.distributed"],
+    ["core.adapt.indicators", "core.adapt.transfer"],
+    ["core.adapt.exchange", "core.adapt.mrc"],
+    ["core.adapt.move"],
     ["core.free_knots", "core.product", "core.solve.cross_entropy", "core.solve.least_squares"],
     ["tuner.config", "tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
@@ -60,7 +63,7 @@ def own_imports(path: Path) -> set[str]:
     return found
 
 
-HANDED_ON = {f"core.{name.split('.')[2]}" for name in imports(PACKAGE / "core" / "__init__.py")}
+HANDED_ON = {name.removeprefix("lreg_peft.").rpartition(".")[0] for name in imports(PACKAGE / "core" / "__init__.py")}
 GRAPH = {name: own_imports(path) for name, path in MODULES.items()}
 
 

@@ -1,6 +1,7 @@
 """The numerical core: pure functions on torch tensors, without PEFT or Transformers."""
 
-from .adapt import AdaptedMesh, adapt_mesh, interpolate
+from .adapt.move import AdaptedMesh, adapt_mesh
+from .adapt.transfer import interpolate
 from .basis import (
     curvature_penalty,
     dense_is_faster,

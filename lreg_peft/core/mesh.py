@@ -201,3 +201,23 @@ def take(values: Tensor, element: Tensor) -> Tensor:
     """`values[i, element[..., i]]` for every component i; values `[components, m]`, element `[..., components]`."""
     flat = element.reshape(-1, element.shape[-1])  # [N, components]
     return values.T.gather(0, flat).reshape(element.shape)
+
+
+def as_mesh(proposal: Tensor, nodes: Tensor) -> Tensor:
+    """`proposal` with elements that are long enough and the dtype and ends of `nodes`.
+
+    A mesh far from zero for its length may not be resolved by its dtype: such a component keeps its old nodes when
+    the proposal, rounded, has equal neighbours.
+    """
+    new = separate_nodes(proposal).to(nodes.dtype)
+    new = torch.cat((nodes[:, :1], new[:, 1:-1], nodes[:, -1:]), dim=1)
+    if new.shape != nodes.shape:
+        return new
+    rising = (new.diff(dim=1) > 0).all(dim=1, keepdim=True)
+    return torch.where(rising, new, nodes)
+
+
+def midpoints(nodes: Tensor, element: Tensor) -> Tensor:
+    """Midpoints of the elements `[components, k]`."""
+    left, right = nodes.gather(1, element), nodes.gather(1, element + 1)
+    return left + (right - left) / 2

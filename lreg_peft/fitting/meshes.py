@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Chunk
-from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh, element_moments, element_sums, node_gradient
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
 from ..core.distributed import tensor_from_main
 from ..core.mesh import locate
 from ..core.solve.problem import check_options

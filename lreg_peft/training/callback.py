@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..core.adapt import Strategy
+from ..core.adapt.move import Strategy
 from ..tuner import penalty
 from ..tuner.hooks.backbone import eval_mode
 from ..tuner.layer import LRegLayer

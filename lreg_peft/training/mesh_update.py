@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
 from ..core.distributed import communication_device, rank_and_world, sum_over_processes, tensor_from_main
 from ..tuner.statistics import MeshStatistics
 from .tracking import Site, movable_sites

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..core.adapt import element_moments, element_sums, node_gradient
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.mesh import coordinate_dtype, locate
 
 #: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at dof 100.

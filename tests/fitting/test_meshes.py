@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes, mesh_fit
+from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
+from lreg_peft.fitting import meshes as mesh_fit
 
 
 class Regression(nn.Module):

@@ -11,7 +11,8 @@ from peft import get_peft_model
 from tiny import VOCABULARY, gpt2, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegCallback, LRegConfig, callback, update_meshes
+from lreg_peft import LRegCallback, LRegConfig, update_meshes
+from lreg_peft.training import callback
 from lreg_peft.tuner.layer import wrap
 
 LOGS = {"lreg_node_spread", "lreg_smallest_element", "lreg_moves_accepted", "lreg_moves_refused"}

@@ -17,7 +17,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapt import MAX_SHIFT, adapt_mesh, element_sums, removal_cost, remove
+from .adapt.exchange import MAX_SHIFT, remove
+from .adapt.indicators import element_sums, removal_cost
+from .adapt.move import adapt_mesh
 from .mesh import MIN_RELATIVE_ELEMENT, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]

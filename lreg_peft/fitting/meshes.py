@@ -10,13 +10,12 @@ from tqdm.auto import tqdm
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
-from ..core.distributed import tensor_from_main
 from ..core.mesh import locate
 from ..core.solve.problem import check_options
 from ..plotting import new_figure
-from ..training.mesh_update import Move
-from ..training.tracking import Site
 from ..tuner.hooks.backbone import eval_mode
+from ..tuner.moves import Move, Tentative, agreed
+from ..tuner.sites import Site
 from .coefficients import CoefficientFit, Data, FitProblem, Fitted
 from .output_shortcut import Objective, find_terminal
 
@@ -123,19 +122,15 @@ def fit_meshes(
     problem = FitProblem(terminal, data, ridge, show_progress)
     problem.warn_of_missing_start()
     site = Site(terminal.name, terminal.layer, terminal.adapter_name)
-    state = _State(site)
-    begun = state.copy()
-    try:
-        return _alternate(problem, site, state, tolerance, max_passes, max_moves, strategy, n_refine)
-    except BaseException:
-        state.restore(begun)
-        raise
+    with _changed(site) as whole:
+        result = _alternate(problem, site, tolerance, max_passes, max_moves, strategy, n_refine)
+        whole.keep()
+    return result
 
 
 def _alternate(
     problem: FitProblem,
     site: Site,
-    state: "_State",
     tolerance: float,
     max_passes: int,
     max_moves: int,
@@ -151,15 +146,16 @@ def _alternate(
         passes += 1
         if torch.equal(mesh.nodes, mesh.old_nodes):
             break
-        before = state.copy()
-        Move(site, mesh, (site.parameter.detach(),)).apply()
-        trial = _fitted(problem, tolerance, max_passes)
-        passes += trial.passes
-        if trial.objective < fits[-1].objective - fits[-1].gap:
+        with _changed(site) as move:
+            Move(site, mesh, (site.parameter.detach(),)).apply()
+            trial = _fitted(problem, tolerance, max_passes)
+            passes += trial.passes
+            if better := trial.objective < fits[-1].objective - fits[-1].gap:
+                move.keep()
+        if better:
             fits.append(trial)
             size = min(1.0, 2 * size)
             continue
-        state.restore(before)
         n_refused += 1
         size /= 2
         if strategy == "mrc" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
@@ -174,20 +170,9 @@ def _fitted(problem: FitProblem, tolerance: float, max_passes: int) -> Coefficie
     return fitted.summary
 
 
-class _State:
+def _changed(site: Site) -> Tentative:
     """Everything of an adapter that a move and a fit change."""
-
-    def __init__(self, site: Site) -> None:
-        weights = [site.parameter, *site.layer.output_weights(site.adapter)]
-        self.tensors = [site.nodes, *{id(weight): weight for weight in weights}.values()]
-
-    def copy(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def restore(self, copy: list[Tensor]) -> None:
-        for tensor, value in zip(self.tensors, copy, strict=True):
-            tensor.copy_(value)
+    return Tentative([site.nodes, site.parameter, *site.layer.output_weights(site.adapter)])
 
 
 @torch.no_grad()
@@ -222,7 +207,7 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
         node_gradient=gradient if exchange else None,
         size=size,
     )
-    return AdaptedMesh(tensor_from_main(mesh.nodes), nodes.clone())
+    return agreed(mesh)
 
 
 def _residual(objective: Objective | None, chunk: Chunk, table: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from ..core.adapt.move import Strategy
 from ..tuner import penalty
 from ..tuner.hooks.backbone import eval_mode
 from ..tuner.layer import LRegLayer
+from ..tuner.sites import movable_sites
 from ..tuner.statistics import DEFAULT_ROWS
 from .mesh_update import MeshUpdate, node_spread, update_meshes
-from .tracking import movable_sites, track_statistics
+from .tracking import track_statistics
 
 Unit = Literal["steps", "epochs"]
 

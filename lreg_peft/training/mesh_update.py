@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
-from ..core.distributed import communication_device, rank_and_world, sum_over_processes, tensor_from_main
+from ..core.adapt.move import Strategy, adapt_mesh
+from ..core.distributed import communication_device, rank_and_world, sum_over_processes
+from ..tuner.moves import Move, Tentative, agreed, optimizer_state
+from ..tuner.sites import Site, movable_sites
 from ..tuner.statistics import MeshStatistics
-from .tracking import Site, movable_sites
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,6 @@ class MeshUpdate:
         return min(module.smallest_element for module in self.modules)
 
 
-@dataclass(frozen=True)
-class Move:
-    """A proposal for one site, and everything that lives on its mesh."""
-
-    site: Site
-    mesh: AdaptedMesh
-    values: tuple[Tensor, ...]  # the parameter and the optimiser's state of it
-
-    def state(self) -> tuple[Tensor, ...]:
-        """The nodes and what lives on them."""
-        return (self.site.nodes, *self.values)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Put the proposal in place."""
-        for values in self.values:
-            values.copy_(self._carry(values))
-        self.site.nodes.copy_(self.mesh.nodes)
-
-    def _carry(self, values: Tensor) -> Tensor:
-        if values.shape[1] == self.mesh.nodes.shape[1]:
-            return self.mesh.carry(values)
-        # The reduced head has no entry for the first node, where its functions are zero.
-        pad = [0, 0] * (values.ndim - 2) + [1, 0]
-        return self.mesh.carry(F.pad(values, pad))[:, 1:]
-
-
 def update_meshes(
     model: nn.Module,
     optimizer: Optimizer | None = None,
@@ -145,16 +118,15 @@ def update_meshes(
     moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
     before = after = None
     refused = False
-    if moved and accept is not None:
-        saved = [[tensor.clone() for tensor in move.state()] for move in moved]
-        before = _loss(accept)
-        _apply(moved)
-        after = _loss(accept)
-        refused = not after <= before + tolerance * abs(before)
-        if refused:
-            _restore(moved, saved)
-    else:
-        _apply(moved)
+    if moved:
+        with Tentative(tensor for move in moved for tensor in move.state()) as trial:
+            before = None if accept is None else _loss(accept)
+            for move in moved:
+                move.apply()
+            after = None if accept is None else _loss(accept)
+            refused = before is not None and after is not None and not after <= before + tolerance * abs(before)
+            if not refused:
+                trial.keep()
     for site, _ in sites:
         if site.statistics is not None:
             site.statistics.reset()
@@ -216,49 +188,7 @@ def _propose(
         node_gradient=sums.node_gradient if exchange else None,
         size=size,
     )
-    mesh = AdaptedMesh(tensor_from_main(mesh.nodes), mesh.old_nodes.clone())
-    return Move(site, mesh, (parameter, *_optimizer_state(site, optimizer)))
-
-
-def _optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
-    """The state tensors that belong to single coefficients: moments, momentum, averages."""
-    if optimizer is None:
-        return []
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    parameter = site.parameter
-    if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
-        raise ValueError(
-            f"the optimizer ({type(optimizer).__name__}) does not hold the coefficients of {site.module} (adapter "
-            f"{site.adapter!r}), so it cannot be the one that trains them. Pass the optimizer that was built from this "
-            "model's parameters, after the adapter was added."
-        )
-    if parameter not in optimizer.state:
-        return []
-    state = {
-        name: value
-        for name, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }
-    for name, value in state.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"the optimizer ({type(optimizer).__name__}) keeps {name!r} of {site.module} as {value.dtype}, which "
-                "cannot be interpolated. Keep the state of the coefficients in floating point, or pass "
-                "optimizer=None to leave it as it is."
-            )
-    return list(state.values())
-
-
-def _apply(moves: list[Move]) -> None:
-    for move in moves:
-        move.apply()
-
-
-@torch.no_grad()
-def _restore(moves: list[Move], saved: list[list[Tensor]]) -> None:
-    for move, values in zip(moves, saved, strict=True):
-        for tensor, value in zip(move.state(), values, strict=True):
-            tensor.copy_(value)
+    return Move(site, agreed(mesh), (parameter, *optimizer_state(site, optimizer)))
 
 
 def _describe(move: Move) -> ModuleUpdate:

@@ -29,7 +29,7 @@ ORDER = [
     ["tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
     ["tuner.targets", "tuner.hooks.backbone", "tuner.sites"],
-    ["tuner.moves", "training.tracking"],
+    ["tuner.moves", "training.tracking", "training.check_loss"],
     ["training.initialization", "fitting.output_shortcut"],
     ["tuner.hooks.output_head", "training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
     ["tuner.hooks.head_loss", "fitting.cached_forward", "fitting.coefficients"],

@@ -1,17 +1,31 @@
 """Moving the nodes of a model in training: the step between `core.adapt` and a training loop."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt.move import Strategy, adapt_mesh
-from ..core.distributed import communication_device, rank_and_world, sum_over_processes
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
+from ..core.distributed import (
+    communication_device,
+    from_main,
+    raise_together,
+    rank_and_world,
+    sum_over_processes,
+    tensor_from_main,
+)
 from ..tuner.moves import Move, Tentative, agreed, optimizer_state
 from ..tuner.sites import Site, movable_sites
 from ..tuner.statistics import MeshStatistics
+
+T = TypeVar("T")
+
+# Relative distance from which projections of two processes are two, not one rounded in two ways.
+_ENCODERS_DIFFER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ def update_meshes(
         pseudocount: as in `adapt_mesh`.
         accept: returns the loss on data of your choice, best on recent batches in eval mode; called without
             gradients before and after the move. The move is undone, exactly, if the loss rises or is NaN; averaged
-            over processes. None keeps every move.
+            over processes. The move is undone too if this raises, and on every process. None keeps every move.
         tolerance: how far the loss may rise for a move to be kept, relative to the loss before.
 
     Returns:
@@ -108,21 +122,29 @@ def update_meshes(
 
     Raises:
         ValueError: if the model has no mesh that can move; if `optimizer` does not hold the coefficients of a mesh
-            that would move, or holds state of them that cannot be interpolated; or for options out of range.
+            that would move, or holds state of them that cannot be interpolated; for options out of range; or if the
+            processes have different meshes or projections.
         RuntimeError: if no statistics were gathered since the last update, or parameters are sharded.
+
+        What fails on one process ends the call on all of them. Whatever ends it, an interruption too, the model and
+        the optimiser are as they were.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
-    sites = _with_statistics(movable_sites(model, adapter_name), strategy)
-    moves = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+    # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
+    _together(lambda: _check_tolerance(tolerance))
+    own = _together(lambda: _gathered(movable_sites(model, adapter_name)))
+    _check_agreement([site for site, _ in own], strategy)
+    sites = _with_samples(own, strategy)
+    proposals = _together(
+        lambda: [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+    )
+    moves = [Move(site, agreed(mesh), values) for site, mesh, values in proposals]
     moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
     before = after = None
     refused = False
     if moved:
         with Tentative(tensor for move in moved for tensor in move.state()) as trial:
             before = None if accept is None else _loss(accept)
-            for move in moved:
-                move.apply()
+            _together(lambda: [move.apply() for move in moved])
             after = None if accept is None else _loss(accept)
             refused = before is not None and after is not None and not after <= before + tolerance * abs(before)
             if not refused:
@@ -133,17 +155,71 @@ def update_meshes(
     return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
 
 
-def _with_statistics(sites: list[Site], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
-    """The sites that saw samples, with their sums over all processes."""
-    tracked = [site for site in sites if site.statistics is not None]
+def _check_tolerance(tolerance: float) -> None:
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
+
+
+def _together(compute: Callable[[], T]) -> T:
+    """What `compute` gives, without communication inside: if it fails on one process, all end with that error."""
+    error: Exception | None = None
+    try:
+        result = compute()
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+    return result
+
+
+def _gathered(sites: list[Site]) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that are tracked, with the sums of this process."""
+    tracked = [(site, site.statistics.read(site.nodes)) for site in sites if site.statistics is not None]
     if not tracked:
         raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
-    sums = [site.statistics.read(site.nodes) for site in tracked if site.statistics is not None]
-    tensors = sum_over_processes([tensor for entry in sums for tensor in entry.tensors()])
-    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(sums))]
+    return tracked
+
+
+def _check_agreement(sites: list[Site], strategy: Strategy) -> None:
+    """Raise on every process unless all move the same meshes, of the same samples' coordinates.
+
+    Meshes must agree bit by bit, which updates see to; encoders may round differently on processors of different kinds.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    meshes = [(site.module, site.adapter, site.nodes.dtype, site.nodes.tolist()) for site in sites]
+    first = from_main((strategy, meshes))
+    encoders = [
+        tensor
+        for site in sites
+        for tensor in (site.layer.lreg_projection[site.adapter], site.layer.lreg_projection_bias[site.adapter])
+    ]
+    error = None
+    if (strategy, meshes) != first:
+        error = ValueError(
+            "all processes must move the same meshes by the same strategy, and those of this one are not those of "
+            "process 0. Build the model from the same weights on all processes, and update all its meshes together."
+        )
+    raise_together(error)
+    for site, encoder in zip([site for site in sites for _ in range(2)], encoders, strict=True):
+        if hasattr(encoder, "full_tensor"):  # sharded: refused where the coefficients are looked at
+            continue
+        main = tensor_from_main(encoder.detach().float())
+        if (encoder.detach().float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
+            error = ValueError(
+                f"the projection of {site.module} is not the one that process 0 has, so that their statistics are of "
+                "different coordinates. Train with DistributedDataParallel or accelerate, which keep the parameters of "
+                "all processes equal, or begin with the same seed."
+            )
+    raise_together(error)
+
+
+def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that saw samples on any process, with their sums over all."""
+    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry.tensors()])
+    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
     seen = [
         (site, entry)
-        for site, entry in zip(tracked, sums, strict=True)
+        for (site, _), entry in zip(own, sums, strict=True)
         if (entry.hits if strategy == "mrc" else entry.energy).any()
     ]
     if seen:
@@ -169,7 +245,8 @@ def _propose(
     n_refine: int | None,
     pseudocount: float,
     size: float,
-) -> Move:
+) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
+    """What this process would do, and what lives on the mesh."""
     parameter = site.parameter.detach()
     if hasattr(parameter, "full_tensor") or parameter.shape[0] != site.nodes.shape[0]:
         raise RuntimeError(
@@ -188,7 +265,7 @@ def _propose(
         node_gradient=sums.node_gradient if exchange else None,
         size=size,
     )
-    return Move(site, agreed(mesh), (parameter, *optimizer_state(site, optimizer)))
+    return site, mesh, (parameter, *optimizer_state(site, optimizer))
 
 
 def _describe(move: Move) -> ModuleUpdate:
@@ -214,9 +291,16 @@ def node_spread(nodes: Tensor) -> float:
 @torch.no_grad()
 def _loss(accept: Callable[[], float]) -> float:
     """Mean over processes, the same number on all of them."""
-    loss = float(accept())
+    loss = _together(lambda: _as_number(accept()))
     _, world = rank_and_world()
     if world == 1:
         return loss
     (total,) = sum_over_processes([torch.tensor([loss], device=communication_device(torch.device("cpu")))])
     return float(total) / world
+
+
+def _as_number(loss: Any) -> float:
+    if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, numbers.Real):
+        return float(loss)
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise TypeError(f"accept must return the loss as one number, got {got}.")

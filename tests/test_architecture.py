@@ -19,7 +19,7 @@ MODULES = {
 ORDER = [
     ["_version", "tuner.registration"],
     ["tuner.model_card"],
-    ["core.mesh", "core.solve.problem"],
+    ["core.mesh", "core.solve.problem", "core.checks", "core.fingerprint"],
     ["core.basis", "core.coordinates", "core.adapt", "core.solve.subspace", "core.fused_loss", "core.distributed"],
     ["core.free_knots", "core.product", "core.solve.cross_entropy", "core.solve.least_squares"],
     ["tuner.config", "tuner.penalty", "tuner.statistics"],

@@ -11,13 +11,12 @@ from ..core import Chunk
 from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh, element_moments, element_sums, node_gradient
 from ..core.distributed import tensor_from_main
 from ..core.mesh import locate
-from ..core.solve.problem import check_options
 from ..plotting import new_figure
 from ..training.mesh_update import Move
 from ..training.tracking import Site
 from ..tuner.hooks.backbone import eval_mode
-from .coefficients import CoefficientFit, Data, FitProblem, Fitted
-from .output_shortcut import Objective, find_terminal
+from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
+from .output_shortcut import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,8 +110,8 @@ def fit_meshes(
     """
     if max_moves < 0:
         raise ValueError(f"max_moves must be at least 0, got {max_moves}.")
-    terminal = find_terminal(model, adapter_name)
-    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    options = {"ridge": ridge, "max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
+    terminal = begin(model, adapter_name, tolerance, max_passes, **options)
     above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
     if above:
         raise ValueError(

@@ -21,7 +21,7 @@ from lreg_peft import LRegCallback, track_statistics, update_meshes
 STAGES = {
     "options": "tolerance",
     "statistics": "no statistics are gathered",
-    "meshes": "the same meshes",
+    "meshes": "'the mesh of  (default)'",
     "projection": "not the one that process 0 has",
     "optimizer": "does not hold the coefficients",
     "first check": "no memory before",

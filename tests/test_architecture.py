@@ -19,7 +19,7 @@ MODULES = {
 ORDER = [
     ["_version", "tuner.registration"],
     ["tuner.model_card"],
-    ["core.mesh", "core.solve.problem"],
+    ["core.mesh", "core.solve.problem", "core.checks", "core.fingerprint"],
     ["core.basis", "core.coordinates", "core.solve.subspace", "core.fused_loss", "core.distributed"],
     ["core.adapt.indicators", "core.adapt.transfer"],
     ["core.adapt.exchange", "core.adapt.mrc"],

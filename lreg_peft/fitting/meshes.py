@@ -9,15 +9,16 @@ from tqdm.auto import tqdm
 
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
-from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.checks import anything, checked, number, whole
+from ..core.distributed import together
 from ..core.mesh import locate
-from ..core.solve.problem import check_options
 from ..plotting import new_figure
 from ..tuner.hooks.backbone import eval_mode
 from ..tuner.moves import Move, Tentative, agreed
 from ..tuner.sites import Site
-from .coefficients import CoefficientFit, Data, FitProblem, Fitted
-from .output_shortcut import Objective, find_terminal
+from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
+from .output_shortcut import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,15 @@ class MeshFit:
         return figure
 
 
+@checked(
+    stage=together,
+    ridge=anything,
+    tolerance=number(above=0),
+    max_moves=whole(0),
+    strategy=anything,
+    n_refine=whole(0),
+    max_passes=whole(3),
+)
 def fit_meshes(
     model: nn.Module,
     data: Data,
@@ -109,10 +119,10 @@ def fit_meshes(
         TypeError: as in `fit_coefficients`.
         RuntimeError: as in `fit_coefficients`.
     """
-    if max_moves < 0:
-        raise ValueError(f"max_moves must be at least 0, got {max_moves}.")
-    terminal = find_terminal(model, adapter_name)
-    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    with together():
+        check_strategy(strategy)
+    options = {"ridge": ridge, "max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
+    terminal = begin(model, adapter_name, tolerance, max_passes, **options)
     above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
     if above:
         raise ValueError(

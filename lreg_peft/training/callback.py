@@ -7,7 +7,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..core.adapt.move import Strategy
+from ..core.adapt.move import Strategy, check_strategy
+from ..core.checks import anything, checked, number, whole
 from ..tuner import penalty
 from ..tuner.layer import LRegLayer
 from ..tuner.sites import movable_sites
@@ -56,10 +57,24 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_hard_samples: hits per backward pass, for `"mrc"` only; see `track_statistics`.
 
     Raises:
+        TypeError: for options of a wrong type.
         ValueError: for options out of range; when training begins, if the model has no mesh that can move.
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
     """
 
+    @checked(
+        every=whole(1),
+        unit=anything,
+        start=number(),
+        stop=number(),
+        strategy=anything,
+        n_refine=whole(0),
+        size=number(),
+        n_check_batches=whole(0),
+        tolerance=number(0),
+        n_rows=whole(1),
+        n_hard_samples=whole(1),
+    )
     def __init__(
         self,
         every: int = 50,
@@ -76,18 +91,13 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_rows: int = DEFAULT_ROWS,
         n_hard_samples: int = 32,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
         if unit not in get_args(Unit):
             raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
         if not 0 <= start < stop <= 1:
             raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
-        if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
+        check_strategy(strategy)
         if not 0 < size <= 1:
             raise ValueError(f"size must lie in (0, 1], got {size}.")
-        if n_check_batches < 0:
-            raise ValueError(f"n_check_batches must be at least 0, got {n_check_batches}.")
         self._options: dict[str, Any] = {
             "every": every,
             "unit": unit,

@@ -3,26 +3,25 @@
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.checks import anything, checked, number, whole
 from ..core.distributed import (
     communication_device,
-    from_main,
-    raise_together,
     rank_and_world,
+    require_equal,
     sum_over_processes,
     tensor_from_main,
+    together,
 )
 from ..tuner.moves import Move, Tentative, agreed, optimizer_state
 from ..tuner.sites import Site, movable_sites
 from ..tuner.statistics import MeshStatistics
-
-T = TypeVar("T")
 
 # Relative distance from which projections of two processes are two, not one rounded in two ways.
 _ENCODERS_DIFFER = 1e-3
@@ -84,6 +83,15 @@ class MeshUpdate:
         return min(module.smallest_element for module in self.modules)
 
 
+@checked(
+    stage=together,
+    optimizer=anything,
+    strategy=anything,
+    n_refine=whole(0),
+    size=number(above=0, highest=1),
+    pseudocount=number(0),
+    tolerance=number(0),
+)
 def update_meshes(
     model: nn.Module,
     optimizer: Optimizer | None = None,
@@ -102,6 +110,9 @@ def update_meshes(
     them follow by interpolation, in place, so that the step after the update sees moments that belong to the new
     nodes (a convex combination of old ones: second moments stay non-negative). To be called between optimiser steps,
     by every process of a distributed run: statistics are summed over processes, and all end with the same nodes.
+
+    What fails on one process ends the call on all of them. Whatever ends it before its time, an interruption too, the
+    model, the optimiser and the statistics are then as they were.
 
     Args:
         model: any module that contains LReg layers, wrapped in other modules or not.
@@ -124,19 +135,18 @@ def update_meshes(
         ValueError: if the model has no mesh that can move; if `optimizer` does not hold the coefficients of a mesh
             that would move, or holds state of them that cannot be interpolated; for options out of range; or if the
             processes have different meshes or projections.
+        TypeError: for arguments of a wrong type, or an `accept` that does not return one number.
         RuntimeError: if no statistics were gathered since the last update, or parameters are sharded.
-
-        What fails on one process ends the call on all of them. Whatever ends it, an interruption too, the model and
-        the optimiser are as they were.
     """
     # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
-    _together(lambda: _check_tolerance(tolerance))
-    own = _together(lambda: _gathered(movable_sites(model, adapter_name)))
-    _check_agreement([site for site, _ in own], strategy)
+    with together():
+        check_strategy(strategy)
+        own = _gathered(movable_sites(model, adapter_name))
+    options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
+    _check_agreement([site for site, _ in own], {**options, "accept": accept is None})
     sites = _with_samples(own, strategy)
-    proposals = _together(
-        lambda: [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
-    )
+    with together():
+        proposals = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
     moves = [Move(site, agreed(mesh), values) for site, mesh, values in proposals]
     moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
     before = after = None
@@ -144,7 +154,9 @@ def update_meshes(
     if moved:
         with Tentative(tensor for move in moved for tensor in move.state()) as trial:
             before = None if accept is None else _loss(accept)
-            _together(lambda: [move.apply() for move in moved])
+            with together():
+                for move in moved:
+                    move.apply()
             after = None if accept is None else _loss(accept)
             refused = before is not None and after is not None and not after <= before + tolerance * abs(before)
             if not refused:
@@ -155,22 +167,6 @@ def update_meshes(
     return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
 
 
-def _check_tolerance(tolerance: float) -> None:
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
-
-
-def _together(compute: Callable[[], T]) -> T:
-    """What `compute` gives, without communication inside: if it fails on one process, all end with that error."""
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    raise_together(error)
-    return result
-
-
 def _gathered(sites: list[Site]) -> list[tuple[Site, MeshStatistics]]:
     """The sites that are tracked, with the sums of this process."""
     tracked = [(site, site.statistics.read(site.nodes)) for site in sites if site.statistics is not None]
@@ -179,38 +175,33 @@ def _gathered(sites: list[Site]) -> list[tuple[Site, MeshStatistics]]:
     return tracked
 
 
-def _check_agreement(sites: list[Site], strategy: Strategy) -> None:
-    """Raise on every process unless all move the same meshes, of the same samples' coordinates.
+def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
+    """Raise on every process unless all move the same meshes in the same way, from the same samples' coordinates.
 
     Meshes must agree bit by bit, which updates see to; encoders may round differently on processors of different kinds.
     """
     if rank_and_world()[1] == 1:
         return
-    meshes = [(site.module, site.adapter, site.nodes.dtype, site.nodes.tolist()) for site in sites]
-    first = from_main((strategy, meshes))
-    encoders = [
-        tensor
-        for site in sites
-        for tensor in (site.layer.lreg_projection[site.adapter], site.layer.lreg_projection_bias[site.adapter])
-    ]
-    error = None
-    if (strategy, meshes) != first:
-        error = ValueError(
-            "all processes must move the same meshes by the same strategy, and those of this one are not those of "
-            "process 0. Build the model from the same weights on all processes, and update all its meshes together."
-        )
-    raise_together(error)
-    for site, encoder in zip([site for site in sites for _ in range(2)], encoders, strict=True):
-        if hasattr(encoder, "full_tensor"):  # sharded: refused where the coefficients are looked at
-            continue
-        main = tensor_from_main(encoder.detach().float())
-        if (encoder.detach().float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
-            error = ValueError(
-                f"the projection of {site.module} is not the one that process 0 has, so that their statistics are of "
+    meshes = {f"the mesh of {site.module} ({site.adapter})": site.nodes for site in sites}
+    require_equal(
+        {**options, **meshes}, "Build the model from the same weights on all processes, and update meshes alike."
+    )
+    kinds = [kind for site in sites for kind in (site.layer.lreg_projection, site.layer.lreg_projection_bias)]
+    owners = [site for site in sites for _ in range(2)]
+    different = []
+    for site, kind in zip(owners, kinds, strict=True):
+        encoder = kind[site.adapter].detach()
+        if not hasattr(encoder, "full_tensor"):  # sharded: refused where the coefficients are looked at
+            main = tensor_from_main(encoder.float())
+            if (encoder.float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
+                different.append(site.module)
+    with together():
+        if different:
+            raise ValueError(
+                f"the projection of {different[0]} is not the one that process 0 has, so that their statistics are of "
                 "different coordinates. Train with DistributedDataParallel or accelerate, which keep the parameters of "
                 "all processes equal, or begin with the same seed."
             )
-    raise_together(error)
 
 
 def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
@@ -291,7 +282,8 @@ def node_spread(nodes: Tensor) -> float:
 @torch.no_grad()
 def _loss(accept: Callable[[], float]) -> float:
     """Mean over processes, the same number on all of them."""
-    loss = _together(lambda: _as_number(accept()))
+    with together():
+        loss = _as_number(accept())
     _, world = rank_and_world()
     if world == 1:
         return loss

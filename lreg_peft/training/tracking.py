@@ -2,11 +2,13 @@
 
 from torch import Tensor, nn
 
+from ..core.checks import checked, whole
 from ..tuner import statistics
 from ..tuner.sites import movable_sites
 from ..tuner.statistics import DEFAULT_ROWS, RunningStatistics
 
 
+@checked(n_rows=whole(1), n_hard_samples=whole(1))
 def track_statistics(
     model: nn.Module,
     enabled: bool = True,
@@ -35,10 +37,8 @@ def track_statistics(
 
     Raises:
         ValueError: if the model has no mesh that can move, or a number is below 1.
+        TypeError: for arguments of a wrong type.
     """
-    for name, value in (("n_rows", n_rows), ("n_hard_samples", n_hard_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
     for site in movable_sites(model, adapter_name):
         if site.statistics is not None:
             site.statistics.stop()
@@ -51,6 +51,7 @@ def track_statistics(
                 statistics.unwatch(site.layer)
 
 
+@checked(n_hard_samples=whole(1))
 def count_hard_samples(
     model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
 ) -> None:
@@ -69,10 +70,9 @@ def count_hard_samples(
     Raises:
         ValueError: if the model has no mesh that can move, the losses do not fit the last training pass, or hits are
             already counted by gradient.
+        TypeError: for arguments of a wrong type.
         RuntimeError: if statistics are not tracked, or there was no training pass.
     """
-    if n_hard_samples < 1:
-        raise ValueError(f"n_hard_samples must be at least 1, got {n_hard_samples}.")
     tracked = [site for site in movable_sites(model, adapter_name) if site.statistics is not None]
     if not tracked:
         raise RuntimeError("no statistics are tracked. Call track_statistics(model) before training.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh
+from ..core.checks import show
 from ..core.distributed import tensor_from_main
 from .sites import Site
 
@@ -98,12 +99,15 @@ def optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
         optimizer: the optimiser that trains the coefficients, or accelerate's wrapper of it; None has no state.
 
     Raises:
+        TypeError: if it is no optimiser.
         ValueError: if the optimiser does not hold the coefficients, or holds state that cannot be interpolated.
     """
     if optimizer is None:
         return []
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     parameter = site.parameter
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch optimizer or None, got {show(optimizer)}.")
     if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
         raise ValueError(
             f"the optimizer ({type(optimizer).__name__}) does not hold the coefficients of {site.module} (adapter "

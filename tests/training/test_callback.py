@@ -1,6 +1,7 @@
 """The callback in a Trainer."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -392,6 +393,36 @@ class TestErrors:
     )
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
+            LRegCallback(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"tolerance": -1}, ValueError, "tolerance must be at least 0, got -1"),
+            ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
+            ({"n_rows": 0}, ValueError, "n_rows must be at least 1, got 0"),
+            ({"n_hard_samples": 0}, ValueError, "n_hard_samples must be at least 1, got 0"),
+            ({"every": 2.5}, TypeError, "every must be a whole number, got 2.5"),
+            ({"adapter_name": 3}, TypeError, "adapter_name must be a string"),
+            ({"strategy": None}, ValueError, "strategy must be one of"),
+            *(
+                ({name: math.nan}, ValueError, f"{name} must be|start and stop")
+                for name in ("tolerance", "size", "start", "stop")
+            ),
+            *(
+                ({name: wrong}, TypeError, f"{name} must be a whole number")
+                for name in ("every", "n_refine", "n_check_batches", "n_rows", "n_hard_samples")
+                for wrong in (True, "3", 1.0)
+            ),
+            *(
+                ({name: wrong}, TypeError, f"{name} must be a number")
+                for name in ("tolerance", "size", "start", "stop")
+                for wrong in (True, "0.5", None)
+            ),
+        ],
+    )
+    def test_options_are_noticed_at_construction(self, options, error, message):
+        with pytest.raises(error, match=message):
             LRegCallback(**options)
 
     def test_model_without_meshes_that_move(self, tmp_path):

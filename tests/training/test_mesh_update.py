@@ -14,7 +14,7 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, track_statistics, update_meshes
+from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, track_statistics, update_meshes
 from lreg_peft.tuner.layer import wrap
 from lreg_peft.tuner.moves import Move
 
@@ -338,6 +338,50 @@ class TestErrors:
             update_meshes(layer, optimizer, tolerance=-1)
         with pytest.raises(ValueError, match="strategy must be one of"):
             update_meshes(layer, optimizer, strategy="best")
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0, got nan"),
+            ({"tolerance": "0.1"}, TypeError, "tolerance must be a number"),
+            ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
+            ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
+            ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
+            ({"size": float("nan")}, ValueError, "size must be"),
+            ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
+            ({"accept": 3.0}, TypeError, "accept must be a function"),
+            ({"adapter_name": 0}, TypeError, "adapter_name must be a string"),
+            ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
+        ],
+    )
+    def test_options_that_cannot_be(self, options, error, message):
+        layer, optimizer, _ = trained()
+        before, held = state(layer), snapshot(layer, optimizer)
+        with pytest.raises(error, match=message):
+            update_meshes(layer, **{"optimizer": optimizer, **options})
+        now = snapshot(layer, optimizer)
+        assert same_state(before, state(layer)) and all(torch.equal(held[name], now[name]) for name in held)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"n_rows": 0}, ValueError, "n_rows must be at least 1"),
+            ({"n_rows": 1.5}, TypeError, "n_rows must be a whole number"),
+            ({"n_rows": True}, TypeError, "n_rows must be a whole number"),
+            ({"n_hard_samples": "all"}, TypeError, "n_hard_samples must be a whole number"),
+            ({"enabled": None}, TypeError, "enabled must be True or False"),
+        ],
+    )
+    def test_options_of_the_statistics(self, options, error, message):
+        layer = toy()
+        tracked = layer.lreg_statistics["default"]
+        with pytest.raises(error, match=message):
+            track_statistics(layer, **options)
+        assert layer.lreg_statistics["default"] is tracked
+        with pytest.raises(TypeError, match="losses must be a tensor"):
+            count_hard_samples(layer, [1.0], 1)
+        with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
+            count_hard_samples(layer, torch.ones(1), 1.5)
 
 
 class TestInModels:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..checks import anything, checked, number, whole
 from ..mesh import check_nodes
 from .exchange import exchange
 from .indicators import check_coefficients, check_indicator, check_moments, first_bad
@@ -37,6 +38,13 @@ class AdaptedMesh:
         return interpolate(self.old_nodes, self.nodes, values)
 
 
+def check_strategy(strategy: object) -> None:
+    """Raise a `ValueError` unless `strategy` is the name of one."""
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
+
+
+@checked(strategy=anything, n_refine=whole(0), pseudocount=number(0), size=number())
 def adapt_mesh(
     nodes: Tensor,
     coefficients: Tensor,
@@ -91,16 +99,12 @@ def adapt_mesh(
     Raises:
         ValueError: for an unknown strategy, invalid nodes, shapes that do not fit, a negative or non-finite
             indicator, or options out of range; the message gives the offending values.
+        TypeError: for arguments of a wrong type.
     """
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
+    check_strategy(strategy)
     check_nodes(nodes)
     check_coefficients(coefficients, nodes)
     check_indicator(indicator, nodes, "indicator")
-    if n_refine is not None and n_refine < 0:
-        raise ValueError(f"n_refine must be at least 0, got {n_refine}.")
-    if not pseudocount >= 0:
-        raise ValueError(f"pseudocount must be at least 0, got {pseudocount}.")
     if not 0 < size <= 1:
         raise ValueError(f"size must lie in (0, 1], got {size}.")
     if moments is not None:

@@ -197,6 +197,22 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
     return element, local
 
 
+def active_nodes(element: Tensor, local: Tensor, dof: int) -> tuple[Tensor, Tensor]:
+    """Which coefficients a row reads, and with which weights: two per component; on simplices there are d + 1.
+
+    Args:
+        element: int64 `[..., components]`, from `locate`.
+        local: `[..., components]`, from `locate`.
+        dof: nodes per component.
+
+    Returns:
+        rows: int64 `[..., 2 * components]`, rows of the table `[components * dof, ...]` of all components.
+        weights: `[..., 2 * components]`, the dtype of `local`; those of a component sum to one.
+    """
+    first = element + torch.arange(element.shape[-1], device=element.device) * dof
+    return torch.stack((first, first + 1), dim=-1).flatten(-2), torch.stack((1 - local, local), dim=-1).flatten(-2)
+
+
 def take(values: Tensor, element: Tensor) -> Tensor:
     """`values[i, element[..., i]]` for every component i; values `[components, m]`, element `[..., components]`."""
     flat = element.reshape(-1, element.shape[-1])  # [N, components]

@@ -5,9 +5,8 @@ that gradient checkpointing recomputes. A hook before the step of every optimise
 loss and loop as they are.
 """
 
-import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..core import curvature_penalty
+from .step_hooks import StepHook
 
 
 class Penalised(Protocol):
@@ -29,19 +29,6 @@ class Penalised(Protocol):
         ...
 
 
-_layers: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_hook_is_installed = False
-
-
-def watch(layer: Penalised) -> None:
-    """Penalise the coefficients of `layer` from now on, in every optimiser that holds them."""
-    global _hook_is_installed
-    if not _hook_is_installed:
-        register_optimizer_step_pre_hook(_add_gradients)
-        _hook_is_installed = True
-    _layers.add(layer)
-
-
 def value(layers: Iterable[Penalised]) -> Tensor | None:
     """What the penalty adds to the loss, over the given layers; None if none of them is penalised."""
     terms = [
@@ -52,21 +39,22 @@ def value(layers: Iterable[Penalised]) -> Tensor | None:
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _add_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _layers:
-        return
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _add_gradients(layer: Penalised, optimizer: Optimizer, owned: set[int]) -> None:
     # A fused optimiser unscales mixed-precision gradients inside its step.
     scale = getattr(optimizer, "grad_scale", None)
-    for layer in list(_layers):
-        for weight, nodes, coefficients in layer.curvature_terms():
-            if id(coefficients) not in owned or coefficients.grad is None:
-                continue
-            with torch.enable_grad():
-                variable = coefficients.detach().requires_grad_()
-                penalty = curvature_penalty(nodes, _nodal(variable, nodes))
-                (gradient,) = torch.autograd.grad(weight * penalty, variable)
-            coefficients.grad.add_(gradient if scale is None else gradient * scale)
+    for weight, nodes, coefficients in layer.curvature_terms():
+        if id(coefficients) not in owned or coefficients.grad is None:
+            continue
+        with torch.enable_grad():
+            variable = coefficients.detach().requires_grad_()
+            penalty = curvature_penalty(nodes, _nodal(variable, nodes))
+            (gradient,) = torch.autograd.grad(weight * penalty, variable)
+        coefficients.grad.add_(gradient if scale is None else gradient * scale)
+
+
+penalised: StepHook[Penalised] = StepHook(register_optimizer_step_pre_hook, _add_gradients)
+#: Penalise the coefficients of a layer from now on, in every optimiser that holds them.
+watch = penalised.add
 
 
 def _nodal(values: Tensor, nodes: Tensor) -> Tensor:

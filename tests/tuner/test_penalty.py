@@ -134,12 +134,12 @@ class TestBookkeeping:
 
     def test_forgets_models_that_are_gone(self):
         gc.collect()
-        before = len(penalty._layers)
+        before = len(penalty.penalised.layers)
         adapted = model(target_modules=["mlp", "lm_head"])
-        assert len(penalty._layers) == before + 3
+        assert len(penalty.penalised.layers) == before + 3
         del adapted
         gc.collect()
-        assert len(penalty._layers) <= before
+        assert len(penalty.penalised.layers) <= before
 
     def test_unloaded_model_is_not_penalised(self):
         adapted = model()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .modules import eval_mode
 from .training.tracking import Site, all_sites
-from .tuner.hooks.backbone import eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

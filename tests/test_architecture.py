@@ -17,14 +17,14 @@ MODULES = {
 }
 # From the bottom to the top; what stands in one line does not import its neighbours.
 ORDER = [
-    ["_version", "tuner.registration"],
-    ["tuner.model_card"],
+    ["_version", "tuner.registration", "labels", "modules"],
+    ["tuner.model_card", "tuner.hooks.registry"],
     ["core.mesh", "core.solve.problem"],
     ["core.basis", "core.coordinates", "core.adapt", "core.solve.subspace", "core.fused_loss", "core.distributed"],
     ["core.free_knots", "core.product", "core.solve.cross_entropy", "core.solve.least_squares"],
     ["tuner.config", "tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
-    ["tuner.targets", "tuner.hooks.backbone", "training.tracking"],
+    ["tuner.targets", "tuner.hooks.backbone", "tuner.hooks.reminder", "training.tracking"],
     ["training.initialization", "fitting.output_shortcut"],
     ["tuner.hooks.output_head", "training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
     ["tuner.hooks.head_loss", "fitting.cached_forward", "fitting.coefficients"],

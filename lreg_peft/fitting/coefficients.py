@@ -1,6 +1,5 @@
 """Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,8 +14,10 @@ from tqdm.auto import tqdm
 from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
 from ..core.distributed import AllProcesses, raise_together, rank_and_world, tensor_from_main
 from ..core.solve.problem import Report, check_options, rows_at_once
-from ..tuner.hooks.backbone import eval_mode
-from .output_shortcut import Objective, Rows, Terminal, find_terminal
+from ..labels import Objective, Rows
+from ..modules import eval_mode
+from ..tuner.hooks import reminder
+from .output_shortcut import Terminal, find_terminal
 
 
 @runtime_checkable
@@ -200,12 +201,7 @@ class FitProblem:
     def warn_of_missing_start(self) -> None:
         """Warn if the start from data that the configuration promises has not been made."""
         if self.adapter in self.layer.start_is_owed:
-            warnings.warn(
-                "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
-                "dataloader) was not called before the fit: projection and mesh are random and uniform.",
-                UserWarning,
-                stacklevel=3,
-            )
+            reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""

@@ -12,12 +12,13 @@ from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh, element_moments, ele
 from ..core.distributed import tensor_from_main
 from ..core.mesh import locate
 from ..core.solve.problem import check_options
+from ..labels import Objective
+from ..modules import eval_mode
 from ..plotting import new_figure
 from ..training.mesh_update import Move
 from ..training.tracking import Site
-from ..tuner.hooks.backbone import eval_mode
 from .coefficients import CoefficientFit, Data, FitProblem, Fitted
-from .output_shortcut import Objective, find_terminal
+from .output_shortcut import find_terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

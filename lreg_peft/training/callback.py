@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..core.adapt import Strategy
+from ..modules import eval_mode
 from ..tuner import penalty
-from ..tuner.hooks.backbone import eval_mode
 from ..tuner.layer import LRegLayer
 from ..tuner.statistics import DEFAULT_ROWS
 from .mesh_update import MeshUpdate, node_spread, update_meshes

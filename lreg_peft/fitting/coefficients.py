@@ -1,7 +1,6 @@
 """Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -25,9 +24,11 @@ from ..core.distributed import (
     together,
 )
 from ..core.solve.problem import Report, check_options, rows_at_once
+from ..labels import Objective, Rows
+from ..modules import eval_mode
 from ..tuner.heads import Encoded
-from ..tuner.hooks.backbone import eval_mode
-from .output_shortcut import Objective, Rows, Terminal, find_terminal
+from ..tuner.hooks import reminder
+from .output_shortcut import Terminal, find_terminal
 
 
 @runtime_checkable
@@ -182,7 +183,7 @@ class FitProblem:
         self.n_rows = int(sum(n_rows))
         kinds = [kind for kind in dict.fromkeys(gather_objects(self.objective)) if kind is not None]
         if len(kinds) > 1:
-            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(kinds)}.")
+            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
         self.objective = kinds[0] if kinds else None  # a process without rows does not know
         if not self.n_rows:
             raise ValueError(
@@ -237,12 +238,7 @@ class FitProblem:
     def warn_of_missing_start(self) -> None:
         """Warn if the start from data that the configuration promises has not been made."""
         if self.adapter in self.layer.start_is_owed:
-            warnings.warn(
-                "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
-                "dataloader) was not called before the fit: projection and mesh are random and uniform.",
-                UserWarning,
-                stacklevel=3,
-            )
+            reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""

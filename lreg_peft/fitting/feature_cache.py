@@ -27,9 +27,10 @@ from transformers import default_data_collator
 
 from .._version import __version__
 from ..core.distributed import barrier, from_main, gather_objects, raise_together, rank_and_world
+from ..labels import Rows
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
-from .output_shortcut import Rows, Terminal, find_terminal, trained_elsewhere
+from .output_shortcut import Terminal, find_terminal, trained_elsewhere
 
 FORMAT = 1
 _STAMP, _PROGRESS = "stamp.json", "progress-{}.json"

@@ -13,12 +13,12 @@ from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
 from ..core.checks import anything, checked, number, whole
 from ..core.distributed import together
 from ..core.mesh import locate
+from ..labels import Objective
+from ..modules import eval_mode
 from ..plotting import new_figure
-from ..tuner.hooks.backbone import eval_mode
 from ..tuner.moves import Move, Tentative, agreed
 from ..tuner.sites import Site
 from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
-from .output_shortcut import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..tuner.hooks.backbone import eval_mode
+from ..modules import eval_mode
 
 _KEEP_EVERY_MOVE = "set LRegCallback(n_check_batches=0) to keep every move"
 

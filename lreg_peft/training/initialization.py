@@ -1,6 +1,5 @@
 """A start that has seen data: projections along the directions that matter, meshes at quantiles."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -13,8 +12,8 @@ from tqdm.auto import tqdm
 
 from ..core.coordinates import leading_axes, principal_axes, standardised_start
 from ..core.distributed import gather_objects, rank_and_world, sum_over_processes, tensor_from_main
+from ..modules import eval_mode
 from ..tuner.config import DATA_STARTS
-from ..tuner.hooks.backbone import eval_mode, remove_hooks
 from ..tuner.layer import LRegLayer, layers_with_adapter
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
@@ -197,30 +196,3 @@ def _gather(rows: list[Tensor], world: int) -> Tensor:
         return own
     parts = [part for part in gather_objects(own.cpu()) if part.shape[0]]
     return torch.cat(parts).to(own.device) if parts else own
-
-
-def install_reminder(model: nn.Module) -> None:
-    """Warn if training begins before the data-driven start that a configuration promised."""
-    remove_reminder(model)
-    model.register_forward_pre_hook(_remind)
-
-
-def remove_reminder(model: nn.Module) -> None:
-    """Undo `install_reminder`."""
-    remove_hooks(model, _remind)
-
-
-def _remind(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    owing = [module for module in model.modules() if isinstance(module, LRegLayer) and module.start_is_owed]
-    if not any(module.training for module in owing):
-        return
-    for module in owing:
-        module.start_is_owed.clear()
-    warnings.warn(
-        "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
-        "dataloader) was not called before training: the adapter starts from a random projection and uniform meshes.",
-        UserWarning,
-        stacklevel=2,
-    )

@@ -12,11 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..fitting import cached_forward
-from ..training.initialization import install_reminder, remove_reminder
 from .config import DATA_STARTS, LRegConfig
-from .hooks import backbone, output_head
-from .hooks import head_loss as fused
+from .hooks import backbone, head_loss, output_head, reminder
+from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
 from .targets import (
@@ -112,10 +110,10 @@ class LRegModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._record_grades()
         backbone.install(model)
-        output_head.adjust(model)
-        fused.install(model)
+        output_head.install(model)
+        head_loss.install(model)
         if self.peft_config[adapter_name].init_weights in DATA_STARTS:
-            install_reminder(model)
+            reminder.install(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([TAG])  # type: ignore[operator]
 
@@ -223,11 +221,7 @@ class LRegModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
         model = self.model
-        output_head.restore(model)
-        backbone.release(model)
-        fused.release(model)
-        cached_forward.release(model)
-        remove_reminder(model)
+        release_all(model)
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):
                 parent, _, child = name.rpartition(".")

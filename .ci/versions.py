@@ -28,7 +28,7 @@ def ranges() -> dict[str, str]:
 
 
 def pins(*extras: str) -> dict[str, str]:
-    """The tested set: every version that these extras name with `==`, and those that they include; all without a name."""
+    """The tested set: what these extras, and those they include, name with `==`; by default all extras."""
     table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     found = {}
     for extra in extras or table:

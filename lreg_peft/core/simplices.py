@@ -4,7 +4,8 @@ The basis is that of Li, Cheng & Gu (2025), appendix A: psi_i is 1 at node i, 0 
 simplex, where its values are the barycentric coordinates.
 
 Meshes are refined by bisection of longest edges (Rivara 1984), which keeps a mesh conforming and nested: what a mesh
-was is kept as a binary forest, so that points are located by walking down from a root, and bisections can be undone. On the Freudenthal grid of `grid_mesh` and up to d = 3 that is Maubach's bisection (1995, SIAM J. Sci. Comput. 16(1)):
+was is kept as a binary forest, so that points are located by walking down from a root, and bisections can be undone.
+On the Freudenthal grid of `grid_mesh` and up to d = 4 that is Maubach's bisection (1995, SIAM J. Sci. Comput. 16(1)):
 only d shapes of simplices ever arise, whatever is refined, and none is a sliver.
 """
 
@@ -51,11 +52,13 @@ class SimplicialMesh:
 
     Attributes:
         nodes: `[n_nodes, d]`, fp64.
+        levels: `[n_nodes]`, the most bisections that a simplex has been through when the node was made; 0 at first.
         forest: the simplices with their history.
         leaves: `[n_simplices]`, which cells of the forest are simplices of the mesh.
     """
 
     nodes: Tensor
+    levels: Tensor
     forest: Forest
     leaves: Tensor
 
@@ -122,7 +125,8 @@ def grid_mesh(d: int, n_cells: int) -> SimplicialMesh:
 def _planted(nodes: Tensor, cells: Tensor, grid: int | None) -> SimplicialMesh:
     none = torch.full((len(cells),), -1)
     forest = Forest(cells, none, none.view(-1, 1).repeat(1, 2), none.clone(), len(cells), grid)
-    return SimplicialMesh(nodes, forest, torch.arange(len(cells)))
+    levels = torch.zeros(len(nodes), dtype=torch.long)
+    return SimplicialMesh(nodes, levels, forest, torch.arange(len(cells)))
 
 
 def barycentric_gradients(nodes: Tensor, simplices: Tensor) -> Tensor:
@@ -267,16 +271,20 @@ def descend(forest: Forest, cell: Tensor, weights: Tensor) -> tuple[Tensor, Tens
     return cell, weights
 
 
-def longest_edges(nodes: Tensor, simplices: Tensor) -> Tensor:
+def longest_edges(nodes: Tensor, levels: Tensor, simplices: Tensor) -> Tensor:
     """Positions of the two ends of each simplex's longest edge: `[n_simplices, 2]`.
 
-    Among edges of the same length it is the one of the oldest nodes, for every simplex that has it.
+    Among edges of the same length it is the one whose ends have the lowest levels (in d = 4 Maubach's bisection needs
+    that), then the one of the oldest nodes: the same for every simplex that has both.
     """
+    i, j = _edge_positions(simplices.shape[1])
     squared = _squared_lengths(nodes, simplices)
     longest = squared >= squared.amax(1, keepdim=True) * _TIE
-    keys = _edge_keys(simplices, *_edge_positions(simplices.shape[1]))
-    chosen = keys.masked_fill(~longest, torch.iinfo(keys.dtype).max).argmin(1)
-    return torch.stack(_edge_positions(simplices.shape[1]), dim=1)[chosen]
+    keys, last = _edge_keys(simplices, i, j), torch.iinfo(torch.long).max
+    level = levels[simplices]
+    level = torch.maximum(level[:, i], level[:, j]).masked_fill(~longest, last)
+    lowest = level == level.amin(1, keepdim=True)
+    return torch.stack((i, j), dim=1)[keys.masked_fill(~lowest, last).argmin(1)]
 
 
 def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
@@ -290,7 +298,7 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
         marked: `[n_marked]`, cells of the forest that are leaves.
     """
     forest = mesh.forest
-    nodes, cells = mesh.nodes, forest.cells
+    nodes, levels, cells = mesh.nodes, mesh.levels, forest.cells
     first_child, split, newest = forest.first_child.clone(), forest.split.clone(), forest.newest
     keys, middles = cells.new_zeros(0), cells.new_zeros(0)  # edges bisected in this call, sorted, and their midpoints
     pending = marked.unique()
@@ -298,11 +306,13 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
     positions = _edge_positions(cells.shape[1])
     while len(pending):
         corners = cells[pending]  # [p, d + 1]
-        ends = longest_edges(nodes, corners)  # [p, 2]
+        ends = longest_edges(nodes, levels, corners)  # [p, 2]
         edge, which = _edge_keys(corners, *ends.split(1, dim=1)).squeeze(1).unique(return_inverse=True)
+        level = levels.new_zeros(len(edge)).scatter_reduce(0, which, levels[corners].amax(1) + 1, "amax")
         known = torch.isin(edge, keys)
         made = edge[~known]
         nodes = torch.cat((nodes, (nodes[made >> 32] + nodes[made & 0xFFFFFFFF]) / 2))
+        levels = torch.cat((levels, level[~known]))
         keys, order = torch.cat((keys, made)).sort()
         middles = torch.cat((middles, torch.arange(len(nodes) - len(made), len(nodes))))[order]
         middle = middles[torch.searchsorted(keys, edge)][which].unsqueeze(1)  # [p, 1]
@@ -326,7 +336,7 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
         near = leaves[at_end[cells[leaves]].sum(1) >= 2]
         hanging = torch.isin(_edge_keys(cells[near], *positions), keys).any(1)
         pending = near[hanging]
-    return SimplicialMesh(nodes, Forest(cells, first_child, split, newest, forest.n_roots, forest.grid), leaves)
+    return SimplicialMesh(nodes, levels, Forest(cells, first_child, split, newest, forest.n_roots, forest.grid), leaves)
 
 
 def removable_nodes(mesh: SimplicialMesh) -> Tensor:
@@ -383,7 +393,7 @@ def coarsen(mesh: SimplicialMesh, removed: Tensor) -> tuple[SimplicialMesh, Tens
     newest = torch.where(newest < 0, -1, node_number[newest])
     cells = node_number[forest.cells[keep]]
     forest = Forest(cells, first_child, split[keep], newest, forest.n_roots, forest.grid)
-    mesh = SimplicialMesh(mesh.nodes[~gone], forest, (first_child < 0).nonzero().squeeze(1))
+    mesh = SimplicialMesh(mesh.nodes[~gone], mesh.levels[~gone], forest, (first_child < 0).nonzero().squeeze(1))
     return mesh, (~gone).nonzero().squeeze(1)
 
 

@@ -120,7 +120,7 @@ class SmoothingSearch:
             return scores[at][0]
 
         if self.log_smoothing is None:
-            centre = min(np.linspace(low, high, 9), key=evaluate)
+            centre = min(np.linspace(low, high, 9).tolist(), key=evaluate)
             step = (high - low) / 8
         else:
             centre = float(np.clip(self.log_smoothing, low + 1, high - 1))

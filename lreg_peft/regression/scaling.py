@@ -8,8 +8,8 @@ import numpy as np
 Scale = Literal["quantile", "minmax"]
 
 # Knots of the quantile map. More follow the noise of the sample quantiles, which then bends the fitted function.
-_MAX_KNOTS = 256
-_ROWS_PER_KNOT = 8
+_MAX_KNOTS = 64
+_ROWS_PER_KNOT = 30
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Regression on simplices: the basis P1(R^d) on a mesh that is refined where the residual says so.
 
-After Li, Cheng & Gu (2025), sec. 2.2-2.3 and appendix A, with the coefficients at their global optimum on every mesh. What
-is ours: a roughness penalty on the jumps of the gradient, its weight by REML, marking by what a new node is worth to the
+After Li, Cheng & Gu (2025), appendix A, with the coefficients at their global optimum on every mesh. What is ours: a
+roughness penalty on the jumps of the gradient, its weight by REML, marking by what a new node takes from the squared
 residual, and a stop by generalised cross-validation.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -33,18 +34,25 @@ from .scaling import ColumnScale, Scale, fit_scale
 MAX_DIMENSION = 4
 
 # Nodes of the first mesh: this many cells per axis, fewer for few samples.
-_START_CELLS = {1: 8, 2: 4, 3: 2, 4: 1}
+_START_CELLS = {1: 32, 2: 4, 3: 2, 4: 1}
 
 # A round of refinement marks the edges that hold this share of what can be gained ...
-_BULK = 0.7
+_BULK = 0.9
 # ... and at most this share of the nodes, so that the next residual has a say.
-_GROWTH = 0.6
+_GROWTH = 1.5
 # A new node that is worth less than this many times what noise would make it seem is not tried.
 _SIGNIFICANT = 2.0
 
 # Rounds without a better criterion before refinement ends; better is by this share at least.
 _PATIENCE = 2
-_BETTER = 1e-3
+_BETTER = 2e-3
+# Nor does it go on for the room that is left when this share of max_nodes is there.
+_FULL = 0.9
+
+# Coarsening takes a node back if the squared residual rises by less than this many noise variances, and is not worth a
+# fit for a smaller share of the nodes.
+_WORTHLESS = 2.0
+_FEW = 0.05
 
 _CHUNK = 1 << 17  # rows handled at once
 
@@ -91,7 +99,7 @@ class SimplicialFit:
         noise_variance: `[n_outputs]`, for a weight of one.
         history: every mesh that was tried.
         optimality: certificate of the coefficients.
-        criterion: generalised cross-validation of the final fit over the variance of y, mean over the outputs that vary.
+        criterion: generalised cross-validation over the variance of y, mean over the outputs that vary.
     """
 
     mesh: SimplicialMesh
@@ -135,8 +143,8 @@ class SimplicialFit:
 
         Args:
             x: finite.
-            return_std: also the standard deviation of a new observation of weight one there: the noise, and the posterior
-                variance of the function under the prior that the penalty is (Wahba 1983).
+            return_std: also the standard deviation of a new observation of weight one there: of the noise, and of the
+                function a posteriori, with the penalty as its prior (Wahba 1983).
 
         Returns:
             `[n_samples]` or `[n_samples, n_outputs]`, as `y` was; with `return_std` a pair of them.
@@ -190,6 +198,7 @@ class SimplicialFit:
 class _Samples:
     """Rows with weight, and where they are in the mesh."""
 
+    points: torch.Tensor  # [n, d], scaled
     y: np.ndarray  # [n, n_outputs], centred
     weight: np.ndarray | None
     cell: torch.Tensor
@@ -228,21 +237,21 @@ def fit_simplicial(
 ) -> SimplicialFit:
     """Fit y = f(x) with a continuous f that is linear on each simplex of an adaptive mesh.
 
-    Minimises sum_i w_i |y_i - f(x_i)|^2 + lambda sum_F |F| / h_F [df/dn]_F^2 over the nodal values exactly, on each of a
-    sequence of meshes; F are the facets, [df/dn]_F the jump of the gradient, |F| / h_F area over width. Refinement bisects
-    the longest edges whose midpoint as a node would take most from the squared residual; it ends when generalised
-    cross-validation no longer falls. Nodes that the samples do not speak for are then taken back.
+    Minimises sum_i w_i |y_i - f(x_i)|^2 + lambda sum_F |F| / h_F [df/dn]_F^2 over the nodal values exactly, on each of
+    a sequence of meshes; F are the facets, [df/dn]_F the jump of the gradient, |F| / h_F area over width. Refinement
+    bisects the longest edges whose midpoint as a node would take most from the squared residual; it ends when
+    generalised cross-validation no longer falls. Nodes that the samples do not speak for are then taken back.
 
     Time is about linear in samples and in nodes; memory beyond the inputs is about 100 bytes a sample.
 
     Args:
         x: `[n_samples, n_features]`; up to 4 columns may vary.
         y: `[n_samples]` or `[n_samples, n_outputs]`.
-        sample_weight: `[n_samples]`, not negative: a row counts as that many rows. (Weights that state precisions should
-            have mean one.)
+        sample_weight: `[n_samples]`, not negative: a row counts as that many rows. (Weights that state precisions
+            should have mean one.)
         scale: "quantile" maps each column to [0, 1] by its quantiles, "minmax" linearly.
-        smoothing: how lambda is chosen: "reml" (restricted maximum likelihood), "gcv" (generalised cross-validation), or
-            lambda itself.
+        smoothing: how lambda is chosen: "reml" (restricted maximum likelihood), "gcv" (generalised cross-validation),
+            or lambda itself.
         max_nodes: refinement stays below.
         random_state: of the probe vectors that estimate traces with `smoothing="gcv"`; nothing else is random.
         verbose: show a progress bar of the nodes.
@@ -257,8 +266,8 @@ def fit_simplicial(
     columns = np.flatnonzero(x.max(0) > x.min(0))
     if len(columns) > MAX_DIMENSION:
         raise ValueError(
-            f"simplices are for up to {MAX_DIMENSION} inputs, got {len(columns)} columns that vary; use additive terms, "
-            'basis="additive", or select columns.'
+            f"simplices are for up to {MAX_DIMENSION} inputs, got {len(columns)} columns that vary; use additive "
+            'terms, basis="additive", or select columns.'
         )
     if len(columns) == 0:
         columns = np.zeros(1, dtype=int)  # one element whose slope nothing determines: it stays flat
@@ -273,7 +282,8 @@ def fit_simplicial(
     active = square > 1e-28 * total * np.maximum(centre**2, np.finfo(float).tiny)
 
     mesh = _starting_mesh(d, total, max_nodes)
-    samples = _Samples(y, weight, *locate_in_mesh(torch.from_numpy(scaler.transform(x[:, columns])), mesh), total, square)
+    points = torch.from_numpy(scaler.transform(x[:, columns]))
+    samples = _Samples(points, y, weight, *locate_in_mesh(points, mesh), total, square)
     search = SmoothingSearch(smoothing, _seed(random_state))
     history: list[Round] = []
 
@@ -285,7 +295,7 @@ def fit_simplicial(
     state = best = fitted(mesh)
     stale = 0
     with tqdm(total=max_nodes, initial=len(mesh.nodes), disable=not verbose, desc="nodes", unit="") as bar:
-        while active.any() and stale < _PATIENCE:
+        while active.any() and stale < _PATIENCE and len(state.mesh.nodes) < _FULL * max_nodes:
             finer = _refined(state, samples, max_nodes)
             if finer is None:
                 break
@@ -295,8 +305,11 @@ def fit_simplicial(
             stale = 0 if state.criterion < best.criterion * (1 - _BETTER) else stale + 1
             if state.criterion < best.criterion:
                 best = state
-    best = _coarsened(best, samples, fitted, scaler, x[:, columns])
-    return _finished(best, history, scaler, columns, n_features, single, centre, samples)
+    if active.any():
+        best = _coarsened(best, samples, fitted)
+        samples.cell, samples.local = locate_in_mesh(points, best.mesh)
+        best = fitted(best.mesh, polish=True)
+    return _finished(best, history, scaler, columns, n_features, single, centre, total)
 
 
 def _finished(
@@ -307,7 +320,7 @@ def _finished(
     n_features: int,
     single: bool,
     centre: np.ndarray,
-    samples: _Samples,
+    total: float,
 ) -> SimplicialFit:
     solved, problem = state.solved, state.problem
     objective = float(solved.objective.sum())
@@ -324,14 +337,32 @@ def _finished(
         edf=state.edf,
         noise_variance=state.noise,
         history=tuple(history),
-        optimality=Optimality(objective / samples.total, (objective - gap) / samples.total, gap / samples.total),
+        optimality=Optimality(objective / total, (objective - gap) / total, gap / total),
         criterion=state.criterion,
         precision=solved.matrix,
     )
 
 
-def _coarsened(state, samples, fitted, scaler, x):
-    return state
+def _coarsened(best: _State, samples: _Samples, fitted: Callable[[SimplicialMesh], _State]) -> _State:
+    """Undo bisections whose nodes the samples do not speak for, as long as the criterion hardly rises."""
+    bound = best.criterion * (1 + _BETTER / 2)
+    while True:
+        candidates = removable_nodes(best.mesh).numpy()
+        middle, first, second = candidates.T
+        c = best.solved.coefficients[:, best.problem.active]
+        surplus = c[middle] - (c[first] + c[second]) / 2
+        # The objective rises by at most this, were the node put on the line between the ends of its edge.
+        rise = surplus**2 * best.solved.matrix.diagonal()[middle, None]
+        worth = (rise / np.maximum(best.noise[best.problem.active], np.finfo(float).tiny)).mean(1)
+        removed = middle[worth < _WORTHLESS]
+        if len(removed) < _FEW * len(best.mesh.nodes):
+            return best
+        mesh, _ = coarsen(best.mesh, torch.from_numpy(removed))
+        samples.cell, samples.local = locate_in_mesh(samples.points, mesh)
+        state = fitted(mesh)
+        if state.criterion > bound:
+            return best
+        best = state
 
 
 def _fit_on(
@@ -356,8 +387,10 @@ def _normal_equations(mesh: SimplicialMesh, samples: _Samples) -> tuple[sparse.c
         part = slice(start, start + _CHUNK)
         indices = mesh.forest.cells[samples.cell[part]].numpy()
         design = _design(indices, samples.local[part].numpy(), n)
-        weighted = design if samples.weight is None else _design(
-            indices, samples.local[part].numpy() * samples.weight[part, None], n
+        weighted = (
+            design
+            if samples.weight is None
+            else _design(indices, samples.local[part].numpy() * samples.weight[part, None], n)
         )
         gram = gram + (weighted.T @ design).tocsc()
         moment += weighted.T @ samples.y[part]
@@ -376,7 +409,7 @@ def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh
     """The mesh with new nodes where they are worth most; None if none is, or there is no room."""
     mesh = state.mesh
     simplices = mesh.simplices
-    ends = longest_edges(mesh.nodes, simplices)
+    ends = longest_edges(mesh.nodes, mesh.levels, simplices)
     corners = simplices.gather(1, ends).sort(dim=1).values
     _, edge = (corners[:, 0] * len(mesh.nodes) + corners[:, 1]).unique(return_inverse=True)  # [n_simplices]
     n_edges = int(edge.max()) + 1
@@ -401,7 +434,8 @@ def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh
 def _gains(state: _State, samples: _Samples, ends: torch.Tensor, edge: torch.Tensor, n_edges: int) -> np.ndarray:
     """What a node at the midpoint of each edge would take from the squared residual, over the noise: `[n_edges]`.
 
-    (b^T r)^2 / (b^T b) with b the new hat function on the simplices whose longest edge it is; pure noise makes it about 1.
+    (b^T r)^2 / (b^T b) with b the new hat function on the simplices whose longest edge it is; noise alone makes it
+    about 1.
     """
     mesh, coefficients = state.mesh, state.solved.coefficients
     place = torch.full((len(mesh.forest.cells),), -1)
@@ -411,7 +445,9 @@ def _gains(state: _State, samples: _Samples, ends: torch.Tensor, edge: torch.Ten
     for start in range(0, len(samples.y), _CHUNK):
         part = slice(start, start + _CHUNK)
         cell, local = samples.cell[part], samples.local[part]
-        residual = samples.y[part] - _design(mesh.forest.cells[cell].numpy(), local.numpy(), len(mesh.nodes)) @ coefficients
+        residual = (
+            samples.y[part] - _design(mesh.forest.cells[cell].numpy(), local.numpy(), len(mesh.nodes)) @ coefficients
+        )
         simplex = place[cell]
         bump = 2 * local.gather(1, ends[simplex]).amin(1).numpy()
         which = edge[simplex].numpy()

@@ -271,6 +271,17 @@ def descend(forest: Forest, cell: Tensor, weights: Tensor) -> tuple[Tensor, Tens
     return cell, weights
 
 
+def ancestors(forest: Forest, cell: Tensor, n_old: int) -> Tensor:
+    """The distinct cells below index `n_old` (those of an earlier mesh) that hold the given ones: `[n_distinct]`."""
+    parent = torch.arange(len(forest.cells))
+    inner = (forest.first_child >= 0).nonzero().squeeze(1)
+    parent[forest.first_child[inner]] = inner
+    parent[forest.first_child[inner] + 1] = inner
+    while len(cell) and cell.max() >= n_old:
+        cell = torch.where(cell >= n_old, parent[cell], cell).unique()
+    return cell
+
+
 def longest_edges(nodes: Tensor, levels: Tensor, simplices: Tensor) -> Tensor:
     """Positions of the two ends of each simplex's longest edge: `[n_simplices, 2]`.
 

@@ -14,15 +14,19 @@ from ._scipy import SuperLU, sparse, splu
 
 Smoothing = Literal["reml", "gcv"]
 
-# A multiple of the identity, relative to the mean diagonal of the Gram matrix: it decides only what neither the samples
+# A multiple of the identity, relative to the mean diagonals of both matrices: it decides only what neither the samples
 # nor the penalty do (no samples in some direction at all), in favour of small values.
-_RIDGE = 1e-10
+_RIDGE = 1e-13
 
 # Range of log lambda around the one that balances the traces of both matrices.
-_LOW, _HIGH = -24.0, 16.0
+_LOW, _HIGH = -20.0, 16.0
 
 _TOLERANCE = 0.05  # of log lambda: changes the score in the fourth digit only
 _PROBES = 16
+
+_SMALL = 100  # nodes up to which a trace costs nothing
+_LARGE = 400  # nodes from which lambda follows the refinement in single steps
+_SPACING = 0.02  # of log lambda, in differences
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ def factorize(matrix: sparse.csc_array) -> SuperLU:
 def solve(problem: Problem, log_smoothing: float) -> Solved:
     """Minimise for one lambda."""
     n = problem.gram.shape[0]
-    ridge = _RIDGE * problem.gram.trace() / n
-    matrix = (problem.gram + math.exp(log_smoothing) * problem.rough + ridge * sparse.eye_array(n)).tocsc()
+    weight = math.exp(log_smoothing)
+    ridge = _RIDGE * (problem.gram.trace() + weight * problem.rough.trace()) / n
+    matrix = (problem.gram + weight * problem.rough + ridge * sparse.eye_array(n)).tocsc()
     factor = factorize(matrix)
     coefficients = factor.solve(problem.moment)
     objective = problem.square - (problem.moment * coefficients).sum(0)
@@ -105,12 +110,13 @@ class SmoothingSearch:
 
     def run(self, problem: Problem, *, polish: bool) -> tuple[Solved, float]:
         """The solution at the best lambda and its effective degrees of freedom; a rough search unless `polish`."""
-        if not isinstance(self.smoothing, str):
-            assert self.log_smoothing is not None
-            points = {step: solve(problem, self.log_smoothing + step) for step in (-0.5, 0.0, 0.5)}
-            slope = (points[0.5].log_determinant - points[-0.5].log_determinant) / 1.0
-            return points[0.0], _edf(problem, slope)
+        if not isinstance(self.smoothing, str) or problem.rough.nnz == 0:
+            at = self.log_smoothing or 0.0
+            near = {x: (0.0, solve(problem, x)) for x in (at - 0.5, at, at + 0.5)}
+            return near[at][1], _edf(problem, at, near)
         low, high = problem.balance + _LOW, problem.balance + _HIGH
+        if self.smoothing == "reml" and not polish and self.log_smoothing is not None and len(problem.moment) > _LARGE:
+            return self._step(problem, low, high)
         scores: dict[float, tuple[float, Solved]] = {}
 
         def evaluate(at: float) -> float:
@@ -127,7 +133,25 @@ class SmoothingSearch:
             step = 1.0
         best = _minimise(evaluate, float(centre), step, low, high, _TOLERANCE if polish else 0.5)
         self.log_smoothing = best
-        return scores[best][1], _edf(problem, _slope(best, scores))
+        return scores[best][1], _edf(problem, best, scores)
+
+    def _step(self, problem: Problem, low: float, high: float) -> tuple[Solved, float]:
+        """The lambda at hand for this mesh, and one update of Fellner and Schall for the next (Wood & Fasiolo 2017)."""
+        assert self.log_smoothing is not None
+        solved = solve(problem, float(np.clip(self.log_smoothing, low, high)))
+        edf = self._probed_edf(problem, solved)
+        c = solved.coefficients[:, problem.active]
+        noise = residual_squares(problem, solved)[problem.active] / max(problem.n_samples - edf, 1.0)
+        bent = ((c * (problem.rough @ c)).sum(0) / np.maximum(noise, np.finfo(float).tiny)).mean()
+        ratio = math.log(max(edf - problem.nullity, 1e-3)) - math.log(max(bent, 1e-300))
+        self.log_smoothing = solved.log_smoothing + float(np.clip(ratio - solved.log_smoothing, -2, 2))
+        return solved, edf
+
+    def _probed_edf(self, problem: Problem, solved: Solved) -> float:
+        n = len(problem.moment)
+        probes = np.random.default_rng(self.seed).choice([-1.0, 1.0], size=(n, _PROBES))
+        trace = (probes * solved.factor.solve(problem.gram @ probes)).sum() / _PROBES
+        return float(np.clip(trace, 1.0, n))
 
     def _score(self, problem: Problem, solved: Solved) -> float:
         active = problem.active
@@ -135,9 +159,7 @@ class SmoothingSearch:
             rank = problem.gram.shape[0] - problem.nullity
             fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
             return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
-        n = problem.gram.shape[0]
-        probes = np.random.default_rng(self.seed).choice([-1.0, 1.0], size=(n, _PROBES))
-        edf = (probes * solved.factor.solve(problem.gram @ probes)).sum() / _PROBES
+        edf = self._probed_edf(problem, solved)
         rest = residual_squares(problem, solved)[active] / problem.square[active]
         return float(np.log(rest).sum() - 2 * active.sum() * math.log(max(1 - edf / problem.n_samples, 1e-3)))
 
@@ -183,15 +205,25 @@ def _minimise(
     return min(points, key=points.__getitem__)
 
 
-def _slope(at: float, scores: dict[float, tuple[float, Solved]]) -> float:
-    """d log|H| / d log lambda by a parabola through the nearest points."""
-    near = sorted(scores, key=lambda x: abs(x - at))[:3]
-    shifts = np.array(near) - at
-    values = np.array([scores[x][1].log_determinant for x in near])
-    return float(np.polyfit(shifts, values - values[0], len(near) - 1)[-2]) if len(near) > 1 else 0.0
+def _edf(problem: Problem, at: float, scores: dict[float, tuple[float, Solved]]) -> float:
+    """tr(H^-1 Phi^T W Phi), by the trace itself on a small mesh.
 
-
-def _edf(problem: Problem, slope: float) -> float:
-    """tr(H^-1 Phi^T W Phi) = n - lambda tr(H^-1 K), and the last is the slope of log|H| in log lambda."""
+    It is n - lambda tr(H^-1 K), and lambda tr(H^-1 K) is the slope of log|H| in log lambda: on a larger mesh that of
+    the parabola through the nearest values at hand.
+    """
     n = problem.gram.shape[0]
+    if n <= _SMALL:
+        return float(scores[at][1].factor.solve(problem.gram.toarray()).trace())
+    value = scores[at][1].log_determinant
+    slopes = []
+    for side in (-1, 1):
+        others = [x for x in scores if (x - at) * side > _SPACING]
+        if others:
+            x = min(others, key=lambda x: abs(x - at))
+            slopes.append((abs(x - at), (scores[x][1].log_determinant - value) / (x - at)))
+    if len(slopes) == 2:
+        (a, left), (b, right) = slopes
+        slope = (left * b + right * a) / (a + b)
+    else:
+        slope = slopes[0][1]
     return float(np.clip(n - slope, 1.0, n))

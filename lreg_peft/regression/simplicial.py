@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..core.simplices import (
     SimplicialMesh,
+    ancestors,
     bisect,
     coarsen,
     descend,
@@ -45,7 +46,13 @@ _SIGNIFICANT = 2.0
 
 # Rounds without a better criterion before refinement ends; better is by this share at least.
 _PATIENCE = 2
-_BETTER = 2e-3
+_BETTER = 4e-3
+# When it would end on a mesh of at most so many nodes, up to so many bisections of all of it are looked at for a gain
+# that no single one shows; it must be clear.
+_AHEAD_NODES = 1000
+_AHEAD = 3
+_SIGNIFICANT_AHEAD = 8.0
+
 # Nor does it go on for the room that is left when this share of max_nodes is there.
 _FULL = 0.9
 
@@ -53,6 +60,8 @@ _FULL = 0.9
 # fit for a smaller share of the nodes.
 _WORTHLESS = 2.0
 _FEW = 0.05
+# Share by which the criterion may rise in all.
+_RISE = 1e-3
 
 _CHUNK = 1 << 17  # rows handled at once
 
@@ -293,10 +302,14 @@ def fit_simplicial(
         return state
 
     state = best = fitted(mesh)
-    stale = 0
+    stale, looked_from = 0, None
     with tqdm(total=max_nodes, initial=len(mesh.nodes), disable=not verbose, desc="nodes", unit="") as bar:
-        while active.any() and stale < _PATIENCE and len(state.mesh.nodes) < _FULL * max_nodes:
-            finer = _refined(state, samples, max_nodes)
+        while active.any() and len(state.mesh.nodes) < _FULL * max_nodes:
+            finer = _refined(state, samples, max_nodes) if stale < _PATIENCE else None
+            if finer is None and looked_from is not best:  # once from each mesh, or this would not end
+                stale, looked_from = 0, best
+                samples.cell, samples.local = locate_in_mesh(points, best.mesh)
+                finer = _looked_ahead(best, samples, max_nodes)
             if finer is None:
                 break
             samples.cell, samples.local = descend(finer.forest, samples.cell, samples.local)
@@ -345,7 +358,7 @@ def _finished(
 
 def _coarsened(best: _State, samples: _Samples, fitted: Callable[[SimplicialMesh], _State]) -> _State:
     """Undo bisections whose nodes the samples do not speak for, as long as the criterion hardly rises."""
-    bound = best.criterion * (1 + _BETTER / 2)
+    bound = best.criterion * (1 + _RISE)
     while True:
         candidates = removable_nodes(best.mesh).numpy()
         middle, first, second = candidates.T
@@ -408,21 +421,16 @@ def _roughness(mesh: SimplicialMesh) -> sparse.csc_array:
 def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh | None:
     """The mesh with new nodes where they are worth most; None if none is, or there is no room."""
     mesh = state.mesh
-    simplices = mesh.simplices
-    ends = longest_edges(mesh.nodes, mesh.levels, simplices)
-    corners = simplices.gather(1, ends).sort(dim=1).values
-    _, edge = (corners[:, 0] * len(mesh.nodes) + corners[:, 1]).unique(return_inverse=True)  # [n_simplices]
-    n_edges = int(edge.max()) + 1
-    gain = _gains(state, samples, ends, edge, n_edges)
+    gain, edge = _gains(mesh, samples.cell, samples.local, _residual(state, samples), samples.weight, state)
     worth = np.flatnonzero(gain > _SIGNIFICANT)
     if len(worth) == 0:
         return None
-    worth = worth[np.argsort(-gain[worth])]
+    worth = worth[np.argsort(-gain[worth], kind="stable")]
     share = gain[worth].cumsum()
     n_marked = min(int(np.searchsorted(share, _BULK * share[-1])) + 1, math.ceil(_GROWTH * len(mesh.nodes)))
     n_marked = min(n_marked, max_nodes - len(mesh.nodes))
     while n_marked > 0:
-        chosen = torch.zeros(n_edges, dtype=torch.bool)
+        chosen = torch.zeros(len(gain), dtype=torch.bool)
         chosen[torch.from_numpy(worth[:n_marked])] = True
         finer = bisect(mesh, mesh.leaves[chosen[edge]])
         if len(finer.nodes) <= max_nodes:
@@ -431,34 +439,72 @@ def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh
     return None
 
 
-def _gains(state: _State, samples: _Samples, ends: torch.Tensor, edge: torch.Tensor, n_edges: int) -> np.ndarray:
-    """What a node at the midpoint of each edge would take from the squared residual, over the noise: `[n_edges]`.
+def _looked_ahead(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh | None:
+    """As `_refined`, where a node is worth something only after others: samples that fill but a corner of a simplex."""
+    old = state.mesh
+    if len(old.nodes) > _AHEAD_NODES:
+        return None
+    residual = _residual(state, samples)
+    mesh, cell, local = old, samples.cell, samples.local
+    for _ in range(_AHEAD):
+        mesh = bisect(mesh, mesh.leaves)
+        cell, local = descend(mesh.forest, cell, local)
+        gain, edge = _gains(mesh, cell, local, residual, samples.weight, state)
+        # The largest of so many squares of normal deviates is about 2 log of their number.
+        found = torch.from_numpy(gain > _SIGNIFICANT_AHEAD + 2 * math.log(len(gain)))
+        marked = ancestors(mesh.forest, mesh.leaves[found[edge]], len(old.forest.cells))
+        if len(marked):
+            finer = bisect(old, marked)
+            return finer if len(finer.nodes) <= max_nodes else None
+    return None
+
+
+def _residual(state: _State, samples: _Samples) -> np.ndarray:
+    result = samples.y.copy()
+    for start in range(0, len(result), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        indices = state.mesh.forest.cells[samples.cell[part]].numpy()
+        result[part] -= _design(indices, samples.local[part].numpy(), len(state.mesh.nodes)) @ state.solved.coefficients
+    return result
+
+
+def _gains(
+    mesh: SimplicialMesh,
+    cell: torch.Tensor,
+    local: torch.Tensor,
+    residual: np.ndarray,
+    weight: np.ndarray | None,
+    state: _State,
+) -> tuple[np.ndarray, torch.Tensor]:
+    """What a node at the midpoint of each longest edge would take from the squared residual, over the noise.
 
     (b^T r)^2 / (b^T b) with b the new hat function on the simplices whose longest edge it is; noise alone makes it
     about 1.
+
+    Returns:
+        `[n_edges]`, and `[n_simplices]`: which of these edges is the longest of a simplex.
     """
-    mesh, coefficients = state.mesh, state.solved.coefficients
+    simplices = mesh.simplices
+    ends = longest_edges(mesh.nodes, mesh.levels, simplices)
+    corners = simplices.gather(1, ends).sort(dim=1).values
+    edge = (corners[:, 0] * len(mesh.nodes) + corners[:, 1]).unique(return_inverse=True)[1]
+    n_edges = int(edge.max()) + 1
     place = torch.full((len(mesh.forest.cells),), -1)
     place[mesh.leaves] = torch.arange(len(mesh.leaves))
-    n_outputs = coefficients.shape[1]
-    cross, power = np.zeros((n_outputs, n_edges)), np.zeros(n_edges)
-    for start in range(0, len(samples.y), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        cell, local = samples.cell[part], samples.local[part]
-        residual = (
-            samples.y[part] - _design(mesh.forest.cells[cell].numpy(), local.numpy(), len(mesh.nodes)) @ coefficients
-        )
-        simplex = place[cell]
-        bump = 2 * local.gather(1, ends[simplex]).amin(1).numpy()
-        which = edge[simplex].numpy()
-        weighted = bump if samples.weight is None else bump * samples.weight[part]
-        power += np.bincount(which, weighted * bump, n_edges)
-        for k in range(n_outputs):
-            cross[k] += np.bincount(which, weighted * residual[:, k], n_edges)
     active = state.problem.active
     noise = np.maximum(state.noise[active], np.finfo(float).tiny)
-    gain = (cross[active] ** 2 / noise[:, None]).mean(0)
-    return np.divide(gain, power, out=np.zeros(n_edges), where=power > 0)
+    cross, power = np.zeros((len(noise), n_edges)), np.zeros(n_edges)
+    for start in range(0, len(residual), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        simplex = place[cell[part]]
+        bump = 2 * local[part].gather(1, ends[simplex]).amin(1).numpy()
+        which = edge[simplex].numpy()
+        weighted = bump if weight is None else bump * weight[part]
+        power += np.bincount(which, weighted * bump, n_edges)
+        for k, column in enumerate(residual[part][:, active].T):
+            cross[k] += np.bincount(which, weighted * column, n_edges)
+    gain = (cross**2 / noise[:, None]).mean(0)
+    return np.divide(gain, power, out=np.zeros(n_edges), where=power > 1e-12 * power.max(initial=0)), edge
 
 
 def _design(indices: np.ndarray, weights: np.ndarray, n: int) -> sparse.csr_array:

@@ -24,6 +24,7 @@ import math
 import sys
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -54,8 +55,8 @@ def read_text(args: argparse.Namespace, separator: str) -> tuple[str, str]:
     return separator.join(offline.train), separator.join(offline.test)
 
 
-def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> list[dict[str, torch.Tensor]]:
-    """Whole blocks of tokens; a language model's labels are its inputs."""
+def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> Any:
+    """A list of whole blocks of tokens; a language model's labels are its inputs."""
     lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(list(chain.from_iterable(lines)))
     return [{"input_ids": block, "labels": block} for block in tokens.split(block_size) if len(block) == block_size]

@@ -383,11 +383,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
         return getattr(self, f"lreg_{self.heads[adapter_name].nodal_weight}")[adapter_name]  # type: ignore[no-any-return]
 
-    def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Weight, nodes and penalised parameter of every active adapter with a curvature penalty."""
+    def curvature_terms(self) -> Iterator[penalty.CurvatureTerm]:
+        """One for every active adapter with a curvature penalty."""
         for name in self.active_adapters:
             if self.curvature_weight.get(name, 0) > 0:
-                yield self.curvature_weight[name], self.lreg_nodes[name], self.nodal_parameter(name)
+                yield penalty.CurvatureTerm(
+                    self.curvature_weight[name],
+                    self.lreg_nodes[name],
+                    self.nodal_parameter(name),
+                    self.heads[name].to_nodes,
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

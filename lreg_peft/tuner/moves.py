@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -79,11 +78,8 @@ class Move:
         self.site.nodes.copy_(self.mesh.nodes)
 
     def _carry(self, values: Tensor) -> Tensor:
-        if values.shape[1] == self.mesh.nodes.shape[1]:
-            return self.mesh.carry(values)
-        # The reduced head has no entry for the first node, where its functions are zero.
-        pad = [0, 0] * (values.ndim - 2) + [1, 0]
-        return self.mesh.carry(F.pad(values, pad))[:, 1:]
+        head = self.site.layer.heads[self.site.adapter]
+        return head.from_nodes(self.mesh.carry(head.to_nodes(values)))
 
 
 def agreed(mesh: AdaptedMesh) -> AdaptedMesh:

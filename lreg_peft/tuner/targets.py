@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
@@ -150,15 +151,32 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
 def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
     """`(n_components, dof)` of the module `name`, patterns considered."""
     return (
-        config.component_pattern.get(get_pattern_key(config.component_pattern, name), config.n_components),
-        config.dof_pattern.get(get_pattern_key(config.dof_pattern, name), config.dof),
+        _by_pattern("component_pattern", name, config, config.n_components),
+        _by_pattern("dof_pattern", name, config, config.dof),
     )
 
 
 def profile_mean(name: str, config: LRegConfig) -> float:
     """`profile_mean` of the module `name`, patterns considered."""
-    pattern = config.profile_mean_pattern
-    return pattern.get(get_pattern_key(pattern, name), config.profile_mean)
+    return _by_pattern("profile_mean_pattern", name, config, config.profile_mean)  # type: ignore[no-any-return]
+
+
+def _by_pattern(option: str, name: str, config: LRegConfig, default: Any) -> Any:
+    """The value of the first key of a pattern that matches, as in PEFT.
+
+    Raises:
+        ValueError: if that is another one in alphabetical order, in which files keep the keys: an adapter could be
+            saved and not be loaded.
+    """
+    pattern = getattr(config, option)
+    first = get_pattern_key(pattern, name)
+    sorted_first = get_pattern_key(sorted(pattern), name)
+    if pattern.get(first) != pattern.get(sorted_first):
+        raise ValueError(
+            f"{option} has two keys for {name!r}, {first!r} and {sorted_first!r}, with different values. Saved files "
+            "keep the keys in alphabetical order, so write expressions that exclude each other."
+        )
+    return pattern.get(first, default)
 
 
 def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
@@ -170,7 +188,7 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     Raises:
         ValueError: if they are neither given nor readable.
     """
-    given = config.feature_sizes.get(get_pattern_key(config.feature_sizes, name))
+    given: tuple[int, int] | None = _by_pattern("feature_sizes", name, config, None)
     if given is not None:
         return given
     linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]

@@ -25,7 +25,7 @@ ORDER = [
     ["tuner.config", "tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
     ["tuner.targets", "tuner.hooks.backbone", "training.tracking"],
-    ["training.initialization", "fitting.output_shortcut"],
+    ["training.initialization", "fitting.output_shortcut", "fitting.cache_files"],
     ["tuner.hooks.output_head", "training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
     ["tuner.hooks.head_loss", "fitting.cached_forward", "fitting.coefficients"],
     ["tuner.model", "training.callback", "fitting.feature_cache", "fitting.meshes"],

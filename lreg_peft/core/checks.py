@@ -265,7 +265,7 @@ def _container(origin: Any, inner: tuple[Any, ...]) -> _Kind | None:
     return _Kind(words, accepts)
 
 
-def _all_are(kind: _Kind | None, values: Iterable[Any]) -> bool:
+def _all_are(kind: _Kind | None, values: Any) -> bool:
     return kind is None or all(map(kind.accepts, values))
 
 

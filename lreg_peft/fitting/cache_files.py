@@ -213,6 +213,8 @@ class Building:
             replace_file(folder / STAMP, json.dumps(stamp).encode())
         except BaseException:
             remove(folder)
+            if held is not None:
+                held.close()
             raise
         return cls(path, folder, held)
 

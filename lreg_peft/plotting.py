@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .training.tracking import Site, all_sites
-from .tuner.hooks.backbone import eval_mode
+from .modules import eval_mode
+from .tuner.sites import Site, all_sites
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -73,10 +73,9 @@ class Ledger:
         self._runs: dict[str, Run] = {}
         settings = json.loads(json.dumps(settings))  # what it will look like when it is read back
         lines = self._lines()
+        self._settings: dict[str, Any] | None = None if lines else settings
         if not lines:
-            self._settings = settings
             return
-        self._settings = None
         self._check(lines[0]["settings"], settings)
         for line in lines[1:]:
             if "base" in line:

@@ -198,7 +198,7 @@ def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The recommended recipe: factored shortcuts, started from gradients, on all linear layers and the LM head."""
     components = layer_sizes(linear_layers(model), fit.size)
     if fit.task_type in LANGUAGE_MODELS:
-        components[output_head_name(model)] = -(-fit.size // 2)
+        components[output_head_name(model)] = -(-fit.size // 2)  # type: ignore[index]
     return _lreg(
         model,
         fit,

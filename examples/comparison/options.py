@@ -79,7 +79,8 @@ class RunArguments:
     progress: bool = option(True, "Show a progress bar.")
     num_threads: int | None = option(
         None,
-        f"Threads per process (default: the usable cores divided among the processes, at most {MAX_THREADS}).",
+        "Threads per process (default: OMP_NUM_THREADS where it is set, else the usable cores divided among the "
+        f"processes, at most {MAX_THREADS}).",
     )
     report_to: list[str] = option(["none"], "Trackers, as in TrainingArguments: tensorboard, trackio, wandb, ...")
     push_to_hub: str | None = option(
@@ -89,7 +90,13 @@ class RunArguments:
 
 
 class Parser(HfArgumentParser):
-    """An argument parser whose complaint is one sentence."""
+    """An argument parser whose complaint is one sentence, and whose help of `--no_x` is not that of `--x`."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Where an option is on by default, `HfArgumentParser` adds its opposite with the same help."""
+        if options.get("action") == "store_false" and names[0].startswith("--no_"):
+            options["help"] = f"Switch --{names[0].removeprefix('--no_')} off."
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise what the script turns into a sentence and an exit code."""

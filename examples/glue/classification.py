@@ -51,7 +51,7 @@ class ClassificationTask(Task):
         self.rates = "small_encoder" if encoder.address == PACKAGED_MODEL else "classification"
         official = official_metric(data.task) if data.is_glue else None
         self._metric = official or computed_here(data.task)
-        self._metric_source = "evaluate's glue script" if official else "the same formulas from scikit-learn and NumPy"
+        self._metric_source = "evaluate's glue script" if official else "the same functions of scikit-learn and SciPy"
         self.metrics = tuple(Metric(name, True, scale=100.0) for name in self._metric_names())
 
         self._collator = DataCollatorWithPadding(encoder.tokenizer)

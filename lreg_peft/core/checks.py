@@ -256,7 +256,8 @@ def _container(origin: Any, inner: tuple[Any, ...]) -> _Kind | None:
         if not isinstance(value, origin) or isinstance(value, (str, bytes)):
             return False
         if isinstance(value, collections.abc.Mapping):
-            return all(_all_are(kind, part) for kind, part in zip(kinds, (value.keys(), value.values()), strict=False))
+            parts = list(value.keys()), list(value.values())
+            return all(_all_are(kind, part) for kind, part in zip(kinds, parts, strict=False))
         if issubclass(origin, tuple) and Ellipsis not in inner and inner:
             pairs = zip(kinds, value, strict=False)
             return len(value) == len(kinds) and all(kind is None or kind.accepts(each) for kind, each in pairs)

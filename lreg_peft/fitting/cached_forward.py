@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..labels import IGNORE_INDEX, row_loss
 from ..tuner.hooks.output_head import wrapped_head
-from .output_shortcut import IGNORE_INDEX, Terminal, row_loss
+from ..tuner.hooks.registry import remember
+from .output_shortcut import Terminal
 
 
 def accept_features(terminal: Terminal) -> None:
@@ -18,6 +20,7 @@ def accept_features(terminal: Terminal) -> None:
     with its own inputs it does what it always did. May be called again; undone by `unload()`.
     """
     model = terminal.model
+    remember(model, release)
     own = model.forward
     if hasattr(own, "_lreg_own_forward"):
         own = own._lreg_own_forward

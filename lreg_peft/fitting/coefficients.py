@@ -1,7 +1,6 @@
 """Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -25,8 +24,11 @@ from ..core.distributed import (
     together,
 )
 from ..core.solve.problem import Report, check_options, rows_at_once
-from ..tuner.hooks.backbone import eval_mode
-from .output_shortcut import Objective, Rows, Terminal, find_terminal
+from ..labels import Objective, Rows
+from ..modules import eval_mode
+from ..tuner.heads import Encoded
+from ..tuner.hooks import reminder
+from .output_shortcut import Terminal, find_terminal
 
 
 @runtime_checkable
@@ -168,7 +170,7 @@ class FitProblem:
         self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
         # A weight, of the base module if it has one, for device and dtype of the features.
         self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
-        self._coords: list[Tensor] = []
+        self._latents: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
         self.objective: Objective | None = None
@@ -182,7 +184,7 @@ class FitProblem:
         found: list[Objective | None] = gather_objects(self.objective)
         kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
         if len(kinds) > 1:
-            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(kinds)}.")
+            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
         self.objective = kinds[0] if kinds else None  # a process without rows does not know
         if not self.n_rows:
             raise ValueError(
@@ -227,7 +229,7 @@ class FitProblem:
                     f"{sum(map(len, self._targets))}."
                 )
         check_yes_or_no(objective, targets)
-        self._coords.append(self.layer.coords(self.adapter, features))
+        self._latents.append(self.layer.encode(self.adapter, features).latent)
         self._targets.append(targets)
         if self._keep_offsets:
             self._sources.append(self.terminal.base_output(features))
@@ -237,33 +239,29 @@ class FitProblem:
     def warn_of_missing_start(self) -> None:
         """Warn if the start from data that the configuration promises has not been made."""
         if self.adapter in self.layer.start_is_owed:
-            warnings.warn(
-                "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
-                "dataloader) was not called before the fit: projection and mesh are random and uniform.",
-                UserWarning,
-                stacklevel=3,
-            )
+            reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""
-        for coords, targets, offset in self._passes():
-            basis = self.layer.design(self.adapter, coords)
+        for latent, targets, offset in self._passes():
+            code = Encoded.of(latent)
+            basis = self.layer.design(self.adapter, code)
             offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
             if targets.is_floating_point():
                 targets = targets.to(basis.dtype)
-            yield coords, Chunk(basis, targets, offset)
+            yield code.coords, Chunk(basis, targets, offset)
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Coordinates, targets, offsets, a bounded number of rows at a time."""
+        """Latents (see `Encoded`), targets, offsets, a bounded number of rows at a time."""
         if self._cache is not None:
             again = (features for features, _ in self._own_chunks(self._cache))
-            for coords, targets, features in zip(self._coords, self._targets, again, strict=True):
-                yield coords, targets, self.terminal.base_output(features)
+            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
+                yield latent, targets, self.terminal.base_output(features)
             return
         rows = rows_at_once(self.out_features, self._place.device)
-        for coords, targets, sources in zip(self._coords, self._targets, self._sources, strict=True):
-            for c, t, source in zip(coords.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield c, t, source if self._keep_offsets else self.terminal.base_output(source)
+        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
+            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
+                yield z, t, source if self._keep_offsets else self.terminal.base_output(source)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the rows, for the solvers."""

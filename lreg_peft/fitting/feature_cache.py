@@ -36,6 +36,7 @@ from ..core.distributed import (
     together,
 )
 from ..core.fingerprint import fingerprint_of_all
+from ..labels import Rows
 from ..tuner.layer import LRegLayer
 from .cache_files import (
     DTYPES,
@@ -59,7 +60,7 @@ from .cache_files import STAMP as _STAMP
 from .cache_files import Shard as _Shard
 from .cached_forward import accept_features
 from .coefficients import check_yes_or_no
-from .output_shortcut import Rows, Terminal, find_terminal, trained_elsewhere
+from .output_shortcut import Terminal, find_terminal, trained_elsewhere
 
 # What is compared on opening, and how a difference is explained.
 _OF_MODEL = {

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
-from ..tuner.hooks.backbone import eval_mode, unwrap
+from ..labels import Objective, align, logits_of, loss_of, objective_of, row_loss, shifts_labels
+from ..modules import eval_mode, unwrap
 from ..tuner.layer import LRegLayer
-from .output_shortcut import IGNORE_INDEX, Objective, objective_of, row_loss, shifts_labels
 
 Status = Literal["improved", "no_descent", "heldout_rose"]
 
@@ -248,13 +248,14 @@ class _Data:
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             inputs.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))  # type: ignore[operator]
         output = functional_call(self.model, values, args=(), kwargs=inputs)
-        logits = output.get("logits") if isinstance(output, dict) else output
+        logits = logits_of(output)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{type(self.model).__name__} must return a tensor or an output with logits, got "
                 f"{type(output).__name__}."
             )
-        return _align(logits, labels, shifts_labels(self.model))
+        width = logits.shape[-1] if logits.ndim > 1 else 1
+        return align(logits, labels, shift=shifts_labels(self.model), out_features=width)
 
     @torch.no_grad()
     def loss(self, values: dict[str, Tensor]) -> float:
@@ -268,8 +269,7 @@ class _Data:
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
         if "labels" not in inspect.signature(self.model.forward).parameters:
             return
-        output = self.model(**batch)
-        own = output.get("loss") if isinstance(output, dict) else None
+        own = loss_of(self.model(**batch))
         loss = row_loss(self.objective, *self.rows({}, batch))
         tolerance = 3e-2 if next(self.model.parameters()).dtype.itemsize < 4 else 1e-3
         if own is not None and not torch.isclose(own.to(loss.dtype), loss, rtol=tolerance, atol=tolerance):
@@ -278,21 +278,6 @@ class _Data:
                 f"{self.objective.replace('_', ' ')} of its outputs is {loss.item():.6g}: it computes its loss in a "
                 "way that is not known here."
             )
-
-
-def _align(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """Rows `[n, out_features]` and targets as `row_loss` takes them."""
-    if labels.shape == logits.shape[:2] and logits.ndim == 3 and not labels.is_floating_point():  # one label per token
-        if shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        logits, labels = logits.flatten(0, 1), labels.flatten()
-    elif labels.is_floating_point() or (logits.ndim == 2 and logits.shape[1] == 1) or logits.ndim == 1:
-        logits = logits.reshape(len(labels), -1)
-        return logits, labels.reshape(len(labels), -1).to(logits.dtype)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(logits.shape)}.")
-    counts = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    return logits[counts], labels[counts]
 
 
 def _data(

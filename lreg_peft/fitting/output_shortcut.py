@@ -8,35 +8,31 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..tuner.hooks.backbone import eval_mode, unwrap
-from ..tuner.layer import LRegLayer, first_tensor, layers_with_adapter
-
-IGNORE_INDEX = -100
-
-Objective = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+from ..labels import (
+    IGNORE_INDEX,
+    Objective,
+    Rows,
+    align,
+    last_tokens,
+    logits_of,
+    loss_of,
+    objective_of,
+    row_loss,
+    shifts_labels,
+)
+from ..modules import eval_mode, unwrap
+from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.layout import first_tensor
 
 # Difference between a model's own logits and those computed from its rows that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _TOLERANCE_HALF = 3e-2
-
-
-class Rows(NamedTuple):
-    """What a terminal shortcut sees of a batch, one row per label; padding and ignored labels are left out.
-
-    Attributes:
-        features: `[n, in_features]`, inputs of the wrapped module, in the dtype of the model.
-        targets: int64 `[n]` (classes), or `[n, out_features]` (values or 0/1 labels) in the dtype of `features`.
-    """
-
-    features: Tensor
-    targets: Tensor
 
 
 class _Reached(Exception):
@@ -159,44 +155,32 @@ class Terminal:
         if len(seen) != 1:
             raise ValueError(f"{self.name!r} was called {len(seen)} times in a forward pass; exactly once is needed.")
         rows = self._align(seen[0], labels, inputs)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        logits = logits_of(output)
         if logits is not None and logits.ndim == seen[0].ndim == 3:
             logits = self._align(logits, labels, inputs).features
-        return rows, logits, getattr(output, "loss", None)
+        return rows, logits, loss_of(output)
 
-    def _align(self, features: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> Rows:
-        """Bring features `[batch, (length,) in_features]` and labels together."""
-        if features.ndim == 3 and labels.shape == features.shape[:2] and not labels.is_floating_point():
-            if shifts_labels(self.model):
-                features, labels = features[:, :-1], labels[:, 1:]
-            counts = labels != IGNORE_INDEX
-            return Rows(features[counts], labels[counts])
-        if features.ndim == 3 and self._reads_sequences:
-            features = features[:, 0]
-        elif features.ndim == 3:
-            features = features[torch.arange(len(features), device=features.device), self._last_tokens(inputs)]
-        if features.ndim != 2 or len(labels) != len(features):
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} fit neither the tokens nor the samples of the features "
-                f"{tuple(features.shape)} that reach {self.name!r}."
-            )
-        if labels.is_floating_point():
-            labels = labels.to(features.dtype).reshape(len(labels), -1)
-        elif self.layer.out_features == 1:  # regression with whole numbers
-            labels = labels.reshape(-1, 1).to(features.dtype)
-        else:
-            features, labels = features[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
-        return Rows(features, labels)
+    def _align(self, values: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> Rows:
+        """Bring features or logits and labels together."""
+        return align(
+            values,
+            labels,
+            shift=shifts_labels(self.model),
+            out_features=self.layer.out_features,
+            pool=partial(self._pool, inputs=inputs),
+        )
 
-    def _last_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Position of the token that decoders classify by: the last one that is not padding."""
+    def _pool(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The position that a sample is classified by, of `[batch, length, width]`."""
+        if self._reads_sequences:
+            return values[:, 0]
         ids, pad = inputs.get("input_ids"), getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if ids is None or pad is None:
             raise ValueError(
                 f"{self.name!r} gives one output per token, and which token counts is not known without input_ids and "
                 "config.pad_token_id. Set model.config.pad_token_id."
             )
-        return (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
+        return values[torch.arange(len(values), device=values.device), last_tokens(ids, pad)]
 
     def objective(self, targets: Tensor) -> Objective:
         """What the model minimises over such targets.
@@ -237,25 +221,6 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
     return Terminal(inner, name, layer, adapter_name)
 
 
-def objective_of(model: nn.Module, targets: Tensor, out_features: int, where: str) -> Objective:
-    """What `model` minimises over targets as in `Rows`; `where` names the outputs in errors.
-
-    Raises:
-        ValueError: for labels outside the classes, or of another number than the outputs.
-    """
-    if not targets.is_floating_point():
-        low, high = (int(targets.min()), int(targets.max())) if len(targets) else (0, 0)
-        if low < 0 or high >= out_features:
-            raise ValueError(
-                f"labels must lie in [0, {out_features - 1}], the outputs of {where}, got {low if low < 0 else high}."
-            )
-        return "cross_entropy"
-    if targets.shape[1] != out_features:
-        raise ValueError(f"{where} has {out_features} outputs, but a sample has {targets.shape[1]} labels.")
-    kind = getattr(getattr(model, "config", None), "problem_type", None)
-    return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
-
-
 def trained_elsewhere(terminal: Terminal) -> list[str]:
     """Names of the parameters that require gradients and are not part of the terminal shortcut's layer."""
     own = {id(parameter) for parameter in terminal.layer.parameters()}
@@ -267,16 +232,6 @@ def trained_elsewhere(terminal: Terminal) -> list[str]:
     ]
 
 
-def row_loss(objective: Objective, logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss over rows, as Transformers' models compute it: logits `[n, out_features]`, targets as in `Rows`."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if objective == "cross_entropy":
-        return F.cross_entropy(logits, targets)
-    if objective == "binary_cross_entropy":
-        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
-    return F.mse_loss(logits, targets.to(logits.dtype))
-
-
 def is_inside_backbone(model: nn.Module, name: str) -> bool:
     """Whether the module `name` belongs to the backbone of a Transformers model (`transformer`, `roberta`, ...).
 
@@ -285,13 +240,6 @@ def is_inside_backbone(model: nn.Module, name: str) -> bool:
     if not isinstance(model, PreTrainedModel) or not hasattr(model, model.base_model_prefix):
         return False
     return name.partition(".")[0] == model.base_model_prefix
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether token t is trained to predict label t + 1."""
-    return type(model).__name__.endswith(("CausalLM", "LMHeadModel")) and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    )
 
 
 def _accepts(model: nn.Module, name: str) -> bool:

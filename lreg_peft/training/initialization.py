@@ -1,6 +1,5 @@
 """A start that has seen data: projections along the directions that matter, meshes at quantiles."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -22,12 +21,10 @@ from ..core.distributed import (
     tensor_from_main,
     together,
 )
+from ..labels import IGNORE_INDEX
+from ..modules import eval_mode
 from ..tuner.config import DATA_STARTS
-from ..tuner.hooks.backbone import eval_mode, remove_hooks
 from ..tuner.layer import LRegLayer, layers_with_adapter
-
-#: Label of what does not count, as in Transformers.
-IGNORED = -100
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
@@ -123,7 +120,7 @@ def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: b
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     output = model(**inputs)
     labels = inputs.get("labels")
-    if with_gradient and not (_is_classes(labels) and (labels == IGNORED).all()):  # the mean over no label is NaN
+    if with_gradient and not (_is_classes(labels) and (labels == IGNORE_INDEX).all()):  # the mean over no label is NaN
         _backward(output, collector.layers.values(), collector.adapter_name)
 
 
@@ -187,9 +184,9 @@ def _put_in_place(
 
 
 def _encoder(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
-    """What `set_encoder` changes."""
-    stores = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes, layer.lreg_profile)
-    return [store[adapter_name] for store in stores if adapter_name in store]
+    """What `set_encoder` may change."""
+    stores = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes)
+    return [*(store[adapter_name] for store in stores), *layer.weights(adapter_name).values()]
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
@@ -291,30 +288,3 @@ def _gather(rows: list[Tensor], device: torch.device, world: int) -> Tensor:
         return own
     parts = [part for part in gather_objects(own.cpu()) if part.shape[0]]
     return torch.cat(parts).to(own.device) if parts else own
-
-
-def install_reminder(model: nn.Module) -> None:
-    """Warn if training begins before the data-driven start that a configuration promised."""
-    remove_reminder(model)
-    model.register_forward_pre_hook(_remind)
-
-
-def remove_reminder(model: nn.Module) -> None:
-    """Undo `install_reminder`."""
-    remove_hooks(model, _remind)
-
-
-def _remind(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    owing = [module for module in model.modules() if isinstance(module, LRegLayer) and module.start_is_owed]
-    if not any(module.training for module in owing):
-        return
-    for module in owing:
-        module.start_is_owed.clear()
-    warnings.warn(
-        "The init_weights of this LRegConfig asks for a start from data, but initialize_lreg_weights(model, "
-        "dataloader) was not called before training: the adapter starts from a random projection and uniform meshes.",
-        UserWarning,
-        stacklevel=2,
-    )

@@ -28,7 +28,7 @@ _CONFIG_FILE = "adapter_config.json"
 _HUB_OPTIONS = ("revision", "token")
 
 
-@checked(config=anything, name=named())
+@checked(config=anything, form=anything, name=named())
 def add_grade(
     model: nn.Module, config: LRegConfig | None = None, *, form: GradeForm = "additive", name: str | None = None
 ) -> str:

@@ -1,5 +1,6 @@
 """The tuner: puts shortcuts into a model."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +12,25 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..fitting import cached_forward
-from ..training.initialization import install_reminder, remove_reminder
 from .config import DATA_STARTS, LRegConfig, check_adapter_name
-from .hooks import backbone, output_head
-from .hooks import head_loss as fused
+from .hooks import backbone, head_loss, output_head, reminder
+from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
 from .targets import (
     default_targets,
     feature_sizes,
     mesh_size,
+    profile_mean,
     release_targeted_heads,
     resolve_targets,
 )
 from .transaction import all_or_nothing
 
 _PREFIX = "base_model.model."
+
+# A parameter's name in the model, adapter name removed.
+_WEIGHT_KEY = re.compile(r"(\.lreg_[a-z_]+)\.weight$")
 
 
 class LRegModel(BaseTuner):
@@ -77,10 +80,27 @@ class LRegModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         n_components, dof = mesh_size(current_key, peft_config)
         layer.update_layer(
-            adapter_name, n_components, dof, config=peft_config, inference_mode=peft_config.inference_mode
+            adapter_name,
+            n_components,
+            dof,
+            config=peft_config,
+            inference_mode=peft_config.inference_mode,
+            profile_mean=profile_mean(current_key, peft_config),
+            nodes=self._nodes_of_the_same(layer, adapter_name, peft_config),
         )
         if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
             layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
+
+    def _nodes_of_the_same(self, layer: LRegLayer, adapter_name: str, config: LRegConfig) -> Tensor | None:
+        """The mesh of an adapter with this very configuration, if there is one.
+
+        Trainers with a reference policy add a second adapter with the first one's configuration and copy the parameters
+        by name. Meshes are buffers; unless the new one begins on the same, the copy would be another function.
+        """
+        for name, other in self.peft_config.items():
+            if name != adapter_name and name in layer.lreg_nodes and other == config:
+                return layer.lreg_nodes[name]
+        return None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Not PEFT's version: that one assigns `weight` and `bias`, which a whole block does not have. The adapter
@@ -95,10 +115,10 @@ class LRegModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._record_grades()
             backbone.install(model)
-            output_head.adjust(model)
-            fused.install(model)
+            output_head.install(model)
+            head_loss.install(model)
             if self.peft_config[adapter_name].init_weights in DATA_STARTS:
-                install_reminder(model)
+                reminder.install(model)
             if hasattr(model, "add_model_tags"):
                 model.add_model_tags([TAG])  # type: ignore[operator]
 
@@ -206,11 +226,7 @@ class LRegModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
         model = self.model
-        output_head.restore(model)
-        backbone.release(model)
-        fused.release(model)
-        cached_forward.release(model)
-        remove_reminder(model)
+        release_all(model)
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):
                 parent, _, child = name.rpartition(".")
@@ -219,7 +235,12 @@ class LRegModel(BaseTuner):
         output_head.restore_tied_keys(model)
         return model
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in PEFT, and without the `.weight` of parameters: the keys of files are those they always had."""
+        return _WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -253,7 +274,7 @@ def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[s
     state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
     missing = []
     for key, own in state.items():
-        path, _, owner = key.rpartition(".")
+        path, _, owner = key.removesuffix(".weight").rpartition(".")
         if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
             continue
         if key not in saved:

@@ -6,6 +6,7 @@ member. PEFT is not imported at module level: `add_enum_member` is plain Python 
 
 import functools
 import os
+import re
 from enum import Enum
 from typing import Any
 
@@ -74,6 +75,7 @@ def register(config_class: type, model_class: type) -> bool:
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     _extend_model_cards(peft_type)
     _extend_loading(peft_type)
+    _extend_native_loading(peft_type)
     return True
 
 
@@ -153,6 +155,25 @@ def _extend_loading(peft_type: Any) -> None:
     setattr(from_pretrained, _ORIGINAL, open_)
     PeftModel.load_adapter = load_adapter
     PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _extend_native_loading(peft_type: Any) -> None:
+    """Have transformers' own `load_adapter`, which renames keys by PEFT's rules, find `<weight>.<adapter>.weight`."""
+    from peft.utils import transformers_weight_conversion as conversion
+    from transformers.core_model_loading import WeightRenaming
+
+    build = _original(conversion.build_peft_weight_mapping)
+
+    @functools.wraps(build)
+    def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
+        rules = build(weight_conversions, adapter_name, peft_config=peft_config)
+        if getattr(peft_config, "peft_type", None) == peft_type and rules:
+            saved = rf"({METHOD}_(?!nodes)[a-z_]+\.{re.escape(adapter_name)})(?!\.weight)$"
+            rules = [*rules, WeightRenaming(source_patterns=saved, target_patterns=r"\1.weight")]
+        return rules
+
+    setattr(build_peft_weight_mapping, _ORIGINAL, build)
+    conversion.build_peft_weight_mapping = build_peft_weight_mapping
 
 
 def _original(method: Any) -> Any:

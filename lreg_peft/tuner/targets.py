@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import LRegConfig, head_parameters
+from .config import LRegConfig
+from .heads import HEADS
 from .layer import LRegLayer
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
@@ -139,7 +140,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         _check_supported(name, base)
         in_features, out_features = feature_sizes(name, base, config)
         n_components, dof = mesh_size(name, config)
-        count = head_parameters(config.head, n_components, dof, out_features)
+        count = HEADS[config.head_name].n_parameters(n_components, dof, out_features)
         if config.train_projection:
             count += (in_features + _width_of_basis_below(name, module, config) + 1) * n_components
         targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
@@ -152,6 +153,12 @@ def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
         config.component_pattern.get(get_pattern_key(config.component_pattern, name), config.n_components),
         config.dof_pattern.get(get_pattern_key(config.dof_pattern, name), config.dof),
     )
+
+
+def profile_mean(name: str, config: LRegConfig) -> float:
+    """`profile_mean` of the module `name`, patterns considered."""
+    pattern = config.profile_mean_pattern
+    return pattern.get(get_pattern_key(pattern, name), config.profile_mean)
 
 
 def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
@@ -342,7 +349,7 @@ def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
         idle = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if idle:
             warnings.warn(f"target_modules {idle} match no module and have no effect.", stacklevel=2)
-    for option in ("component_pattern", "dof_pattern", "feature_sizes"):
+    for option in ("component_pattern", "dof_pattern", "profile_mean_pattern", "feature_sizes"):
         idle = [
             key for key in getattr(config, option) if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
         ]

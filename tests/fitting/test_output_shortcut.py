@@ -7,7 +7,8 @@ from peft import get_peft_model
 from torch import nn
 
 from lreg_peft import LRegConfig
-from lreg_peft.fitting.output_shortcut import find_terminal, row_loss, trained_elsewhere
+from lreg_peft.fitting.output_shortcut import find_terminal, trained_elsewhere
+from lreg_peft.labels import row_loss
 
 IDS = torch.randint(3, tiny.VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
 PADDED = torch.cat((IDS[:, :6], torch.full((3, 3), 2)), dim=1)  # 2 is the padding token

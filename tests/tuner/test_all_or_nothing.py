@@ -19,14 +19,18 @@ ERRORS = [RuntimeError("out of memory"), KeyboardInterrupt()]
 
 def picture(model: nn.Module) -> tuple:
     """Values, module types and everything that could be left behind; a place that forward looks up does not count."""
+
+    def attributes(module: nn.Module) -> tuple:
+        names = sorted(set(module.__dict__) - {"_lreg_first_layer"})
+        return module.training, names, len(module._forward_hooks), len(module._forward_pre_hooks)
+
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
         {name: type(module) for name, module in model.named_modules()},
         {name: p.requires_grad for name, p in model.named_parameters()},
-        {name: (m.training, sorted(set(m.__dict__) - {"_lreg_first_layer"}), len(m._forward_hooks), len(m._forward_pre_hooks))
-         for name, m in model.named_modules()},
+        {name: attributes(module) for name, module in model.named_modules()},
         list(getattr(model, "peft_config", {})),
-    )  # fmt: skip
+    )
 
 
 def same(before: tuple, after: tuple) -> bool:

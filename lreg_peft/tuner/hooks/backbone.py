@@ -5,8 +5,7 @@ statistics. The switch must survive every `model.train()`, which training loops 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ...modules import is_compiling, remove_hooks
+from .registry import remember
 
 _NAME = "_lreg_first_layer"
 
@@ -122,6 +124,7 @@ def return_to_graph(module: nn.Module, args: Any, output: Any) -> None:
 
 def install(model: nn.Module) -> None:
     """Register the hooks of this file once."""
+    remember(model, release)
     if hold_before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(hold_before_forward, with_kwargs=True)
         if (backbone := _backbone(model)) is not None:
@@ -145,45 +148,3 @@ def release(model: nn.Module) -> None:
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _CheckpointInEval):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment,arg-type]
-
-
-def remove_hooks(module: nn.Module, *own: Callable[..., Any]) -> None:
-    """Take functions out of the forward hooks and pre-hooks of a module."""
-    for hooks, options in (
-        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-    ):
-        for key, hook in list(hooks.items()):
-            if hook in own:
-                for table in (hooks, *options):
-                    table.pop(key, None)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of a block; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `PeftModel`, `DistributedDataParallel` and `torch.compile` wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
-
-
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing; bookkeeping in Python is left out of compiled graphs."""
-    return torch.compiler.is_compiling()

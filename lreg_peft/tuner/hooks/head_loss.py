@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ...fitting.output_shortcut import IGNORE_INDEX, shifts_labels
+from ...labels import IGNORE_INDEX, shifts_labels
+from ...modules import eval_mode, is_compiling, remove_hooks
 from ..layer import LRegLayer
-from .backbone import eval_mode, is_compiling, remove_hooks
 from .output_head import wrapped_head
+from .registry import remember
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +69,7 @@ class LossRequest:
 def install(model: nn.Module) -> None:
     """Let the output head of `model` compute the training loss, if it is one that can; may be called again."""
     if isinstance(model, PreTrainedModel) and _begin not in model._forward_pre_hooks.values():
+        remember(model, release)
         model.register_forward_pre_hook(_begin, with_kwargs=True)
         model.register_forward_hook(_finish, always_call=True)
 

@@ -10,16 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...modules import is_compiling, remove_hooks
 from ..layer import LRegLayer
 from ..targets import output_head_name
-from .backbone import is_compiling, remove_hooks
+from .registry import remember
 
 # Where a model keeps the name of its wrapped head: looking for it takes longer than a small model's forward pass.
 _NAME = "_lreg_output_head"
 _TIED = ("_tied_weights_keys", "all_tied_weights_keys")
 
 
-def adjust(model: nn.Module) -> None:
+def install(model: nn.Module) -> None:
     """Make `model` consistent with its wrapped output head; without one nothing happens. May be called again."""
     name = output_head_name(model)
     if name is None or not isinstance(model.get_submodule(name), LRegLayer):
@@ -27,6 +28,7 @@ def adjust(model: nn.Module) -> None:
     assert isinstance(model, PreTrainedModel)
     if _NAME in model.__dict__:
         return
+    remember(model, release)
     model.__dict__[_NAME] = name
     tied = model.all_tied_weights_keys  # as expanded at construction: patterns no longer match behind a wrapper
     own, wrapped = f"{name}.", f"{name}.base_layer."
@@ -39,8 +41,8 @@ def adjust(model: nn.Module) -> None:
     model.register_forward_hook(_check_head_was_called)
 
 
-def restore(model: nn.Module) -> None:
-    """Undo `adjust`."""
+def release(model: nn.Module) -> None:
+    """Undo `install`."""
     if _NAME not in model.__dict__:
         return
     del model.__dict__["resize_token_embeddings"], model.__dict__[_NAME]

@@ -1,0 +1,1 @@
+"""LReg as a method of regression: scikit-learn and SciPy on the numerical core, without PEFT."""

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import DATA_STARTS, LRegConfig
+from .config import DATA_STARTS, LRegConfig, check_adapter_name
 from .hooks import backbone, head_loss, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
@@ -25,6 +25,9 @@ from .targets import (
     release_targeted_heads,
     resolve_targets,
 )
+from .transaction import all_or_nothing
+
+_PREFIX = "base_model.model."
 
 # A parameter's name in the model, adapter name removed.
 _WEIGHT_KEY = re.compile(r"(\.lreg_[a-z_]+)\.weight$")
@@ -106,16 +109,18 @@ class LRegModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
+        check_adapter_name(adapter_name)
         self._check_grade(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._record_grades()
-        backbone.install(model)
-        output_head.install(model)
-        head_loss.install(model)
-        if self.peft_config[adapter_name].init_weights in DATA_STARTS:
-            reminder.install(model)
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags([TAG])  # type: ignore[operator]
+        with all_or_nothing(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._record_grades()
+            backbone.install(model)
+            output_head.install(model)
+            head_loss.install(model)
+            if self.peft_config[adapter_name].init_weights in DATA_STARTS:
+                reminder.install(model)
+            if hasattr(model, "add_model_tags"):
+                model.add_model_tags([TAG])  # type: ignore[operator]
 
     # Training
 
@@ -264,28 +269,93 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a file that does not fit or is damaged, before any of it reaches the model."""
-    prefix = "base_model.model."
-    saved = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    """Refuse a file that does not fit or is damaged, before any of it reaches the model; drop what changes nothing."""
+    saved = {key.removeprefix(_PREFIX): key for key in state_dict}
+    state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
     missing = []
-    for key, own in model.state_dict().items():
+    for key, own in state.items():
         path, _, owner = key.removesuffix(".weight").rpartition(".")
         if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
             continue
-        value = saved.get(key.removeprefix(prefix))
-        if value is None:
-            missing.append(path.removeprefix(prefix))
-        elif not value.is_floating_point() or not torch.isfinite(value).all():
-            raise ValueError(f"the adapter file is damaged: {path} holds values that are not finite numbers.")
-        elif value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
+        if key not in saved:
+            missing.append(path)
+            continue
+        value = state_dict[saved.pop(key)]
+        _check_values(path, value, own)
+        if value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
             raise ValueError(
                 f"size mismatch for {path}: the model and the configuration ask for {tuple(own.shape)}, the adapter "
                 f"file holds {tuple(value.shape)}. It was saved for another model or another configuration."
             )
-        elif path.endswith("lreg_nodes"):
-            check_saved_nodes(path, value)
+        if path.endswith("lreg_nodes"):
+            check_saved_nodes(path, value.to(own.dtype))
     if missing:
         raise ValueError(
             f"the adapter file lacks {len(missing)} tensors of this configuration, the first is {missing[0]!r}. "
             "It was saved for other target modules or is damaged."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for key in module.adapter_state_dict_load_map(adapter_name).values():
+                full = f"{name}.{key}".removeprefix(_PREFIX)
+                if full in saved:
+                    _check_values(full, state_dict[saved.pop(full)], state[full])
+    _check_the_rest(model, saved, state, state_dict)
+
+
+def _check_values(name: str, value: Tensor, own: Tensor) -> None:
+    if (not value.is_floating_point() and own.is_floating_point()) or not torch.isfinite(value).all():
+        raise ValueError(f"the adapter file is damaged: {name} holds values that are not finite numbers.")
+    if own.is_floating_point() and not torch.isfinite(value.to(own.dtype)).all():
+        raise ValueError(
+            f"{name} of the adapter file reaches {float(value.abs().max()):.4g}, and {own.dtype}, its dtype in the "
+            f"model, ends at {torch.finfo(own.dtype).max:.4g}. Load it into a model of a wider dtype, or mend the file."
+        )
+
+
+def _check_the_rest(
+    model: nn.Module, saved: dict[str, str], state: dict[str, Tensor], state_dict: dict[str, Tensor]
+) -> None:
+    """Refuse what is not of this adapter: it would change the base model, with every other adapter on it, or be lost.
+
+    PEFT writes the embeddings next to an adapter if the vocabulary was enlarged. As far as the base model has them
+    already they are let go; rows that stand behind all of those are new, and taken.
+    """
+    embeddings = _embeddings(model)
+    for name, key in saved.items():
+        value = state_dict[key]
+        own = state.get(name)
+        if own is None:
+            raise ValueError(
+                f"the adapter file holds {len(saved)} tensors that the configuration does not ask for, the first is "
+                f"{name!r}, which would be lost. It was saved with another configuration or for another model."
+            )
+        same = own.shape == value.shape and not own.is_meta
+        if same and torch.equal(own, value.to(own)):
+            del state_dict[key]
+        elif not (same and own.data_ptr() in embeddings and _only_new_rows(own, value.to(own))):
+            raise ValueError(
+                f"the adapter file holds {name!r}, a weight of the base model, with other values than the model has: "
+                "loading it would change the base model and every other adapter on it. Take it out of the file; what "
+                "is to be trained in full and saved with an adapter belongs into modules_to_save."
+            )
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Where the weights of the input and output embeddings lie."""
+    found = set()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            found.add(weight.data_ptr())
+    return found
+
+
+def _only_new_rows(own: Tensor, value: Tensor) -> bool:
+    differ = (own != value).flatten(1).any(dim=1) if own.ndim > 1 else own != value
+    first = int(differ.int().argmax())
+    return first > 0 and bool(differ[first:].all())

@@ -46,6 +46,7 @@ _SIGNIFICANT = 2.0
 
 # Rounds without a better criterion before refinement ends; better is by this share at least.
 _PATIENCE = 2
+_CHARGE = 1.0
 _BETTER = 4e-3
 # When it would end on a mesh of at most so many nodes, up to so many bisections of all of it are looked at for a gain
 # that no single one shows; it must be clear.
@@ -251,7 +252,7 @@ def fit_simplicial(
     bisects the longest edges whose midpoint as a node would take most from the squared residual; it ends when
     generalised cross-validation no longer falls. Nodes that the samples do not speak for are then taken back.
 
-    Time is about linear in samples and in nodes; memory beyond the inputs is about 100 bytes a sample.
+    Memory beyond the inputs is about 300 bytes a sample; 10^6 samples of 2 inputs take about 7 s on one core.
 
     Args:
         x: `[n_samples, n_features]`; up to 4 columns may vary.
@@ -262,7 +263,8 @@ def fit_simplicial(
         smoothing: how lambda is chosen: "reml" (restricted maximum likelihood), "gcv" (generalised cross-validation),
             or lambda itself.
         max_nodes: refinement stays below.
-        random_state: of the probe vectors that estimate traces with `smoothing="gcv"`; nothing else is random.
+        random_state: of the probe vectors that estimate traces, with "gcv" and during refinement; nothing else is
+            random. None takes the same ones each time.
         verbose: show a progress bar of the nodes.
 
     Raises:
@@ -386,7 +388,7 @@ def _fit_on(
     problem = Problem(gram, moment, samples.square, rough, samples.total, mesh.nodes.shape[1] + 1, active)
     solved, edf = search.run(problem, polish=polish)
     squares = residual_squares(problem, solved)
-    free = max(1 - edf / samples.total, 1e-2)
+    free = max(1 - _CHARGE * edf / samples.total, 1e-2)
     relative = squares[active] / samples.square[active]
     criterion = float(relative.mean() / free**2) if active.any() else 0.0
     return _State(mesh, solved, problem, squares, edf, criterion)
@@ -522,6 +524,8 @@ def _starting_mesh(d: int, total: float, max_nodes: int) -> SimplicialMesh:
 
 
 def _seed(random_state: int | np.random.RandomState | np.random.Generator | None) -> int:
+    if random_state is None:
+        return 0
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31))
     return int(np.random.default_rng(random_state).integers(2**31))

@@ -21,6 +21,7 @@ from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
 from .training.callback import LRegCallback
 from .training.initialization import initialize_lreg_weights
 from .training.mesh_update import MeshUpdate, ModuleUpdate, update_meshes
+from .training.output_start import OutputStart
 from .training.tracking import count_hard_samples, track_statistics
 from .tuner import registration as _registration
 from .tuner.config import LRegConfig
@@ -43,6 +44,7 @@ __all__ = [
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
+    "OutputStart",
     "Refinement",
     "Target",
     "TargetReport",

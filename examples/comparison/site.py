@@ -72,7 +72,7 @@ class Site:
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
         """[outputs, inputs] of every module."""
-        return [(module.out_features, module.in_features) for module in self.modules]
+        return [(module.out_features, module.in_features) for module in self.modules]  # type: ignore[misc]
 
     @property
     def inputs_share(self) -> int:

@@ -53,7 +53,7 @@ def ada_lora(site: Site) -> PeftConfig:
 
 def allocate(model: nn.Module, step: int) -> None:
     """AdaLoRA's allocation of the ranks."""
-    model.base_model.update_and_allocate(step)
+    model.base_model.update_and_allocate(step)  # type: ignore[operator,union-attr]
 
 
 def ia3(site: Site) -> PeftConfig:
@@ -111,7 +111,9 @@ def kept_rank(site: Site) -> dict[str, int]:
     ranks = {}
     for name, size in site.pattern.items():
         width = min(
-            min(module.weight.shape) for module, (ending) in site_modules(site) if ending.replace(".", r"\.") == name
+            min(module.weight.shape)  # type: ignore[arg-type]
+            for module, (ending) in site_modules(site)
+            if ending.replace(".", r"\.") == name
         )
         ranks[name] = max(width - size, 0)
     return ranks

@@ -28,6 +28,7 @@ from ..labels import Objective, Rows
 from ..modules import eval_mode
 from ..tuner.heads import Encoded
 from ..tuner.hooks import reminder
+from ..tuner.moves import Tentative
 from .output_shortcut import Terminal, find_terminal
 
 
@@ -294,16 +295,9 @@ class FitProblem:
     @torch.no_grad()
     def write(self, table: Tensor) -> None:
         """Put weights `[K, out_features]`, in the order of `LRegLayer.table`, into the model, in place."""
-        weights = self.layer.output_weights(self.adapter)
-        parts = table.split([weight.numel() // self.out_features for weight in weights])
-        before = [weight.clone() for weight in weights]
-        try:
-            for weight, part in zip(weights, parts, strict=True):
-                weight.copy_(part.view_as(weight))
-        except BaseException:  # an interruption
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
-            raise
+        with Tentative(self.layer.output_weights(self.adapter)) as trial:  # an interruption leaves all as it was
+            self.layer.set_table(self.adapter, table)
+            trial.keep()
 
     def _remark_on_precision(self) -> str:
         dtype = self._place.dtype

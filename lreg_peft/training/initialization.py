@@ -22,9 +22,12 @@ from ..core.distributed import (
     together,
 )
 from ..labels import IGNORE_INDEX
-from ..modules import eval_mode
+from ..modules import eval_mode, unwrap
 from ..tuner.config import DATA_STARTS
+from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.moves import Tentative
+from .output_start import OutputStart, start_output
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
@@ -40,13 +43,14 @@ def initialize_lreg_weights(
     n_batches: int = 8,
     max_samples: int = 4096,
     seed: int = 0,
+    output_start: bool = False,
     show_progress: bool = True,
-) -> None:
+) -> OutputStart | None:
     """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
 
     The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to
     uniform; the nodes go to the quantiles of u, so that every element is used from the first step. The coefficients
-    stay zero, so the function of the model does not change.
+    stay zero, so the function of the model does not change, unless `output_start` asks for more.
 
     - "pca": the principal components of x ("the built-in PCA can be obtained through standard unsupervised methods",
       Li, Cheng & Gu 2025, sec. 2.7).
@@ -66,10 +70,18 @@ def initialize_lreg_weights(
         max_samples: rows (tokens, pixels) kept per module, over all processes; memory is this many input rows for
             every adapted module.
         seed: of the choice of rows.
+        output_start: let the shortcut on a language model's output head begin with the shift in how often each label
+            comes, log((n + a) / (q + a)) for n labels where the model expects q. This changes the function of the
+            model, for the better: each half of the batches judges what the other half says, which chooses a, and where
+            it does not pay nothing is done. Costs a second, forward pass over the batches.
         show_progress: show a progress bar on the main process.
 
+    Returns:
+        What the start of the output did, with the losses before and after; None unless it was asked for.
+
     Raises:
-        ValueError: if there is no such adapter, it has been trained already, the batches give no rows, the inputs of a
+        ValueError: if there is no such adapter, it has been trained already, has no shortcut on the output head that
+            `output_start` is about, the batches give no rows, the inputs of a
             module or their gradients are not finite, no label counts for the method "gradient", or processes differ in
             model or options. The model is then as it was.
         TypeError: if a batch is not a dictionary.
@@ -83,7 +95,9 @@ def initialize_lreg_weights(
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
             method = promised if promised in DATA_STARTS else "pca"
+        head = _output_head(model, layers) if output_start else None
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
+    options["output_start"] = output_start
     require_equal({**options, "seed": seed}, "Give every process the same options.")
     own = [tensor for layer in layers.values() for tensor in _encoder(layer, adapter_name)]
     require_equal_models(model, "Load the same model on every process.", without=own)
@@ -93,9 +107,12 @@ def initialize_lreg_weights(
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
+    batches = []  # kept for a second pass only
     with together(), collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
             _run(model, batch, collector, with_gradient)
+            if output_start:
+                batches.append(batch)
 
     starts = {}
     for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=not main):
@@ -107,8 +124,19 @@ def initialize_lreg_weights(
             start = _start(name, layer, adapter_name, rows, sketch)
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
-    with together():
-        _put_in_place(layers, adapter_name, starts)
+    owed = [layer for layer in layers.values() if adapter_name in layer.start_is_owed]
+    try:
+        with Tentative(value for layer in layers.values() for value in _encoder(layer, adapter_name)) as trial:
+            with together():
+                for name, layer in layers.items():
+                    layer.set_encoder(adapter_name, *starts[name])
+            report = None if head is None else start_output(model, head, layers[head], adapter_name, batches)
+            trial.keep()
+    except BaseException:
+        for layer in owed:
+            layer.start_is_owed.add(adapter_name)
+        raise
+    return report
 
 
 def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool) -> None:
@@ -120,12 +148,12 @@ def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: b
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     output = model(**inputs)
     labels = inputs.get("labels")
-    if with_gradient and not (_is_classes(labels) and (labels == IGNORE_INDEX).all()):  # the mean over no label is NaN
+    if with_gradient and not _all_ignored(labels):  # the mean over no label is NaN
         _backward(output, collector.layers.values(), collector.adapter_name)
 
 
-def _is_classes(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
+def _all_ignored(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool(labels.eq(IGNORE_INDEX).all())
 
 
 def _start(
@@ -164,23 +192,16 @@ def _start(
         raise ValueError(f"there is no start for {name!r}: {error}") from error
 
 
-def _put_in_place(
-    layers: Mapping[str, LRegLayer], adapter_name: str, starts: Mapping[str, tuple[Tensor, Tensor, Tensor]]
-) -> None:
-    tensors = [value for layer in layers.values() for value in _encoder(layer, adapter_name)]
-    before = [tensor.detach().clone() for tensor in tensors]
-    owed = [adapter_name in layer.start_is_owed for layer in layers.values()]
-    try:
-        for name, layer in layers.items():
-            layer.set_encoder(adapter_name, *starts[name])
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        for layer, was_owed in zip(layers.values(), owed, strict=True):
-            if was_owed:
-                layer.start_is_owed.add(adapter_name)
-        raise
+def _output_head(model: nn.Module, layers: Mapping[str, LRegLayer]) -> str:
+    """Name of the output head among the adapted layers."""
+    head = wrapped_head(unwrap(model))
+    name = next((name for name, layer in layers.items() if layer is head), None)
+    if name is None:
+        raise ValueError(
+            f"output_start=True is about a shortcut on the output head of a language model, and {type(model).__name__} "
+            "has none of this adapter: add the head to target_modules, or leave output_start out."
+        )
+    return name
 
 
 def _encoder(layer: LRegLayer, adapter_name: str) -> list[Tensor]:

@@ -26,6 +26,9 @@ from ..core import (
 )
 from ..core.coordinates import standard_profile
 
+# A profile that is smaller on average carries no constant.
+_SMALLEST_MEAN = 0.1
+
 #: The weights of one adapter by their names in the layer, without `lreg_`.
 Weights = Mapping[str, Tensor]
 
@@ -93,6 +96,10 @@ class Head(ABC):
     def nodal_coefficients(self, weights: Weights) -> Tensor:
         """c of the paper: the values of the piecewise-linear part at the nodes, `[d, n, C]`."""
 
+    @abstractmethod
+    def constant(self, weights: Weights) -> Tensor:
+        """k `[K]`: the table k v^T has the value v `[C]` everywhere, or on average where there is a linear term."""
+
     def to_nodes(self, values: Tensor) -> Tensor:
         """The nodal weight, its gradient or moments with one entry per node: `[d, n, ...]`."""
         return values
@@ -126,6 +133,13 @@ class FullHead(Head):
         """As there."""
         return weights["coefficients"]
 
+    def constant(self, weights: Weights) -> Tensor:
+        """The basis of the first component, which sums to one."""
+        components, dof = weights["coefficients"].shape[:2]
+        first = weights["coefficients"].new_zeros(components, dof)
+        first[0] = 1
+        return first.flatten()
+
 
 class ReducedHead(FullHead):
     """The functions of the full head without its d - 1 redundant constants.
@@ -149,6 +163,12 @@ class ReducedHead(FullHead):
         coefficients = weights["coefficients"]
         shift = F.pad(weights["constant"].view(1, 1, -1), (0, 0, 0, 0, 0, coefficients.shape[0] - 1))
         return self.to_nodes(coefficients) + shift
+
+    def constant(self, weights: Weights) -> Tensor:
+        """The constant."""
+        first = weights["coefficients"].new_zeros(len(self.table(weights)))
+        first[-1] = 1
+        return first
 
     def to_nodes(self, values: Tensor) -> Tensor:
         """Zero at the first node."""
@@ -189,6 +209,13 @@ class FactoredHead(Head):
     def nodal_coefficients(self, weights: Weights) -> Tensor:
         """As there."""
         return weights["profile"].unsqueeze(-1) * weights["direction"].unsqueeze(1)
+
+    def constant(self, weights: Weights) -> Tensor:
+        """The first component, over the mean of its profile; zero if that is none to speak of."""
+        mean = weights["profile"][0].detach().mean()
+        first = torch.zeros_like(weights["profile"][:, 0])
+        first[0] = torch.where(mean.abs() > _SMALLEST_MEAN, 1 / mean, 0.0)
+        return first
 
 
 class LinearFactoredHead(FactoredHead):

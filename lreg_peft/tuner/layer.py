@@ -370,6 +370,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
         return self.heads[adapter_name].table(self.weights(adapter_name))
 
+    @torch.no_grad()
+    def set_table(self, adapter_name: str, table: Tensor) -> None:
+        """Write `[K, out_features]`, in the order of `table`, into the weights it is stacked from, in place."""
+        weights = self.output_weights(adapter_name)
+        parts = table.split([weight.numel() // self.out_features for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.copy_(part.view_as(weight))
+
     def _value(self, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
         return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, dtype)

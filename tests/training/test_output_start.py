@@ -1,0 +1,127 @@
+"""The start of an output shortcut from label frequencies: pays or is left out, all or nothing."""
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+
+from lreg_peft import LRegConfig, initialize_lreg_weights
+from lreg_peft.training import output_start
+from lreg_peft.training.output_start import PSEUDOCOUNTS
+
+HEADS = {
+    "full": {"head": "full", "dof": 3},
+    "reduced": {"head": "reduced", "dof": 3},
+    "factored": {"head": "factored", "dof": 4},
+    "linear": {"head": "factored", "dof": 4, "linear_term": True},
+}
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **HEADS["full"], **options}
+    return get_peft_model(tiny.gpt2(), LRegConfig(**config))
+
+
+def skewed(n_batches=4, seed=0):
+    """Text of ten frequent tokens: the frequencies of labels are nothing like what a random model expects."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, 13, (8, 16), generator=generator) for _ in range(n_batches)]
+    return [{"input_ids": batch, "labels": batch} for batch in ids]
+
+
+def as_expected(n_batches=4):
+    """Text that the model itself writes: there is no shift to find, only noise."""
+    model = tiny.gpt2().eval()
+    batches = []
+    for i in range(n_batches):
+        torch.manual_seed(i)
+        ids = torch.randint(3, tiny.VOCABULARY, (8, 1))
+        with torch.no_grad():
+            for _ in range(15):
+                ids = torch.cat((ids, torch.multinomial(model(ids).logits[:, -1].softmax(-1), 1)), dim=1)
+        batches.append({"input_ids": ids, "labels": ids})
+    return batches
+
+
+@torch.no_grad()
+def loss_on(model, batches):
+    return sum(model.eval()(**batch).loss.item() for batch in batches) / len(batches)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(head):
+    model = adapted(**HEADS[head])
+    before = loss_on(model, skewed())
+    report = initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    assert report.loss_before == pytest.approx(before, abs=1e-5)
+    assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
+    assert report.loss_after < report.heldout_after < report.loss_before - 0.5
+    assert report.pseudocount in PSEUDOCOUNTS
+    assert report.size == 1
+    base = loss_on(tiny.gpt2(), skewed(seed=9))
+    assert loss_on(model, skewed(seed=9)) < base - 0.5
+
+
+def test_a_full_head_gets_the_closed_form(monkeypatch):
+    monkeypatch.setattr(output_start, "PSEUDOCOUNTS", (3.0,))
+    model = adapted()
+    initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    counts, expected = torch.zeros(2, tiny.VOCABULARY)
+    with torch.no_grad():
+        for batch in skewed():
+            logits = tiny.gpt2().eval()(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+            expected += logits.softmax(-1).sum(0)
+            counts += torch.bincount(batch["labels"][:, 1:].flatten(), minlength=tiny.VOCABULARY)
+        ids = skewed(seed=5)[0]["input_ids"]
+        shift = model.eval()(ids).logits - tiny.gpt2().eval()(ids).logits
+    expected_shift = ((counts + 3) / (expected + 3)).log().expand_as(shift)
+    torch.testing.assert_close(shift, expected_shift, rtol=1e-4, atol=1e-4)
+
+
+def test_left_out_where_there_is_nothing_to_gain():
+    model = adapted()
+    report = initialize_lreg_weights(model, as_expected(), output_start=True, show_progress=False)
+    assert report.pseudocount is None or report.loss_before - report.heldout_after < 0.02
+    ids = skewed()[0]["input_ids"]
+    if report.pseudocount is None:
+        assert report.size == 0
+        assert report.loss_after == report.loss_before
+        assert torch.equal(model.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
+
+
+def test_without_it_the_function_stays():
+    model = adapted(**HEADS["linear"])
+    assert initialize_lreg_weights(model, skewed(), method="gradient", show_progress=False) is None
+    ids = skewed()[0]["input_ids"]
+    assert torch.equal(model.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
+
+
+def test_refused_without_a_shortcut_on_the_head():
+    model = adapted(target_modules=["mlp"])
+    before = tiny.state(model)
+    with pytest.raises(ValueError, match=r"output_start=True is about a shortcut on the output head .* target_modules"):
+        initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    assert tiny.same_state(before, tiny.state(model))
+
+
+def test_a_failure_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch):
+    model = adapted(init_weights="pca")
+    before = tiny.state(model)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output_start, "_shifts", fail)
+    with pytest.raises(KeyboardInterrupt):
+        initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    assert tiny.same_state(before, tiny.state(model))
+    assert all("default" in layer.start_is_owed for layer in tiny.layers(model))
+
+
+def test_labels_that_never_count():
+    model = adapted()
+    ids = skewed()[0]["input_ids"]
+    batches = [{"input_ids": ids, "labels": torch.full_like(ids, -100)}] * 2
+    with pytest.raises(ValueError, match=r"a start of '.*lm_head' needs labels.*ignored \(-100\)"):
+        initialize_lreg_weights(model, batches, method="pca", output_start=True, show_progress=False)

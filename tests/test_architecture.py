@@ -33,9 +33,11 @@ ORDER = [
     ["tuner.config", "tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
     ["tuner.targets", "tuner.hooks.backbone", "tuner.hooks.reminder", "training.tracking"],
+    ["tuner.hooks.output_head"],
+    ["tuner.hooks.head_loss"],
     ["training.initialization", "fitting.output_shortcut"],
-    ["tuner.hooks.output_head", "training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
-    ["tuner.hooks.head_loss", "fitting.cached_forward", "fitting.coefficients"],
+    ["training.mesh_update", "plotting", "tuner.grades", "fitting.linearize"],
+    ["fitting.cached_forward", "fitting.coefficients"],
     ["tuner.model", "training.callback", "fitting.feature_cache", "fitting.meshes"],
 ]
 

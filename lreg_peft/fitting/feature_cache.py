@@ -15,19 +15,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from .._version import __version__
 from ..core.distributed import barrier, from_main, gather_objects, raise_together, rank_and_world
-from ..labels import Rows
+from ..labels import Objective, Rows
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_shortcut import Terminal, find_terminal, trained_elsewhere
@@ -67,7 +68,7 @@ class FeatureCache(Dataset):
             raise FileNotFoundError(f"there is no complete feature cache at {self.path}: build it with cache_features.")
         self.stamp: dict[str, Any] = json.loads((self.path / _STAMP).read_text(encoding="utf-8"))
         #: "cross_entropy", "binary_cross_entropy" or "squared_error".
-        self.objective: str = self.stamp["objective"]
+        self.objective: Objective = self.stamp["objective"]
         width, target_width = self.stamp["in_features"], self.stamp["target_width"]
         self._features, self._targets, self._offsets = [], [], []
         for shard in range(self.stamp["shards"]):
@@ -82,6 +83,14 @@ class FeatureCache(Dataset):
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @property
+    def total_dataset_length(self) -> int:
+        """What accelerate cuts the last batch of an evaluation to, by the number of samples; 0: not at all.
+
+        Where samples have several rows, it would cut rows.
+        """
+        return len(self) if self.n_rows == len(self) else 0
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Rows of one sample: features `[rows, in_features]`, labels `[rows]` or `[rows, out_features]`."""
         if not -len(self) <= index < len(self):
@@ -93,7 +102,9 @@ class FeatureCache(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Put the rows of several samples one under another."""
+        """Put the rows of several samples one under another; samples of another data set become a batch as usual."""
+        if samples and "features" not in samples[0]:  # of an evaluation set that was not cached
+            return default_data_collator(list(samples))  # type: ignore[no-any-return]
         return {name: torch.cat([sample[name] for sample in samples]) for name in ("features", "labels")}
 
     def chunks(self, rows_per_chunk: int = 4096) -> Iterator[Rows]:
@@ -153,8 +164,8 @@ def cache_features(
 
     Args:
         model: a model whose LReg adapter is on its output module, and on nothing else, with a frozen rest.
-        data: a data set of samples (dictionaries with labels), or a data loader or other iterable of batches that
-            gives the same ones in the same order every time.
+        data: a data set of samples (dictionaries with labels; also an iterable one, of which each process gives its own
+            part), or a data loader or other iterable of batches that gives the same ones in the same order every time.
         path: folder of the cache.
         adapter_name: the adapter to train; None takes the active one.
         batch_size: samples of a data set per forward pass; None if the items of `data` are batches already.
@@ -202,8 +213,7 @@ def cache_features(
     if from_main((path / _STAMP).is_file()):
         differences = _differences(path, stamp)
         if not differences:
-            accept_features(terminal)
-            return FeatureCache(path)
+            return _opened(path, terminal)
         if not overwrite:
             raise ValueError(
                 f"the feature cache at {path} does not fit: {'; '.join(differences)}. Give another path, or "
@@ -212,8 +222,14 @@ def cache_features(
     elif from_main(path.exists() and any(path.iterdir())) and not overwrite:
         raise ValueError(f"{path} exists and is not a feature cache. Give another path, or overwrite=True.")
     _build(terminal, batches, path, stamp, dtype, rank, bar)
-    accept_features(terminal)
-    return FeatureCache(path)
+    return _opened(path, terminal)
+
+
+def _opened(path: Path, terminal: Terminal) -> FeatureCache:
+    """The cache, with the model prepared for it."""
+    cache = FeatureCache(path)
+    accept_features(terminal, cache.objective)
+    return cache
 
 
 class _Batches:
@@ -239,13 +255,20 @@ class _Batches:
         self._collate = collate_fn or default_data_collator
         self._batch_size = batch_size
         self._samples: range | None = None
+        streams = _is_stream(data)
+        self._streams_samples = streams and batch_size is not None
         gives_batches = batch_size is None or isinstance(data, DataLoader) or not hasattr(data, "__getitem__")
-        if isinstance(data, Sized) and not gives_batches:
+        if isinstance(data, Sized) and not gives_batches and not streams:
             length = len(data)
             share = -(-length // world)
             self._samples = range(min(rank * share, length), min((rank + 1) * share, length))
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._streams_samples and self._batch_size is not None:
+            samples = iter(self._data)
+            while batch := list(islice(samples, self._batch_size)):
+                yield self._collate(batch)
+            return
         if self._samples is None or self._batch_size is None:
             yield from self._data
             return
@@ -264,6 +287,12 @@ class _Batches:
         for batch in tqdm(self, total=self.total(), desc="feature cache: data", disable=not show_progress):
             _digest_batch(digest, batch)
         return digest.hexdigest()
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether `data` is a data set of samples that can only be gone through, of torch or of `datasets`."""
+    kinds = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
+    return isinstance(data, IterableDataset) or "datasets.IterableDataset" in kinds
 
 
 def _digest_batch(digest: Any, batch: Any) -> None:

@@ -33,6 +33,7 @@ ORDER = [
     ["tuner.config", "tuner.penalty", "tuner.statistics"],
     ["tuner.layer"],
     ["tuner.targets", "tuner.hooks.backbone", "tuner.hooks.reminder", "training.tracking"],
+    ["tuner.hooks.native_transformer"],
     ["tuner.hooks.output_head"],
     ["tuner.hooks.head_loss"],
     ["training.initialization", "fitting.output_shortcut"],

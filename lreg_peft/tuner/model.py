@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import DATA_STARTS, LRegConfig
-from .hooks import backbone, head_loss, output_head, reminder
+from .hooks import backbone, head_loss, native_transformer, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
 from .targets import (
     default_targets,
     feature_sizes,
+    leave_out_uncalled,
     mesh_size,
     release_targeted_heads,
     resolve_targets,
@@ -44,6 +45,7 @@ class LRegModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = default_targets(self.model, peft_config)
         release_targeted_heads(peft_config)
+        leave_out_uncalled(self.model, peft_config)
         if peft_config.previous_grades:
             # For classification PEFT adds its head names unasked. A grade stands on the head of the grades before it.
             peft_config.modules_to_save = None
@@ -90,6 +92,7 @@ class LRegModel(BaseTuner):
         backbone.install(model)
         output_head.install(model)
         head_loss.install(model)
+        native_transformer.install(model)
         if self.peft_config[adapter_name].init_weights in DATA_STARTS:
             reminder.install(model)
         if hasattr(model, "add_model_tags"):

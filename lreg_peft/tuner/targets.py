@@ -126,6 +126,7 @@ def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     if config.target_modules is None:
         config.target_modules = default_targets(model, config)
     release_targeted_heads(config)
+    leave_out_uncalled(model, config)
     return TargetReport(tuple(resolve_targets(model, config)))
 
 
@@ -136,6 +137,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
     for name in names:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_is_called(model, name)
         _check_supported(name, base)
         in_features, out_features = feature_sizes(name, base, config)
         n_components, dof = mesh_size(name, config)
@@ -198,6 +200,38 @@ def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> i
             "give the grade target_modules of a previous one."
         )
     return layer.lreg_nodes[below].numel()
+
+
+def leave_out_uncalled(model: nn.Module, config: LRegConfig) -> None:
+    """Exclude from "all-linear" the linear layers that torch never calls, and say so."""
+    if config.target_modules != "all-linear" or isinstance(config.exclude_modules, str):
+        return
+    uncalled = [name for name, _ in model.named_modules() if name and _is_never_called(model, name)]
+    new = [name for name in uncalled if name not in (config.exclude_modules or [])]
+    if new:
+        config.exclude_modules = [*(config.exclude_modules or []), *new]
+        warnings.warn(
+            f"'all-linear' leaves out {', '.join(map(repr, new))}: nn.MultiheadAttention reads their weights and never "
+            "calls them. A shortcut can go around the attention module itself.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _is_never_called(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the output projection of torch's attention, of which only the weight is used."""
+    parent, _, child = name.rpartition(".")
+    attention = model.get_submodule(parent)
+    attention = attention.get_base_layer() if isinstance(attention, BaseTunerLayer) else attention
+    return child == "out_proj" and isinstance(attention, nn.MultiheadAttention)
+
+
+def _check_is_called(model: nn.Module, name: str) -> None:
+    if _is_never_called(model, name):
+        raise ValueError(
+            f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it, so that a "
+            f"shortcut there would have no part in anything. Target {name.rpartition('.')[0]!r}, the attention itself."
+        )
 
 
 def _check_supported(name: str, module: nn.Module) -> None:

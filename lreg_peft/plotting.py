@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .modules import eval_mode
-from .training.tracking import Site, all_sites
+from .tuner.sites import Site, all_sites
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

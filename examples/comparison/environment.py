@@ -11,6 +11,7 @@ from typing import Any
 
 import accelerate
 import peft
+import psutil
 import tokenizers
 import torch
 import transformers
@@ -21,6 +22,8 @@ import lreg_peft
 from comparison.errors import UserError
 from comparison.options import MAX_THREADS
 
+# Set by `accelerate launch` and `torchrun` for the processes they start.
+_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -35,10 +38,25 @@ def start_processes() -> PartialState:
 
 
 def set_threads(n_threads: int | None) -> None:
-    """Use all usable cores: `accelerate launch` sets one thread per process unless told otherwise."""
+    """As many threads as the option says, else OMP_NUM_THREADS, else all usable cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, usable // PartialState().num_processes)
-    torch.set_num_threads(n_threads or min(share, MAX_THREADS))
+    torch.set_num_threads(n_threads or threads_from_environment() or min(share, MAX_THREADS))
+
+
+def threads_from_environment() -> int | None:
+    """OMP_NUM_THREADS if the user has set it; None if not, or if it is no number of threads.
+
+    `accelerate launch` and `torchrun` set it to 1 where it is missing, which would leave all cores but one idle. What
+    the launcher itself was started with tells the two cases apart.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value == "1" and any(name in os.environ for name in _LAUNCHERS):
+        try:
+            value = psutil.Process().parent().environ().get("OMP_NUM_THREADS", "")
+        except (AttributeError, psutil.Error):  # no launcher any more, or not ours to look at
+            value = ""
+    return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
 def make_folder(path: Path) -> None:

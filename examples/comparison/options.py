@@ -53,6 +53,14 @@ class ComparisonArguments:
     bf16: bool = option(False, "Train in bfloat16 autocast instead of float32.")
     lr_trials: int | None = option(None, "Learning rates tried for every method.")
     lr_ratio: float = option(3.0, "Ratio of neighbouring learning rates in a grid.")
+    lr_refine: int = option(
+        0,
+        "So many further learning rates for every method: beyond the edge of the grid where the best one is at an "
+        "edge, else between the best one and the better of its neighbours.",
+    )
+    lr_extend: int = option(
+        0, "After those, at most so many further learning rates for methods whose best one is still at an edge."
+    )
     learning_rates: list[str] = option([], "Grids to use instead of the built-in ones: NAME=RATE,RATE,... ...")
     seeds: list[int] = option(
         [42], "One run per seed: data order and start of adapter and new head; the first one chooses the learning rate."
@@ -79,7 +87,8 @@ class RunArguments:
     progress: bool = option(True, "Show a progress bar.")
     num_threads: int | None = option(
         None,
-        f"Threads per process (default: the usable cores divided among the processes, at most {MAX_THREADS}).",
+        "Threads per process (default: OMP_NUM_THREADS where it is set, else the usable cores divided among the "
+        f"processes, at most {MAX_THREADS}).",
     )
     report_to: list[str] = option(["none"], "Trackers, as in TrainingArguments: tensorboard, trackio, wandb, ...")
     push_to_hub: str | None = option(
@@ -89,7 +98,13 @@ class RunArguments:
 
 
 class Parser(HfArgumentParser):
-    """An argument parser whose complaint is one sentence."""
+    """An argument parser whose complaint is one sentence, and whose help of `--no_x` is not that of `--x`."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Where an option is on by default, `HfArgumentParser` adds its opposite with the same help."""
+        if options.get("action") == "store_false" and names[0].startswith("--no_"):
+            options["help"] = f"Switch --{names[0].removeprefix('--no_')} off."
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise what the script turns into a sentence and an exit code."""
@@ -157,6 +172,8 @@ def check(comparison: ComparisonArguments, run: RunArguments) -> None:
         warmup_ratio=(comparison.warmup_ratio, 0),
         weight_decay=(comparison.weight_decay, 0),
         lr_trials=(comparison.lr_trials, 1),
+        lr_refine=(comparison.lr_refine, 0),
+        lr_extend=(comparison.lr_extend, 0),
         eval_steps=(comparison.eval_steps, 1),
         patience=(comparison.patience, 1),
         num_threads=(run.num_threads, 1),

@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 PICTURE_FILE = "results.png"
 #: Without the grey, which is the base model's.
-COLORS = [color for color in plt.get_cmap("tab10").colors if len(set(color)) > 1]
+COLORS = [color for color in plt.get_cmap("tab10").colors if len(set(color)) > 1]  # type: ignore[attr-defined]
 
 
 def write_picture(report: Report, directory: Path) -> None:
@@ -53,9 +53,11 @@ def write_picture(report: Report, directory: Path) -> None:
 
 
 def _frame(panels: Any, rows: Sequence[Row]) -> None:
-    for axes, values in zip(
-        panels, ([row.trainable_parameters for row in rows], [row.training_seconds or 1.0 for row in rows]), strict=True
-    ):
+    scales: list[list[float]] = [
+        [row.trainable_parameters for row in rows],
+        [row.training_seconds or 1.0 for row in rows],
+    ]
+    for axes, values in zip(panels, scales, strict=True):
         low, high = min(values) / 1.5, max(values) * 1.5
         axes.set_xscale("log")
         axes.set_xlim(low, high)

@@ -1,5 +1,7 @@
 """What FSDP wants of a model before it divides it among processes."""
 
+from typing import Any
+
 from peft import PeftModel
 from torch import nn
 
@@ -12,7 +14,7 @@ def shard_by_layer(model: nn.Module) -> None:
     The other units are to be the layers, and not the embeddings of BERT and RoBERTa: these would be sharded twice, and
     torch refuses that. It also refuses a parameter in two places, unless embeddings and output layer share it.
     """
-    backbone = model.get_base_model() if isinstance(model, PeftModel) else model
+    backbone: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     units = getattr(backbone, "_no_split_modules", None) or ()
     backbone._no_split_modules = [name for name in units if not name.endswith("Embeddings")]
 

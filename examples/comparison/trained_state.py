@@ -66,7 +66,7 @@ def save_trained(model: nn.Module, state: State, directory: Path) -> int:
         # Without the output embedding, which PEFT would add to an adapter on the head: it is the base model's.
         model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     elif all(parameter.requires_grad for parameter in model.parameters()):
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
     else:
         save_file(state, directory / TRAINED_FILE)
     return weight_bytes(directory)

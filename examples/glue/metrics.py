@@ -1,4 +1,4 @@
-"""The official figures of the GLUE tasks, from `evaluate` where its script can be loaded, else from scikit-learn.
+"""The official figures of the GLUE tasks, from `evaluate` where its script can be loaded, else computed here.
 
 Both ways compute the same: the script of `evaluate` calls scikit-learn for Matthews' correlation and F1, and SciPy for
 the correlations of Pearson and Spearman.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from comparison.hub import prefer_cache_if_unreachable
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tasks import Task
 
@@ -17,32 +18,12 @@ Figures = dict[str, float]
 Metric = Callable[[np.ndarray, np.ndarray], Figures]
 
 
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Linear correlation; NaN where one side does not vary."""
-    x, y = (np.asarray(side, dtype=np.float64) for side in (predictions, labels))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0.0 else math.nan
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)  # rank of the last member of each group of equal values
-    return (last - (count - 1) / 2)[group]
-
-
-def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation of the ranks."""
-    return pearson(average_ranks(predictions), average_ranks(labels))
-
-
 FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda predictions, labels: float(accuracy_score(labels, predictions)),
     "f1": lambda predictions, labels: float(f1_score(labels, predictions, zero_division=0.0)),
     "matthews_correlation": lambda predictions, labels: float(matthews_corrcoef(labels, predictions)),
-    "pearson": pearson,
-    "spearmanr": spearman,
+    "pearson": lambda predictions, labels: float(pearsonr(predictions, labels).statistic),
+    "spearmanr": lambda predictions, labels: float(spearmanr(predictions, labels).statistic),
 }
 
 

@@ -244,7 +244,9 @@ def masked_evaluation_batches(
     """
     begin, end = block_ends(tokenizer)
     parts = tokens.split(block_size - len(begin) - len(end))
-    samples = [{"input_ids": [*begin, *part.tolist(), *end], "index": index} for index, part in enumerate(parts)]
+    samples: list[dict[str, Any]] = [
+        {"input_ids": [*begin, *part.tolist(), *end], "index": index} for index, part in enumerate(parts)
+    ]
     full = [sample for sample in samples if len(sample["input_ids"]) == block_size]
     groups = [full[start : start + batch_size] for start in range(0, len(full), batch_size)]
     batches = [masking(group) for group in [*groups, samples[len(full) :]] if group]

@@ -1,6 +1,7 @@
 """The numerical core: pure functions on torch tensors, without PEFT or Transformers."""
 
-from .adapt import AdaptedMesh, adapt_mesh, interpolate
+from .adapt.move import AdaptedMesh, adapt_mesh
+from .adapt.transfer import interpolate
 from .basis import (
     curvature_penalty,
     dense_is_faster,
@@ -10,10 +11,11 @@ from .basis import (
     evaluate_profile,
     expand_basis,
     hat_basis,
+    weighted_rows,
 )
 from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
-from .mesh import check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
+from .mesh import active_nodes, check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
 from .product import add_basis, add_product
 from .solve.cross_entropy import solve_cross_entropy
 from .solve.least_squares import solve_least_squares
@@ -28,6 +30,7 @@ __all__ = [
     "PiecewiseLinearFit",
     "Processes",
     "Solution",
+    "active_nodes",
     "adapt_mesh",
     "add_basis",
     "add_product",
@@ -50,4 +53,5 @@ __all__ = [
     "solve_cross_entropy",
     "solve_least_squares",
     "uniform_nodes",
+    "weighted_rows",
 ]

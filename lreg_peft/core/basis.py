@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mesh import check_coords, check_nodes, locate, take
+from .mesh import active_nodes, check_coords, check_nodes, locate, take
 
 Form = Literal["auto", "dense", "gather"]
 
@@ -183,15 +183,27 @@ def evaluate_factored(
 
 def _gather(element: Tensor, local: Tensor, table: Tensor, dof: int) -> Tensor:
     """Two-row form of `evaluate`: `[..., components]` twice and `[components * dof, out]` -> `[..., out]`."""
-    components = element.shape[-1]
-    first = element + torch.arange(components, device=element.device) * dof  # row of `table` left of each coordinate
-    rows = torch.stack((first, first + 1), dim=-1).reshape(-1, 2 * components)
-    weights = torch.stack((1 - local, local), dim=-1).reshape(-1, 2 * components)
+    return weighted_rows(*active_nodes(element, local, dof), table)
+
+
+def weighted_rows(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Sum some rows of a table with weights: a function from its `active_nodes`, whatever the mesh.
+
+    Args:
+        rows: int64 `[..., m]`.
+        weights: `[..., m]`, the dtype of `table`.
+        table: `[K, out_features]`.
+
+    Returns:
+        `[..., out_features]`; differentiable in `weights` and `table`, once.
+    """
+    m = rows.shape[-1]
+    flat, flat_weights = rows.reshape(-1, m), weights.reshape(-1, m)
     if reverse_mode_only():
-        total = _WeightedRows.apply(rows, weights, table)  # type: ignore[no-untyped-call]
+        total = _WeightedRows.apply(flat, flat_weights, table)  # type: ignore[no-untyped-call]
     else:
-        total = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-    return total.reshape(*element.shape[:-1], table.shape[1])
+        total = F.embedding_bag(flat, table, per_sample_weights=flat_weights, mode="sum")
+    return total.reshape(*rows.shape[:-1], table.shape[1])
 
 
 def reverse_mode_only() -> bool:

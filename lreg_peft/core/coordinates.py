@@ -27,8 +27,13 @@ def project(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor:
     Returns:
         `[..., components]` in (0, 1), fp32 or fp64.
     """
+    return torch.sigmoid(project_linear(features, projection, bias))
+
+
+def project_linear(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor:
+    """z = P x + b, what `project` takes the sigmoid of: `[..., components]`, in the same precision."""
     dtype = coordinate_dtype(features, projection)
-    return torch.sigmoid(F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype)))
+    return F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype))
 
 
 def initial_projection(
@@ -53,19 +58,20 @@ def initial_projection(
     return torch.nn.init.orthogonal_(projection, gain=LOGISTIC_NORMAL_SCALE)
 
 
-def standard_profile(nodes: Tensor) -> Tensor:
-    """Scalar functions for the factored head to start from: affine in u, mean 1 and variance 1 for uniform u.
+def standard_profile(nodes: Tensor, mean: float = 1.0) -> Tensor:
+    """Scalar functions for the factored head to start from: affine in u, variance 1 for uniform u.
 
     With a mean of zero the output vector would first learn what varies with u alone. A change of domain asks for a
     constant shift above all, and with a mean of one the same vector starts on both.
 
     Args:
         nodes: `[components, dof]` on [0, 1].
+        mean: for uniform u.
 
     Returns:
         `[components, dof]`, the values at the nodes.
     """
-    return 1 + math.sqrt(12) * (nodes - 0.5)
+    return mean + math.sqrt(12) * (nodes - 0.5)
 
 
 def principal_axes(samples: Tensor, n_components: int) -> Tensor:

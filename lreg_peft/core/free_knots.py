@@ -17,8 +17,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapt import MAX_SHIFT, adapt_mesh, element_sums, removal_cost, remove
-from .mesh import MIN_RELATIVE_ELEMENT, check_nodes, coordinate_dtype, locate, quantile_nodes
+from .adapt.exchange import MAX_SHIFT, remove
+from .adapt.indicators import element_sums, removal_cost
+from .adapt.move import adapt_mesh
+from .mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]
 
@@ -318,9 +320,8 @@ def _solve(x: Tensor, y: Tensor, nodes: Tensor, ridge: float) -> _Solved:
     n_samples, out = y.shape
     n_halves = 2 * components * (dof - 1)
     element, local = locate(x, nodes, validate=False)
-    first = 2 * (element + torch.arange(components, device=x.device) * (dof - 1))
-    index = torch.stack((first, first + 1), dim=-1).flatten(1)  # [n_samples, 2 * components]
-    weight = torch.stack((1 - local, local), dim=-1).flatten(1)
+    # Halves are the hat functions of a mesh that is broken at every node: [n_samples, 2 * components].
+    index, weight = active_nodes(2 * element, local, 2 * (dof - 1))
     gram = x.new_zeros(n_halves * n_halves)
     target = x.new_zeros(n_halves, out)
     chunk = max(1, _CHUNK // (2 * components * max(2 * components, out)))

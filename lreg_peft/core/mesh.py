@@ -197,7 +197,43 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
     return element, local
 
 
+def active_nodes(element: Tensor, local: Tensor, dof: int) -> tuple[Tensor, Tensor]:
+    """Which coefficients a row reads, and with which weights: two per component; on simplices there are d + 1.
+
+    Args:
+        element: int64 `[..., components]`, from `locate`.
+        local: `[..., components]`, from `locate`.
+        dof: nodes per component.
+
+    Returns:
+        rows: int64 `[..., 2 * components]`, rows of the table `[components * dof, ...]` of all components.
+        weights: `[..., 2 * components]`, the dtype of `local`; those of a component sum to one.
+    """
+    first = element + torch.arange(element.shape[-1], device=element.device) * dof
+    return torch.stack((first, first + 1), dim=-1).flatten(-2), torch.stack((1 - local, local), dim=-1).flatten(-2)
+
+
 def take(values: Tensor, element: Tensor) -> Tensor:
     """`values[i, element[..., i]]` for every component i; values `[components, m]`, element `[..., components]`."""
     flat = element.reshape(-1, element.shape[-1])  # [N, components]
     return values.T.gather(0, flat).reshape(element.shape)
+
+
+def as_mesh(proposal: Tensor, nodes: Tensor) -> Tensor:
+    """`proposal` with elements that are long enough and the dtype and ends of `nodes`.
+
+    A mesh far from zero for its length may not be resolved by its dtype: such a component keeps its old nodes when
+    the proposal, rounded, has equal neighbours.
+    """
+    new = separate_nodes(proposal).to(nodes.dtype)
+    new = torch.cat((nodes[:, :1], new[:, 1:-1], nodes[:, -1:]), dim=1)
+    if new.shape != nodes.shape:
+        return new
+    rising = (new.diff(dim=1) > 0).all(dim=1, keepdim=True)
+    return torch.where(rising, new, nodes)
+
+
+def midpoints(nodes: Tensor, element: Tensor) -> Tensor:
+    """Midpoints of the elements `[components, k]`."""
+    left, right = nodes.gather(1, element), nodes.gather(1, element + 1)
+    return left + (right - left) / 2

@@ -1,21 +1,32 @@
 """Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
-from ..core.distributed import AllProcesses, raise_together, rank_and_world, tensor_from_main
+from ..core.checks import anything, checked, number, whole
+from ..core.distributed import (
+    AllProcesses,
+    gather_objects,
+    rank_and_world,
+    require_equal,
+    require_equal_models,
+    tensor_from_main,
+    together,
+)
 from ..core.solve.problem import Report, check_options, rows_at_once
 from ..labels import Objective, Rows
 from ..modules import eval_mode
+from ..tuner.heads import Encoded
 from ..tuner.hooks import reminder
 from .output_shortcut import Terminal, find_terminal
 
@@ -28,8 +39,13 @@ class RowSource(Protocol):
         """All rows, at most `rows_per_chunk` at a time."""
 
 
-# In this order the largest index is right where some processes have no rows.
-_OBJECTIVES: tuple[Objective | None, ...] = (None, *get_args(Objective))
+@runtime_checkable
+class StoredRows(RowSource, Protocol):
+    """Rows that were made with one model, and are rows of no other."""
+
+    def check_belongs_to(self, terminal: Terminal) -> None:
+        """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
+
 
 Data = Iterable[Mapping[str, Any]] | RowSource
 
@@ -39,7 +55,10 @@ class CoefficientFit(Certificate):
     """What a fit reached: a `core.Certificate` of the weights that are in the model now.
 
     The objective P is the model's mean loss over the labels plus `ridge / 2` times the sum of the squared weights;
-    `gap` bounds how far it is from the smallest P that any weights reach.
+    `gap` bounds how far it is from the smallest P that any weights reach. (For regression without a ridge,
+    `gap + left_out` does; see `core.Certificate`.) Both are those of the weights as they are stored, rounded to the
+    dtype of the adapter, and of logits and losses that are computed in fp32 or fp64. A model in bf16 or fp16 rounds its
+    own logits, by up to 0.4 or 0.05 %, which moves the loss it reports to either side of P; `message` says so then.
 
     Attributes:
         module: name of the wrapped module.
@@ -52,6 +71,7 @@ class CoefficientFit(Certificate):
     n_rows: int
 
 
+@checked(stage=together, ridge=anything, tolerance=number(above=0), max_passes=whole(3))
 def fit_coefficients(
     model: nn.Module,
     data: Data,
@@ -94,22 +114,37 @@ def fit_coefficients(
 
     Raises:
         ValueError: if the fit is not convex (shortcuts inside the network), if the model changes or weights its output
-            in a way that rows cannot repeat, and for empty or non-finite data, labels outside the classes, or options
-            out of range. The model is then as it was.
+            in a way that rows cannot repeat; for empty or non-finite data, labels outside the classes (or outside
+            [0, 1] where each output is yes or no), a cache of another model, or options out of range; and if processes
+            differ in the model or the options. The model is then as it was. What one process raises, all raise.
         TypeError: if a batch is not a dictionary.
-        RuntimeError: if another process stopped with an error.
 
     Warns:
         RuntimeWarning: if the tolerance was not reached, with the option to change.
         UserWarning: if the start from data that the configuration promises has not been made.
     """
-    terminal = find_terminal(model, adapter_name)
-    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    terminal = begin(model, adapter_name, tolerance, max_passes, ridge=ridge)
     problem = FitProblem(terminal, data, ridge, show_progress)
     problem.warn_of_missing_start()
     fit = problem.solve(tolerance, max_passes)
     problem.write(fit.table)
     return fit.summary
+
+
+def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> Terminal:
+    """The shortcut to fit, after all that can be checked before any work, on all processes together."""
+    with together():
+        terminal = find_terminal(model, adapter_name)
+        check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)
+    require_equal(
+        {"adapter_name": terminal.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
+        "Give every process the same options.",
+    )
+    require_equal_models(
+        terminal.model,
+        "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
+    )
+    return terminal
 
 
 @dataclass(frozen=True)
@@ -135,22 +170,22 @@ class FitProblem:
         self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
         # A weight, of the base module if it has one, for device and dtype of the features.
         self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
-        self._coords: list[Tensor] = []
+        self._latents: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
         self.objective: Objective | None = None
-        error: Exception | None = None
-        try:
-            with torch.no_grad(), eval_mode(terminal.model):
-                for rows in self._read(data):
-                    self._add(rows)
-        except Exception as caught:
-            error = caught
-        raise_together(error)
+        with together(), torch.no_grad(), eval_mode(terminal.model):
+            if isinstance(data, StoredRows):
+                data.check_belongs_to(terminal)
+            for rows in self._read(data):
+                self._add(rows)
         n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))]))
         self.n_rows = int(sum(n_rows))
-        kinds = self.processes.gather(torch.tensor([_OBJECTIVES.index(self.objective)]))
-        self.objective = _OBJECTIVES[int(max(kinds))]  # a process without rows does not know
+        found: list[Objective | None] = gather_objects(self.objective)
+        kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
+        self.objective = kinds[0] if kinds else None  # a process without rows does not know
         if not self.n_rows:
             raise ValueError(
                 "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
@@ -183,6 +218,8 @@ class FitProblem:
                 f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
                 "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
             )
+        if self.ridge == math.inf:
+            raise ValueError("ridge must be finite, got inf.")
         self.objective = objective
         features, targets = rows
         for name, tensor in (("features", features), ("labels", targets)):
@@ -191,7 +228,8 @@ class FitProblem:
                     f"the {name} of {self.terminal.name!r} must be finite, got NaN or infinite values after row "
                     f"{sum(map(len, self._targets))}."
                 )
-        self._coords.append(self.layer.coords(self.adapter, features))
+        check_yes_or_no(objective, targets)
+        self._latents.append(self.layer.encode(self.adapter, features).latent)
         self._targets.append(targets)
         if self._keep_offsets:
             self._sources.append(self.terminal.base_output(features))
@@ -205,24 +243,25 @@ class FitProblem:
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""
-        for coords, targets, offset in self._passes():
-            basis = self.layer.design(self.adapter, coords)
+        for latent, targets, offset in self._passes():
+            code = Encoded.of(latent)
+            basis = self.layer.design(self.adapter, code)
             offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
             if targets.is_floating_point():
                 targets = targets.to(basis.dtype)
-            yield coords, Chunk(basis, targets, offset)
+            yield code.coords, Chunk(basis, targets, offset)
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Coordinates, targets, offsets, a bounded number of rows at a time."""
+        """Latents (see `Encoded`), targets, offsets, a bounded number of rows at a time."""
         if self._cache is not None:
             again = (features for features, _ in self._own_chunks(self._cache))
-            for coords, targets, features in zip(self._coords, self._targets, again, strict=True):
-                yield coords, targets, self.terminal.base_output(features)
+            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
+                yield latent, targets, self.terminal.base_output(features)
             return
         rows = rows_at_once(self.out_features, self._place.device)
-        for coords, targets, sources in zip(self._coords, self._targets, self._sources, strict=True):
-            for c, t, source in zip(coords.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield c, t, source if self._keep_offsets else self.terminal.base_output(source)
+        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
+            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
+                yield z, t, source if self._keep_offsets else self.terminal.base_output(source)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the rows, for the solvers."""
@@ -247,6 +286,7 @@ class FitProblem:
                 processes=self.processes,
                 report=report,
             )
+        solution = replace(solution, message=solution.message + self._remark_on_precision())
         certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
         summary = CoefficientFit(**certificate, module=self.terminal.name, adapter=self.adapter, n_rows=self.n_rows)
         return Fitted(tensor_from_main(solution.coefficients), summary)
@@ -256,8 +296,32 @@ class FitProblem:
         """Put weights `[K, out_features]`, in the order of `LRegLayer.table`, into the model, in place."""
         weights = self.layer.output_weights(self.adapter)
         parts = table.split([weight.numel() // self.out_features for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.copy_(part.view_as(weight))
+        before = [weight.clone() for weight in weights]
+        try:
+            for weight, part in zip(weights, parts, strict=True):
+                weight.copy_(part.view_as(weight))
+        except BaseException:  # an interruption
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+            raise
+
+    def _remark_on_precision(self) -> str:
+        dtype = self._place.dtype
+        if dtype.itemsize >= 4:
+            return ""
+        return (
+            f" The figures are those of the stored weights in fp32 and fp64; the model computes in {dtype}, whose "
+            "rounding comes on top in the loss that it reports."
+        )
+
+
+def check_yes_or_no(objective: Objective, targets: Tensor) -> None:
+    """Raise a `ValueError` for labels that binary cross-entropy has no minimum for."""
+    if objective == "binary_cross_entropy" and len(targets) and not 0 <= targets.min() <= targets.max() <= 1:
+        raise ValueError(
+            "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
+            f"{float(targets.min()):.6g} to {float(targets.max()):.6g}; other values are for 'regression'."
+        )
 
 
 @contextmanager

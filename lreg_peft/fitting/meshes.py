@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Chunk
-from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh, element_moments, element_sums, node_gradient
-from ..core.distributed import tensor_from_main
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.checks import anything, checked, number, whole
+from ..core.distributed import together
 from ..core.mesh import locate
-from ..core.solve.problem import check_options
 from ..labels import Objective
 from ..modules import eval_mode
 from ..plotting import new_figure
-from ..training.mesh_update import Move
-from ..training.tracking import Site
-from .coefficients import CoefficientFit, Data, FitProblem, Fitted
-from .output_shortcut import find_terminal
+from ..tuner.moves import Move, Tentative, agreed
+from ..tuner.sites import Site
+from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,6 +68,15 @@ class MeshFit:
         return figure
 
 
+@checked(
+    stage=together,
+    ridge=anything,
+    tolerance=number(above=0),
+    max_moves=whole(0),
+    strategy=anything,
+    n_refine=whole(0),
+    max_passes=whole(3),
+)
 def fit_meshes(
     model: nn.Module,
     data: Data,
@@ -110,10 +119,10 @@ def fit_meshes(
         TypeError: as in `fit_coefficients`.
         RuntimeError: as in `fit_coefficients`.
     """
-    if max_moves < 0:
-        raise ValueError(f"max_moves must be at least 0, got {max_moves}.")
-    terminal = find_terminal(model, adapter_name)
-    check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)  # before any work
+    with together():
+        check_strategy(strategy)
+    options = {"ridge": ridge, "max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
+    terminal = begin(model, adapter_name, tolerance, max_passes, **options)
     above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
     if above:
         raise ValueError(
@@ -123,19 +132,15 @@ def fit_meshes(
     problem = FitProblem(terminal, data, ridge, show_progress)
     problem.warn_of_missing_start()
     site = Site(terminal.name, terminal.layer, terminal.adapter_name)
-    state = _State(site)
-    begun = state.copy()
-    try:
-        return _alternate(problem, site, state, tolerance, max_passes, max_moves, strategy, n_refine)
-    except BaseException:
-        state.restore(begun)
-        raise
+    with _changed(site) as whole:
+        result = _alternate(problem, site, tolerance, max_passes, max_moves, strategy, n_refine)
+        whole.keep()
+    return result
 
 
 def _alternate(
     problem: FitProblem,
     site: Site,
-    state: "_State",
     tolerance: float,
     max_passes: int,
     max_moves: int,
@@ -151,15 +156,16 @@ def _alternate(
         passes += 1
         if torch.equal(mesh.nodes, mesh.old_nodes):
             break
-        before = state.copy()
-        Move(site, mesh, (site.parameter.detach(),)).apply()
-        trial = _fitted(problem, tolerance, max_passes)
-        passes += trial.passes
-        if trial.objective < fits[-1].objective - fits[-1].gap:
+        with _changed(site) as move:
+            Move(site, mesh, (site.parameter.detach(),)).apply()
+            trial = _fitted(problem, tolerance, max_passes)
+            passes += trial.passes
+            if better := trial.objective < fits[-1].objective - fits[-1].gap:
+                move.keep()
+        if better:
             fits.append(trial)
             size = min(1.0, 2 * size)
             continue
-        state.restore(before)
         n_refused += 1
         size /= 2
         if strategy == "mrc" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
@@ -174,20 +180,9 @@ def _fitted(problem: FitProblem, tolerance: float, max_passes: int) -> Coefficie
     return fitted.summary
 
 
-class _State:
+def _changed(site: Site) -> Tentative:
     """Everything of an adapter that a move and a fit change."""
-
-    def __init__(self, site: Site) -> None:
-        weights = [site.parameter, *site.layer.output_weights(site.adapter)]
-        self.tensors = [site.nodes, *{id(weight): weight for weight in weights}.values()]
-
-    def copy(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def restore(self, copy: list[Tensor]) -> None:
-        for tensor, value in zip(self.tensors, copy, strict=True):
-            tensor.copy_(value)
+    return Tentative([site.nodes, site.parameter, *site.layer.output_weights(site.adapter)])
 
 
 @torch.no_grad()
@@ -222,7 +217,7 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
         node_gradient=gradient if exchange else None,
         size=size,
     )
-    return AdaptedMesh(tensor_from_main(mesh.nodes), nodes.clone())
+    return agreed(mesh)
 
 
 def _residual(objective: Objective | None, chunk: Chunk, table: Tensor) -> Tensor:

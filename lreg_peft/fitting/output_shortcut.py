@@ -30,7 +30,8 @@ from ..labels import (
 )
 from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.hooks.head_loss import defer_logits
-from ..tuner.layer import LRegLayer, first_tensor, layers_with_adapter
+from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.layout import first_tensor
 
 # Difference between a model's own logits and those computed from its rows that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

@@ -1,21 +1,21 @@
 """Mesh adaptation in a Transformers `Trainer`: when to call `update_meshes`, and what to log. No mathematics."""
 
-from collections import deque
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..core.adapt import Strategy
-from ..modules import eval_mode
+from ..core.adapt.move import Strategy, check_strategy
+from ..core.checks import anything, checked, number, whole
 from ..tuner import penalty
 from ..tuner.layer import LRegLayer
+from ..tuner.sites import movable_sites
 from ..tuner.statistics import DEFAULT_ROWS
+from .check_loss import RecentBatches, trainer_of
 from .mesh_update import MeshUpdate, node_spread, update_meshes
-from .tracking import movable_sites, track_statistics
+from .tracking import track_statistics
 
 Unit = Literal["steps", "epochs"]
 
@@ -27,8 +27,10 @@ class LRegCallback(TrainerCallback, ExportableState):
     """Moves the meshes of an LReg adapter while a `Trainer` trains it.
 
     Each move is tried on the last few training batches, in eval mode, and undone if the loss on them rises. Then the
-    next one is half as large; an accepted move restores the size. The batches are taken from the model's own inputs,
-    which must hold the labels.
+    next one is half as large; an accepted move restores the size. The loss is the one that the model returns, for which
+    its batches must hold the labels, or with label smoothing or a `compute_loss_func` what `Trainer` makes of it.
+
+    Every training begins with the given size and counters at zero, unless it resumes from a checkpoint.
 
     The Trainer's training logs (`log_history` and every reporter that was added after this callback) also get
     `lreg_node_spread`, `lreg_smallest_element`, `lreg_moves_accepted`, `lreg_moves_refused` and, with a
@@ -55,10 +57,24 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_hard_samples: hits per backward pass, for `"mrc"` only; see `track_statistics`.
 
     Raises:
+        TypeError: for options of a wrong type.
         ValueError: for options out of range; when training begins, if the model has no mesh that can move.
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
     """
 
+    @checked(
+        every=whole(1),
+        unit=anything,
+        start=number(),
+        stop=number(),
+        strategy=anything,
+        n_refine=whole(0),
+        size=number(),
+        n_check_batches=whole(0),
+        tolerance=number(0),
+        n_rows=whole(1),
+        n_hard_samples=whole(1),
+    )
     def __init__(
         self,
         every: int = 50,
@@ -75,18 +91,13 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_rows: int = DEFAULT_ROWS,
         n_hard_samples: int = 32,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
         if unit not in get_args(Unit):
             raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
         if not 0 <= start < stop <= 1:
             raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
-        if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
+        check_strategy(strategy)
         if not 0 < size <= 1:
             raise ValueError(f"size must lie in (0, 1], got {size}.")
-        if n_check_batches < 0:
-            raise ValueError(f"n_check_batches must be at least 0, got {n_check_batches}.")
         self._options: dict[str, Any] = {
             "every": every,
             "unit": unit,
@@ -109,10 +120,11 @@ class LRegCallback(TrainerCallback, ExportableState):
         self.n_refused = 0
         #: What the last `update_meshes` returned.
         self.last_update: MeshUpdate | None = None
-        self._batches: deque[tuple[Any, Any]] = deque(maxlen=n_check_batches)
         self._shape_logs: dict[str, float] = {}
         self._model: nn.Module | None = None
-        self._remove_hook: Callable[[], None] | None = None
+        self._trainer: Trainer | None = None
+        self._batches: RecentBatches | None = None
+        self._is_gathering = False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -126,7 +138,11 @@ class LRegCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Start gathering, if the first move is near."""
         self._close()  # of a training that broke off
-        self._model = kwargs["model"]
+        self._model, self._trainer = kwargs["model"], trainer_of(self)
+        if state.global_step == 0:  # not resumed
+            self.current_size = self._options["size"]
+            self.n_accepted = self.n_refused = 0
+            self.last_update = None
         self._describe_meshes(self._model)
         self._open_or_close(state)
 
@@ -185,7 +201,7 @@ class LRegCallback(TrainerCallback, ExportableState):
             adapter_name=self._options["adapter_name"],
             n_refine=self._options["n_refine"],
             size=self.current_size,
-            accept=(lambda: self._recent_loss(model)) if self._options["n_check_batches"] else None,
+            accept=None if self._batches is None else self._batches.loss,
             tolerance=self._options["tolerance"],
         )
         self.last_update = update
@@ -208,7 +224,7 @@ class LRegCallback(TrainerCallback, ExportableState):
             interval *= state.max_steps / max(state.num_train_epochs, 1)
         first, last = self._window(state)
         wanted = first - interval <= state.global_step <= last
-        if wanted and self._remove_hook is None and self._model is not None:
+        if wanted and not self._is_gathering and self._model is not None:
             by_hits = self._options["strategy"] == "mrc"
             track_statistics(
                 self._model,
@@ -216,34 +232,23 @@ class LRegCallback(TrainerCallback, ExportableState):
                 n_rows=self._options["n_rows"],
                 n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
             )
-            self._remove_hook = self._model.register_forward_pre_hook(self._keep_batch, with_kwargs=True).remove
+            if self._options["n_check_batches"]:
+                self._batches = RecentBatches(self._model, self._options["n_check_batches"], self._trainer)
+            self._is_gathering = True
         elif not wanted:
             self._stop_gathering()
 
     def _stop_gathering(self) -> None:
-        if self._remove_hook is not None and self._model is not None:
-            self._remove_hook()
-            self._remove_hook = None
-            self._batches.clear()
+        if self._is_gathering and self._model is not None:
+            if self._batches is not None:
+                self._batches.close()
+                self._batches = None
+            self._is_gathering = False
             track_statistics(self._model, False, adapter_name=self._options["adapter_name"])
 
     def _close(self) -> None:
         self._stop_gathering()
-        self._model = None
-
-    def _keep_batch(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if model.training and torch.is_grad_enabled():
-            self._batches.append((args, dict(kwargs)))
-
-    def _recent_loss(self, model: nn.Module) -> float:
-        if not self._batches:
-            raise RuntimeError(
-                "there is no training batch to try a move of the meshes on. Set LRegCallback(n_check_batches=0) to "
-                "keep every move."
-            )
-        with eval_mode(model):
-            losses = [_loss_of(model(*args, **kwargs)) for args, kwargs in self._batches]
-        return float(torch.stack(losses).float().mean())
+        self._model = self._trainer = None
 
     def _describe_meshes(self, model: nn.Module) -> None:
         meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
@@ -251,14 +256,3 @@ class LRegCallback(TrainerCallback, ExportableState):
             "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
             "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
         }
-
-
-def _loss_of(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise RuntimeError(
-            f"the model returned no loss for a training batch (its output is a {type(output).__name__}), so a move of "
-            "the meshes cannot be tried. Put the labels into the batch, or set LRegCallback(n_check_batches=0) to "
-            "keep every move."
-        )
-    return loss.detach().mean()

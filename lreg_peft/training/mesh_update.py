@@ -1,17 +1,30 @@
 """Moving the nodes of a model in training: the step between `core.adapt` and a training loop."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt import AdaptedMesh, Strategy, adapt_mesh
-from ..core.distributed import communication_device, rank_and_world, sum_over_processes, tensor_from_main
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.checks import anything, checked, number, whole
+from ..core.distributed import (
+    communication_device,
+    rank_and_world,
+    require_equal,
+    sum_over_processes,
+    tensor_from_main,
+    together,
+)
+from ..tuner.moves import Move, Tentative, agreed, optimizer_state
+from ..tuner.sites import Site, movable_sites
 from ..tuner.statistics import MeshStatistics
-from .tracking import Site, movable_sites
+
+# Relative distance from which projections of two processes are two, not one rounded in two ways.
+_ENCODERS_DIFFER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,33 +83,15 @@ class MeshUpdate:
         return min(module.smallest_element for module in self.modules)
 
 
-@dataclass(frozen=True)
-class Move:
-    """A proposal for one site, and everything that lives on its mesh."""
-
-    site: Site
-    mesh: AdaptedMesh
-    values: tuple[Tensor, ...]  # the parameter and the optimiser's state of it
-
-    def state(self) -> tuple[Tensor, ...]:
-        """The nodes and what lives on them."""
-        return (self.site.nodes, *self.values)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Put the proposal in place."""
-        for values in self.values:
-            values.copy_(self._carry(values))
-        self.site.nodes.copy_(self.mesh.nodes)
-
-    def _carry(self, values: Tensor) -> Tensor:
-        if values.shape[1] == self.mesh.nodes.shape[1]:
-            return self.mesh.carry(values)
-        # The reduced head has no entry for the first node, where its functions are zero.
-        pad = [0, 0] * (values.ndim - 2) + [1, 0]
-        return self.mesh.carry(F.pad(values, pad))[:, 1:]
-
-
+@checked(
+    stage=together,
+    optimizer=anything,
+    strategy=anything,
+    n_refine=whole(0),
+    size=number(above=0, highest=1),
+    pseudocount=number(0),
+    tolerance=number(0),
+)
 def update_meshes(
     model: nn.Module,
     optimizer: Optimizer | None = None,
@@ -116,6 +111,9 @@ def update_meshes(
     nodes (a convex combination of old ones: second moments stay non-negative). To be called between optimiser steps,
     by every process of a distributed run: statistics are summed over processes, and all end with the same nodes.
 
+    What fails on one process ends the call on all of them. Whatever ends it before its time, an interruption too, the
+    model, the optimiser and the statistics are then as they were.
+
     Args:
         model: any module that contains LReg layers, wrapped in other modules or not.
         optimizer: the optimiser that trains the coefficients, or accelerate's wrapper of it. None leaves its state
@@ -127,7 +125,7 @@ def update_meshes(
         pseudocount: as in `adapt_mesh`.
         accept: returns the loss on data of your choice, best on recent batches in eval mode; called without
             gradients before and after the move. The move is undone, exactly, if the loss rises or is NaN; averaged
-            over processes. None keeps every move.
+            over processes. The move is undone too if this raises, and on every process. None keeps every move.
         tolerance: how far the loss may rise for a move to be kept, relative to the loss before.
 
     Returns:
@@ -135,43 +133,84 @@ def update_meshes(
 
     Raises:
         ValueError: if the model has no mesh that can move; if `optimizer` does not hold the coefficients of a mesh
-            that would move, or holds state of them that cannot be interpolated; or for options out of range.
+            that would move, or holds state of them that cannot be interpolated; for options out of range; or if the
+            processes have different meshes or projections.
+        TypeError: for arguments of a wrong type, or an `accept` that does not return one number.
         RuntimeError: if no statistics were gathered since the last update, or parameters are sharded.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}.")
-    sites = _with_statistics(movable_sites(model, adapter_name), strategy)
-    moves = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+    # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
+    with together():
+        check_strategy(strategy)
+        own = _gathered(movable_sites(model, adapter_name))
+    options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
+    _check_agreement([site for site, _ in own], {**options, "accept": accept is None})
+    sites = _with_samples(own, strategy)
+    with together():
+        proposals = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+    moves = [Move(site, agreed(mesh), values) for site, mesh, values in proposals]
     moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
     before = after = None
     refused = False
-    if moved and accept is not None:
-        saved = [[tensor.clone() for tensor in move.state()] for move in moved]
-        before = _loss(accept)
-        _apply(moved)
-        after = _loss(accept)
-        refused = not after <= before + tolerance * abs(before)
-        if refused:
-            _restore(moved, saved)
-    else:
-        _apply(moved)
+    if moved:
+        with Tentative(tensor for move in moved for tensor in move.state()) as trial:
+            before = None if accept is None else _loss(accept)
+            with together():
+                for move in moved:
+                    move.apply()
+            after = None if accept is None else _loss(accept)
+            refused = before is not None and after is not None and not after <= before + tolerance * abs(before)
+            if not refused:
+                trial.keep()
     for site, _ in sites:
         if site.statistics is not None:
             site.statistics.reset()
     return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
 
 
-def _with_statistics(sites: list[Site], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
-    """The sites that saw samples, with their sums over all processes."""
-    tracked = [site for site in sites if site.statistics is not None]
+def _gathered(sites: list[Site]) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that are tracked, with the sums of this process."""
+    tracked = [(site, site.statistics.read(site.nodes)) for site in sites if site.statistics is not None]
     if not tracked:
         raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
-    sums = [site.statistics.read(site.nodes) for site in tracked if site.statistics is not None]
-    tensors = sum_over_processes([tensor for entry in sums for tensor in entry.tensors()])
-    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(sums))]
+    return tracked
+
+
+def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
+    """Raise on every process unless all move the same meshes in the same way, from the same samples' coordinates.
+
+    Meshes must agree bit by bit, which updates see to; encoders may round differently on processors of different kinds.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    meshes = {f"the mesh of {site.module} ({site.adapter})": site.nodes for site in sites}
+    require_equal(
+        {**options, **meshes}, "Build the model from the same weights on all processes, and update meshes alike."
+    )
+    kinds = [kind for site in sites for kind in (site.layer.lreg_projection, site.layer.lreg_projection_bias)]
+    owners = [site for site in sites for _ in range(2)]
+    different = []
+    for site, kind in zip(owners, kinds, strict=True):
+        encoder = kind[site.adapter].detach()
+        if not hasattr(encoder, "full_tensor"):  # sharded: refused where the coefficients are looked at
+            main = tensor_from_main(encoder.float())
+            if (encoder.float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
+                different.append(site.module)
+    with together():
+        if different:
+            raise ValueError(
+                f"the projection of {different[0]} is not the one that process 0 has, so that their statistics are of "
+                "different coordinates. Train with DistributedDataParallel or accelerate, which keep the parameters of "
+                "all processes equal, or begin with the same seed."
+            )
+
+
+def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that saw samples on any process, with their sums over all."""
+    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry.tensors()])
+    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
     seen = [
         (site, entry)
-        for site, entry in zip(tracked, sums, strict=True)
+        for (site, _), entry in zip(own, sums, strict=True)
         if (entry.hits if strategy == "mrc" else entry.energy).any()
     ]
     if seen:
@@ -197,7 +236,8 @@ def _propose(
     n_refine: int | None,
     pseudocount: float,
     size: float,
-) -> Move:
+) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
+    """What this process would do, and what lives on the mesh."""
     parameter = site.parameter.detach()
     if hasattr(parameter, "full_tensor") or parameter.shape[0] != site.nodes.shape[0]:
         raise RuntimeError(
@@ -216,49 +256,7 @@ def _propose(
         node_gradient=sums.node_gradient if exchange else None,
         size=size,
     )
-    mesh = AdaptedMesh(tensor_from_main(mesh.nodes), mesh.old_nodes.clone())
-    return Move(site, mesh, (parameter, *_optimizer_state(site, optimizer)))
-
-
-def _optimizer_state(site: Site, optimizer: Optimizer | None) -> list[Tensor]:
-    """The state tensors that belong to single coefficients: moments, momentum, averages."""
-    if optimizer is None:
-        return []
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-    parameter = site.parameter
-    if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
-        raise ValueError(
-            f"the optimizer ({type(optimizer).__name__}) does not hold the coefficients of {site.module} (adapter "
-            f"{site.adapter!r}), so it cannot be the one that trains them. Pass the optimizer that was built from this "
-            "model's parameters, after the adapter was added."
-        )
-    if parameter not in optimizer.state:
-        return []
-    state = {
-        name: value
-        for name, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }
-    for name, value in state.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"the optimizer ({type(optimizer).__name__}) keeps {name!r} of {site.module} as {value.dtype}, which "
-                "cannot be interpolated. Keep the state of the coefficients in floating point, or pass "
-                "optimizer=None to leave it as it is."
-            )
-    return list(state.values())
-
-
-def _apply(moves: list[Move]) -> None:
-    for move in moves:
-        move.apply()
-
-
-@torch.no_grad()
-def _restore(moves: list[Move], saved: list[list[Tensor]]) -> None:
-    for move, values in zip(moves, saved, strict=True):
-        for tensor, value in zip(move.state(), values, strict=True):
-            tensor.copy_(value)
+    return site, mesh, (parameter, *optimizer_state(site, optimizer))
 
 
 def _describe(move: Move) -> ModuleUpdate:
@@ -284,9 +282,17 @@ def node_spread(nodes: Tensor) -> float:
 @torch.no_grad()
 def _loss(accept: Callable[[], float]) -> float:
     """Mean over processes, the same number on all of them."""
-    loss = float(accept())
+    with together():
+        loss = _as_number(accept())
     _, world = rank_and_world()
     if world == 1:
         return loss
     (total,) = sum_over_processes([torch.tensor([loss], device=communication_device(torch.device("cpu")))])
     return float(total) / world
+
+
+def _as_number(loss: Any) -> float:
+    if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, numbers.Real):
+        return float(loss)
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise TypeError(f"accept must return the loss as one number, got {got}.")

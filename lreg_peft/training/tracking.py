@@ -1,93 +1,14 @@
 """Switching the gathering of statistics on and off, and counting the hardest samples."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
+from ..core.checks import checked, whole
 from ..tuner import statistics
-from ..tuner.layer import LRegLayer
+from ..tuner.sites import movable_sites
 from ..tuner.statistics import DEFAULT_ROWS, RunningStatistics
 
 
-@dataclass(frozen=True)
-class Site:
-    """One adapter of one layer.
-
-    Attributes:
-        module: path of the layer in the model.
-        layer: the layer.
-        adapter: name of the adapter.
-    """
-
-    module: str
-    layer: LRegLayer
-    adapter: str
-
-    @property
-    def nodes(self) -> Tensor:
-        """`[components, dof]`."""
-        return self.layer.lreg_nodes[self.adapter]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that lives on the mesh."""
-        return self.layer.nodal_parameter(self.adapter)
-
-    @property
-    def statistics(self) -> RunningStatistics | None:
-        """What has been gathered; None while nobody asked."""
-        return self.layer.lreg_statistics.get(self.adapter)
-
-
-def all_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
-    """The adapters of all LReg layers of a model.
-
-    Args:
-        model: any module that contains LReg layers.
-        adapter_name: which adapter; None takes the active ones of every layer.
-
-    Raises:
-        ValueError: if there are none; the message says why.
-    """
-    sites = [
-        Site(path, layer, name)
-        for path, layer in model.named_modules()
-        if isinstance(layer, LRegLayer)
-        for name in (layer.active_adapters if adapter_name is None else [adapter_name])
-        if name in layer.lreg_nodes
-    ]
-    if not sites:
-        layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
-        if not layers:
-            raise ValueError(
-                f"the model ({type(model).__name__}) has no LReg layer. Adapt it first: "
-                "get_peft_model(model, LRegConfig(...)), or model.add_adapter(LRegConfig(...))."
-            )
-        there = sorted({name for layer in layers for name in layer.lreg_nodes})
-        wanted = "an active adapter" if adapter_name is None else f"an adapter named {adapter_name!r}"
-        raise ValueError(f"no LReg layer has {wanted}. The adapters are: {there}.")
-    return sites
-
-
-def movable_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
-    """The adapters whose meshes have nodes that can move.
-
-    Args:
-        model: any module that contains LReg layers.
-        adapter_name: which adapter; None takes the active ones of every layer.
-
-    Raises:
-        ValueError: if there are none; the message says why.
-    """
-    movable = [site for site in all_sites(model, adapter_name) if site.nodes.shape[1] > 2]
-    if not movable:
-        raise ValueError(
-            "every mesh has dof=2, the two ends of (0, 1), so that no node can move. "
-            "Set LRegConfig(dof=...) to 3 or more."
-        )
-    return movable
-
-
+@checked(n_rows=whole(1), n_hard_samples=whole(1))
 def track_statistics(
     model: nn.Module,
     enabled: bool = True,
@@ -116,10 +37,8 @@ def track_statistics(
 
     Raises:
         ValueError: if the model has no mesh that can move, or a number is below 1.
+        TypeError: for arguments of a wrong type.
     """
-    for name, value in (("n_rows", n_rows), ("n_hard_samples", n_hard_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
     for site in movable_sites(model, adapter_name):
         if site.statistics is not None:
             site.statistics.stop()
@@ -132,6 +51,7 @@ def track_statistics(
                 statistics.unwatch(site.layer)
 
 
+@checked(n_hard_samples=whole(1))
 def count_hard_samples(
     model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
 ) -> None:
@@ -150,10 +70,9 @@ def count_hard_samples(
     Raises:
         ValueError: if the model has no mesh that can move, the losses do not fit the last training pass, or hits are
             already counted by gradient.
+        TypeError: for arguments of a wrong type.
         RuntimeError: if statistics are not tracked, or there was no training pass.
     """
-    if n_hard_samples < 1:
-        raise ValueError(f"n_hard_samples must be at least 1, got {n_hard_samples}.")
     tracked = [site for site in movable_sites(model, adapter_name) if site.statistics is not None]
     if not tracked:
         raise RuntimeError("no statistics are tracked. Call track_statistics(model) before training.")

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import nn
 
 from .registration import METHOD, upstream_has_lreg
 
@@ -26,13 +27,15 @@ GradeForm = Literal["additive", "composed"]
 DATA_STARTS = ("pca", "gradient")
 
 
-def head_parameters(head: str, n_components: int, dof: int, out_features: int) -> int:
-    """Number of parameters of a head; the projection adds `(in_features + 1) * n_components`."""
-    if head == "factored":
-        return n_components * (dof + out_features)
-    if head == "reduced":
-        return (n_components * (dof - 1) + 1) * out_features
-    return n_components * dof * out_features
+def check_adapter_name(name: str) -> None:
+    """Raise unless an adapter can be called so: its name becomes that of a module or parameter."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r}.")
+    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}: its name must not be empty, contain a dot, be '__base__', or be an "
+            "attribute of torch's modules ('keys', 'type', ...). Choose another adapter_name."
+        )
 
 
 @dataclass
@@ -61,6 +64,20 @@ class LRegConfig(PeftConfig):
         "C output features. 'reduced': the same functions without the d - 1 redundant directions (every component can "
         "carry the constant), (d (n - 1) + 1) C. 'factored': c_ij = s_ij v_i, a scalar function per component times "
         "one output vector, d n + d C.",
+    )
+    linear_term: bool = _option(
+        False,
+        "Factored head only: each component also passes on its coordinate before the sigmoid, z = P x + b, so that the "
+        "shortcut is sum_i (z_i / 1.702 + s_i(sigmoid(z_i))) v_i. No further parameters; with constant profiles s this "
+        "is LoRA with a bias.",
+    )
+    profile_mean: float = _option(
+        1.0,
+        "Factored head only: mean of the profiles s at the start. 1 lets the output vector learn a constant shift from "
+        "the first step, which a language model head needs; 0 leaves it to the profile.",
+    )
+    profile_mean_pattern: dict[str, float] = _option(
+        {}, "`profile_mean` for some modules: name, name ending or regular expression -> value."
     )
     target_modules: list[str] | str | None = _option(
         None,
@@ -153,9 +170,10 @@ class LRegConfig(PeftConfig):
             raise ValueError(
                 f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
             )
-        for name in ("train_projection", "backbone_eval", "fused_loss"):
+        for name in ("linear_term", "train_projection", "backbone_eval", "fused_loss"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_profile()
         self._check_curvature_weight()
         self._check_grades()
 
@@ -171,7 +189,10 @@ class LRegConfig(PeftConfig):
         if self.modules_to_save is not None:
             self.modules_to_save = _as_names("modules_to_save", self.modules_to_save)
             both = sorted(set(self.modules_to_save) & set(_names(self.target_modules)))
-            if both:
+            if both and self.inference_mode:
+                # A saved configuration, perhaps one in which PEFT wrote down "all-linear": it passes these over.
+                self.target_modules = [name for name in _names(self.target_modules) if name not in both]
+            elif both:
                 raise ValueError(
                     f"{both} stand in both target_modules and modules_to_save. A module either keeps its weights and "
                     "gets a shortcut (target_modules) or is trained in full (modules_to_save): remove it from one."
@@ -200,6 +221,27 @@ class LRegConfig(PeftConfig):
                 _check_count(f"feature_sizes[{key!r}] {part}", size, 1)
             sizes[key] = (value[0], value[1])
         self.feature_sizes = sizes
+
+    @property
+    def head_name(self) -> str:
+        """Key of the head in `heads.HEADS`."""
+        return f"{self.head}+linear" if self.linear_term else self.head
+
+    def _check_profile(self) -> None:
+        if self.linear_term and self.head != "factored":
+            raise ValueError(
+                "linear_term=True needs head='factored', whose components have one output vector each to carry it, "
+                f"got head={self.head!r}."
+            )
+        means = {"profile_mean": self.profile_mean}
+        for key, value in self.profile_mean_pattern.items():
+            _check_expression("profile_mean_pattern key", key)
+            means[f"profile_mean_pattern[{key!r}]"] = value
+        for name, value in means.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+        if self.head != "factored" and (self.profile_mean != 1.0 or self.profile_mean_pattern):
+            raise ValueError(f"profile_mean acts on the profiles of head='factored', got head={self.head!r}.")
 
     def _check_curvature_weight(self) -> None:
         weight = self.curvature_weight

@@ -6,28 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core import (
-    add_basis,
-    add_product,
-    check_nodes,
-    dense_is_faster,
-    design_matrix,
-    evaluate,
-    evaluate_profile,
-    initial_projection,
-    project,
-    uniform_nodes,
-)
-from ..core.coordinates import standard_profile
+from ..core import check_nodes, design_matrix, initial_projection, uniform_nodes
+from ..core.coordinates import project_linear
 from ..core.fused_loss import fused_cross_entropy
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
+from .heads import HEADS, Encoded, Head
+from .layout import Layout, first_input, first_tensor
+from .storage import NodeDict, WeightDict
 
 MERGE_REFUSED = (
     "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
@@ -37,26 +27,6 @@ MERGE_REFUSED = (
 
 # Standard deviation of the coefficients for init_weights=False.
 _RANDOM_INIT_STD = 0.02
-
-
-class NodeDict(BufferDict):
-    """Mesh nodes by adapter name: persistent buffers that keep their precision.
-
-    `model.half()` or `model.to(torch.bfloat16)` moves them but does not round them: in bf16 neighbouring nodes
-    collide, and a mesh with an empty element divides by zero.
-    """
-
-    def __init__(self) -> None:
-        super().__init__({}, persistent=True)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, nodes in exact.items():
-            moved = self._buffers[name]
-            if nodes is not None and moved is not None and moved.dtype != nodes.dtype:
-                self._buffers[name] = nodes.to(moved.device)
-        return self
 
 
 class LRegLayer(nn.Module, BaseTunerLayer):
@@ -71,8 +41,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
     buffer). The reduced head keeps c `[components, dof - 1, out_features]`, without the first node of each component,
     and one `lreg_constant` `[out_features]`; the factored head, c_ij = s_ij v_i, keeps `lreg_profile` s
-    `[components, dof]` and `lreg_direction` v `[components, out_features]`. P of a composed grade has `in_features + K`
-    columns, K the number of basis functions of the grade before it.
+    `[components, dof]` and `lreg_direction` v `[components, out_features]` (see `heads`). P of a composed grade has
+    `in_features + K` columns, K the number of basis functions of the grade before it.
 
     Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the basis in
     the dtype of f's output.
@@ -89,20 +59,24 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         "lreg_profile",
         "lreg_direction",
     )
-    other_param_names = ("lreg_nodes", "curvature_weight", "lreg_statistics", "composed_on")
+    other_param_names = ("lreg_nodes", "heads", "profile_mean", "curvature_weight", "lreg_statistics", "composed_on")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features = in_features
         self.out_features = out_features
-        self.lreg_projection = nn.ParameterDict()
-        self.lreg_projection_bias = nn.ParameterDict()
-        self.lreg_coefficients = nn.ParameterDict()
-        self.lreg_constant = nn.ParameterDict()
-        self.lreg_profile = nn.ParameterDict()
-        self.lreg_direction = nn.ParameterDict()
+        self.lreg_projection = WeightDict()
+        self.lreg_projection_bias = WeightDict()
+        self.lreg_coefficients = WeightDict()
+        self.lreg_constant = WeightDict()
+        self.lreg_profile = WeightDict()
+        self.lreg_direction = WeightDict()
         self.lreg_nodes = NodeDict()
+        #: How each adapter weights its basis.
+        self.heads: dict[str, Head] = {}
+        #: Mean of the profiles of a factored head at its start.
+        self.profile_mean: dict[str, float] = {}
         self.curvature_weight: dict[str, float] = {}
         #: The adapter whose basis functions the encoder of a composed grade reads.
         self.composed_on: dict[str, str] = {}
@@ -126,30 +100,38 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self._input_name = next(iter(parameters), None)
 
     def update_layer(
-        self, adapter_name: str, n_components: int, dof: int, config: LRegConfig, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        n_components: int,
+        dof: int,
+        config: LRegConfig,
+        inference_mode: bool = False,
+        *,
+        profile_mean: float = 1.0,
+        nodes: Tensor | None = None,
     ) -> None:
-        """Add an adapter, or replace the one of that name."""
+        """Add an adapter, or replace the one of that name; on given nodes `[components, dof]` or uniform ones."""
         self.composed_on.pop(adapter_name, None)
         width = self.in_features
         if below := self.grade_below(config):
             self.composed_on[adapter_name] = below
             width += self.lreg_nodes[below].numel()
-        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
-        self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
-        self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof)
-        for name in ("lreg_coefficients", "lreg_constant", "lreg_profile", "lreg_direction"):
+        for name in self.adapter_layer_names:
             if adapter_name in (weights := getattr(self, name)):
                 del weights[adapter_name]
-        if config.head == "factored":
-            self.lreg_profile[adapter_name] = nn.Parameter(standard_profile(self.lreg_nodes[adapter_name]))
-            self.lreg_direction[adapter_name] = self._linear_weight(config, n_components, self.out_features)
-        else:
-            free_nodes = dof if config.head == "full" else dof - 1
-            self.lreg_coefficients[adapter_name] = self._linear_weight(
-                config, n_components, free_nodes, self.out_features
-            )
-            if config.head == "reduced":
-                self.lreg_constant[adapter_name] = self._linear_weight(config, self.out_features)
+        self.heads[adapter_name] = head = HEADS[config.head_name]
+        self.profile_mean[adapter_name] = profile_mean
+        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
+        self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
+        self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone()
+        start = head.nonlinear_start(self.lreg_nodes[adapter_name], profile_mean)
+        for name, shape in head.shapes(n_components, dof, self.out_features).items():
+            weight = start.get(name)
+            if weight is None:
+                weight = torch.zeros(shape)
+                if not config.init_weights and weight.device.type != "meta":
+                    weight.normal_(std=_RANDOM_INIT_STD)
+            getattr(self, f"lreg_{name}")[adapter_name] = nn.Parameter(weight)
         self.lreg_statistics.pop(adapter_name, None)
         self.curvature_weight[adapter_name] = config.curvature_weight
         if config.curvature_weight > 0:
@@ -199,10 +181,15 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Whether this adapter adds nothing yet."""
         return not any(weight.any() for weight in self.output_weights(adapter_name))
 
+    def weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The weights of an adapter's head by name, without `lreg_`."""
+        names = [name for name in self.adapter_layer_names if adapter_name in getattr(self, name)]
+        return {name.removeprefix("lreg_"): getattr(self, name)[adapter_name] for name in names}
+
     def output_weights(self, adapter_name: str) -> list[nn.Parameter]:
         """The parameters that the shortcut's value is linear in, zero at the start."""
-        weights = (self.lreg_coefficients, self.lreg_constant, self.lreg_direction)
-        return [weight[adapter_name] for weight in weights if adapter_name in weight]
+        weights = self.weights(adapter_name)
+        return [weights[name] for name in self.heads[adapter_name].linear_weights]
 
     @torch.no_grad()
     def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
@@ -218,15 +205,17 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_projection[adapter_name].copy_(projection)
         self.lreg_projection_bias[adapter_name].copy_(bias)
         self.lreg_nodes[adapter_name].copy_(nodes)
-        if adapter_name in self.lreg_profile:
-            self.lreg_profile[adapter_name].copy_(standard_profile(nodes))
+        own = self.weights(adapter_name)
+        for name, start in self.heads[adapter_name].nonlinear_start(nodes, self.profile_mean[adapter_name]).items():
+            own[name].copy_(start)
         self.start_is_owed.discard(adapter_name)
 
     def register_input_hook(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
         """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            hook(self._channels_last(self._features(args, kwargs), first_tensor(output)[0])[0])
+            features = self._features(args, kwargs)
+            hook(self._layout(features, first_tensor(output)[0]).rows(features))
 
         return self.register_forward_hook(call, with_kwargs=True).remove
 
@@ -237,19 +226,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             hidden = first_tensor(output)[0]
             if hidden.requires_grad:
-                features, channels_first = self._channels_last(self._features(args, kwargs), hidden)
-                features = features.detach()
-                hidden.register_hook(lambda g: hook(features, g.movedim(1, -1) if channels_first else g))
+                features = self._features(args, kwargs)
+                layout = self._layout(features, hidden)
+                rows = layout.rows(features).detach()
+                hidden.register_hook(lambda gradient: hook(rows, layout.output_rows(gradient)))
 
         return self.register_forward_hook(call, with_kwargs=True).remove
-
-    @staticmethod
-    def _linear_weight(config: LRegConfig, *shape: int) -> nn.Parameter:
-        """A weight that the output is linear in: zero for an adapter that starts as the identity."""
-        weight = torch.zeros(shape)
-        if not config.init_weights and weight.device.type != "meta":
-            weight.normal_(std=_RANDOM_INIT_STD)
-        return nn.Parameter(weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
@@ -272,25 +254,19 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
+        head, nodes = self.heads[name], self.lreg_nodes[name]
         row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
             *features.shape[:-1],
             self.out_features,
         )
-        if not row_by_row or self._is_channels_first(features, hidden) or not self.has_design(name):
+        if not row_by_row or self._layout(features, hidden).channels_first or not head.design_is_faster(nodes):
             return hidden + self.shortcut(name, features, hidden)
         # These two return a new tensor. What other modules return may be their input or something they keep.
         is_new = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
         with torch.autocast(features.device.type, enabled=False):
-            coords = self.coords(name, features)  # [..., components]
-            observation = self._observe(name, coords)
-            table = self.table(name).to(hidden.dtype)
-            if name in self.lreg_profile:
-                total = add_product(hidden, self.design(name, coords).to(hidden.dtype), table, in_place=is_new)
-            else:
-                reduced = name in self.lreg_constant
-                total = add_basis(hidden, coords, self.lreg_nodes[name], table, reduced=reduced, in_place=is_new)
-        if observation is not None:
-            observation.follow(total)
+            code = self.encode(name, features)  # [..., components]
+            total = head.add(self.weights(name), nodes, code, hidden, in_place=is_new)
+        self._observe(name, code, total)
         return total
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
@@ -304,22 +280,17 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor of the shape and dtype of `like`.
         """
-        shapes = tuple(features.shape), tuple(like.shape)
-        features, channels_first = self._channels_last(features, like)
-        if features.shape[-1] != self.in_features:
-            raise self._misfit(*shapes)
+        layout = self._layout(features, like)
+        rows = layout.rows(features)
+        if rows.shape[-1] != self.in_features:
+            raise self._misfit(features, like)
         with torch.autocast(features.device.type, enabled=False):
-            coords = self.coords(adapter_name, features)  # [..., components]
-            observation = self._observe(adapter_name, coords)
-            value = self._head(adapter_name, coords, like.dtype)  # [..., out_features]
-        if observation is not None:
-            observation.follow(value)
-        if channels_first:
-            value = value.movedim(-1, 1)
-            if value.shape[2:] != like.shape[2:]:
-                value = _average_pool(value, like.shape[2:])
+            code = self.encode(adapter_name, rows)  # [..., components]
+            value = self._value(adapter_name, code, like.dtype)  # [..., out_features]
+        self._observe(adapter_name, code, value)
+        value = layout.restore(value, like)
         if value.shape != like.shape:
-            raise self._misfit(*shapes)
+            raise self._misfit(features, like)
         return value
 
     def fused_loss(
@@ -353,12 +324,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         designs, tables, watchers = [], [], []
         with torch.autocast(kind, enabled=False):
             for name in self.stacked_adapters:
-                coords = self.coords(name, features)  # [n, components]
-                if name in self.lreg_statistics and not coords.requires_grad:
-                    coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
-                if (observation := self._observe(name, coords)) is not None:
+                code = self.encode(name, features)  # [n, components]
+                if name in self.lreg_statistics and not code.coords.requires_grad:
+                    code.coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
+                if (observation := self._observe(name, code)) is not None:
                     watchers.append((observation.picked, observation.record))
-                designs.append(self.design(name, coords))
+                designs.append(self.design(name, code))
                 tables.append(self.table(name))
             design, table = torch.cat(designs, dim=-1), torch.cat(tables)
             return fused_cross_entropy(
@@ -372,10 +343,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                 watchers=watchers,
             )
 
-    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
-        """u = sigmoid(P x + b): `[..., in_features]` -> `[..., components]`, fp32 or fp64."""
+    def encode(self, adapter_name: str, features: Tensor) -> Encoded:
+        """z = P x + b and u = sigmoid(z): `[..., in_features]` -> `[..., components]` each, fp32 or fp64."""
         inputs = self.encoder_input(adapter_name, features)
-        return project(inputs, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+        return Encoded.of(
+            project_linear(inputs, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+        )
+
+    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
+        """u alone, see `encode`."""
+        return self.encode(adapter_name, features).coords
 
     def encoder_input(self, adapter_name: str, features: Tensor) -> Tensor:
         """What P multiplies: the features x `[..., in_features]`, and the basis below for a composed grade."""
@@ -385,71 +362,55 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         basis = design_matrix(self.coords(below, features), self.lreg_nodes[below])
         return torch.cat((features.to(basis.dtype), basis), dim=-1)  # [..., in_features + K]
 
-    def has_design(self, adapter_name: str) -> bool:
-        """Whether one GEMM with `design` is the faster way to evaluate this adapter."""
-        nodes = self.lreg_nodes[adapter_name]
-        return adapter_name in self.lreg_profile or dense_is_faster(nodes.shape[1], nodes.device)
-
-    def design(self, adapter_name: str, coords: Tensor) -> Tensor:
-        """What the rows of `table` are weighted by, so that the shortcut is `design @ table`, for every head.
-
-        Args:
-            adapter_name: which adapter.
-            coords: `[..., components]`.
-
-        Returns:
-            `[..., K]`, fp32 or fp64, differentiable in `coords`. Full head: the hat basis, K = components x dof.
-            Reduced: without the first node of each component, and a one for the constant. Factored: the values of the
-            profiles, K = components.
-        """
-        nodes = self.lreg_nodes[adapter_name]
-        if adapter_name in self.lreg_profile:
-            return evaluate_profile(coords, nodes, self.lreg_profile[adapter_name])
-        return design_matrix(coords, nodes, reduced=adapter_name in self.lreg_constant)
+    def design(self, adapter_name: str, code: Encoded) -> Tensor:
+        """What the rows of `table` are weighted by, `[..., K]`: the shortcut is `design @ table`, for every head."""
+        return self.heads[adapter_name].design(self.weights(adapter_name), self.lreg_nodes[adapter_name], code)
 
     def table(self, adapter_name: str) -> Tensor:
         """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
-        if adapter_name in self.lreg_profile:
-            return self.lreg_direction[adapter_name]
-        table = self.lreg_coefficients[adapter_name].flatten(0, 1)
-        if adapter_name not in self.lreg_constant:
-            return table
-        return torch.cat((table, self.lreg_constant[adapter_name].unsqueeze(0)))
+        return self.heads[adapter_name].table(self.weights(adapter_name))
 
-    def _observe(self, name: str, coords: Tensor) -> statistics.Observation | None:
-        """In training, note down the statistics that somebody asked for."""
+    def _value(self, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
+        """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
+        return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, dtype)
+
+    def _observe(self, name: str, code: Encoded, output: Tensor | None = None) -> statistics.Observation | None:
+        """In training, note down the statistics that somebody asked for.
+
+        `output` is the shortcut's value `[..., out_features]` or a sum it is part of; without one the caller tells the
+        observation what the backward pass sees.
+        """
         observer = self.lreg_statistics.get(name)
         if observer is None or not (self.training and torch.is_grad_enabled()):
             return None
-        head = partial(self._head, name, dtype=coords.dtype)
-        return observer.observe(coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
+        head = partial(self._value_of_coords, name)
+        observation = observer.observe(code.coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
+        if observation is not None and output is not None:
+            observation.follow(output)
+        return observation
 
-    def _head(self, name: str, coords: Tensor, dtype: torch.dtype) -> Tensor:
-        """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
-        if self.has_design(name):
-            return self.design(name, coords).to(dtype) @ self.table(name).to(dtype)
-        return evaluate(coords, self.lreg_nodes[name], self.nodal_coefficients(name).to(dtype), validate=False)
+    def _value_of_coords(self, name: str, coords: Tensor) -> Tensor:
+        """The piecewise-linear part alone, as a function of the coordinates: what moving a mesh can change."""
+        return self._value(name, Encoded(torch.zeros_like(coords), coords), coords.dtype)
 
     def nodal_coefficients(self, adapter_name: str) -> Tensor:
         """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
-        if adapter_name in self.lreg_profile:
-            return self.lreg_profile[adapter_name].unsqueeze(-1) * self.lreg_direction[adapter_name].unsqueeze(1)
-        coefficients = self.lreg_coefficients[adapter_name]
-        if adapter_name not in self.lreg_constant:
-            return coefficients
-        # Every component is zero at its first node; one component carries the constant for all.
-        shift = F.pad(self.lreg_constant[adapter_name].view(1, 1, -1), (0, 0, 0, 0, 0, coefficients.shape[0] - 1))
-        return F.pad(coefficients, (0, 0, 1, 0)) + shift
+        return self.heads[adapter_name].nodal_coefficients(self.weights(adapter_name))
 
     def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
         """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
-        return (self.lreg_profile if adapter_name in self.lreg_profile else self.lreg_coefficients)[adapter_name]
+        return getattr(self, f"lreg_{self.heads[adapter_name].nodal_weight}")[adapter_name]  # type: ignore[no-any-return]
 
-    def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Weight, nodes and penalised parameter of every active adapter with a curvature penalty."""
+    def curvature_terms(self) -> Iterator[penalty.CurvatureTerm]:
+        """One for every active adapter with a curvature penalty."""
         for name in self.active_adapters:
             if self.curvature_weight.get(name, 0) > 0:
-                yield self.curvature_weight[name], self.lreg_nodes[name], self.nodal_parameter(name)
+                yield penalty.CurvatureTerm(
+                    self.curvature_weight[name],
+                    self.lreg_nodes[name],
+                    self.nodal_parameter(name),
+                    self.heads[name].to_nodes,
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -476,37 +437,17 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        features = args[0] if args else kwargs.get(self._input_name or "")
-        kind = type(self.get_base_layer()).__name__
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            got = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(
-                f"a shortcut around {kind} needs a floating-point tensor as the first input of the module, got {got}. "
-                "Target a module whose first input is the hidden state."
-            )
-        return features
+        return first_input(args, kwargs, self._input_name, type(self.get_base_layer()).__name__)
 
-    def _misfit(self, got: tuple[int, ...], gives: tuple[int, ...]) -> ValueError:
+    def _layout(self, features: Tensor, output: Tensor) -> Layout:
+        return Layout.of(self.get_base_layer(), self.in_features, self.out_features, features, output)
+
+    def _misfit(self, features: Tensor, output: Tensor) -> ValueError:
         return ValueError(
             f"a shortcut from {self.in_features} to {self.out_features} features does not fit around this "
-            f"{type(self.get_base_layer()).__name__}, which takes {got} to {gives}. Set the sizes in "
-            "LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
+            f"{type(self.get_base_layer()).__name__}, which takes {tuple(features.shape)} to {tuple(output.shape)}. "
+            "Set the sizes in LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
         )
-
-    def _channels_last(self, features: Tensor, like: Tensor) -> tuple[Tensor, bool]:
-        """Features as `[..., in_features]`, and whether the channels had to be moved there."""
-        if features.ndim == 3 and like.ndim == 2:
-            return features[:, 0], False  # the token that classification heads take out of a sequence
-        if self._is_channels_first(features, like):
-            return features.movedim(1, -1), True
-        return features, False
-
-    def _is_channels_first(self, features: Tensor, like: Tensor) -> bool:
-        if features.ndim < 3 or features.shape[1] != self.in_features or like.shape[1] != self.out_features:
-            return False
-        if isinstance(self.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return True
-        return not (features.shape[-1] == self.in_features and like.shape[-1] == self.out_features)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
@@ -589,39 +530,6 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLa
             f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
         )
     return layers
-
-
-def first_tensor(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The tensor that a shortcut is added to, and a function that puts its replacement back in place."""
-    if isinstance(output, Tensor):
-        return output, lambda hidden: hidden
-    if isinstance(output, dict) and output:  # transformers' ModelOutput is an OrderedDict
-
-        def rebuild_mapping(hidden: Tensor) -> Any:
-            first = next(iter(output))
-            return type(output)(**{**output, first: hidden})
-
-        return next(iter(output.values())), rebuild_mapping
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-
-        def rebuild_sequence(hidden: Tensor) -> Any:
-            make = getattr(type(output), "_make", type(output))  # named tuples take an iterable under this name
-            return make((hidden, *output[1:]))
-
-        return output[0], rebuild_sequence
-    raise TypeError(
-        f"a shortcut needs a module whose output is a tensor or starts with one, got {type(output).__name__}."
-    )
-
-
-def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
-    """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
-    pools: dict[int, Callable[..., Tensor]] = {
-        1: F.adaptive_avg_pool1d,
-        2: F.adaptive_avg_pool2d,
-        3: F.adaptive_avg_pool3d,
-    }
-    return pools[len(size)](value, list(size))
 
 
 def check_saved_nodes(name: str, nodes: Tensor) -> None:

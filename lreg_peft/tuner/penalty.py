@@ -5,72 +5,64 @@ that gradient checkpointing recomputes. A hook before the step of every optimise
 loss and loop as they are.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..core import curvature_penalty
+from .step_hooks import StepHook
+
+
+class CurvatureTerm(NamedTuple):
+    """One penalised adapter.
+
+    Attributes:
+        weight: of the penalty.
+        nodes: `[components, dof]`.
+        parameter: the one that lives on the mesh, in the shape that its head keeps it in.
+        to_nodes: brings it to one entry per node, `[components, dof, ...]`.
+    """
+
+    weight: float
+    nodes: Tensor
+    parameter: Tensor
+    to_nodes: Callable[[Tensor], Tensor]
+
+    def of(self, values: Tensor) -> Tensor:
+        """The penalty for such values of the parameter."""
+        nodal = self.to_nodes(values)
+        return self.weight * curvature_penalty(self.nodes, nodal.flatten(2) if nodal.ndim > 2 else nodal.unsqueeze(2))
 
 
 class Penalised(Protocol):
     """A layer that says which of its coefficients are penalised."""
 
-    def curvature_terms(self) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """(weight, nodes `[components, dof]`, parameter) per active adapter.
-
-        The parameter holds values at nodes: `[components, dof, out_features]`, without the first node (which is zero
-        then), or `[components, dof]`.
-        """
+    def curvature_terms(self) -> Iterator[CurvatureTerm]:
+        """One per active adapter with a penalty."""
         ...
-
-
-_layers: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_hook_is_installed = False
-
-
-def watch(layer: Penalised) -> None:
-    """Penalise the coefficients of `layer` from now on, in every optimiser that holds them."""
-    global _hook_is_installed
-    if not _hook_is_installed:
-        register_optimizer_step_pre_hook(_add_gradients)
-        _hook_is_installed = True
-    _layers.add(layer)
 
 
 def value(layers: Iterable[Penalised]) -> Tensor | None:
     """What the penalty adds to the loss, over the given layers; None if none of them is penalised."""
-    terms = [
-        weight * curvature_penalty(nodes, _nodal(coefficients.detach(), nodes))
-        for layer in layers
-        for weight, nodes, coefficients in layer.curvature_terms()
-    ]
+    terms = [term.of(term.parameter.detach()) for layer in layers for term in layer.curvature_terms()]
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _add_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _layers:
-        return
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _add_gradients(layer: Penalised, optimizer: Optimizer, owned: set[int]) -> None:
     # A fused optimiser unscales mixed-precision gradients inside its step.
     scale = getattr(optimizer, "grad_scale", None)
-    for layer in list(_layers):
-        for weight, nodes, coefficients in layer.curvature_terms():
-            if id(coefficients) not in owned or coefficients.grad is None:
-                continue
-            with torch.enable_grad():
-                variable = coefficients.detach().requires_grad_()
-                penalty = curvature_penalty(nodes, _nodal(variable, nodes))
-                (gradient,) = torch.autograd.grad(weight * penalty, variable)
-            coefficients.grad.add_(gradient if scale is None else gradient * scale)
+    for term in layer.curvature_terms():
+        if id(term.parameter) not in owned or term.parameter.grad is None:
+            continue
+        with torch.enable_grad():
+            variable = term.parameter.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(term.of(variable), variable)
+        term.parameter.grad.add_(gradient if scale is None else gradient * scale)
 
 
-def _nodal(values: Tensor, nodes: Tensor) -> Tensor:
-    """Bring the parameter of any head to `[components, dof, out_features]`."""
-    if values.ndim == 2:
-        return values.unsqueeze(-1)
-    return values if values.shape[1] == nodes.shape[1] else F.pad(values, (0, 0, 1, 0))
+penalised: StepHook[Penalised] = StepHook(register_optimizer_step_pre_hook, _add_gradients)
+#: Penalise the coefficients of a layer from now on, in every optimiser that holds them.
+watch = penalised.add

@@ -8,7 +8,6 @@ nothing by itself. A backward pass counts when the optimiser steps, and not if t
 Only rows of a few kilobytes are kept per backward pass; they are sorted into elements many passes at a time.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..core.adapt import element_moments, element_sums, node_gradient
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.mesh import coordinate_dtype, locate
+from .step_hooks import StepHook
 
 #: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at dof 100.
 DEFAULT_ROWS = 128
@@ -327,30 +327,15 @@ class Observed(Protocol):
         ...
 
 
-_layers: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_hook_is_installed = False
-
-
-def watch(layer: Observed) -> None:
-    """Commit what `layer` gathers whenever an optimiser that holds its coefficients steps."""
-    global _hook_is_installed
-    if not _hook_is_installed:
-        register_optimizer_step_post_hook(_commit)
-        _hook_is_installed = True
-    _layers.add(layer)
-
-
-def unwatch(layer: Observed) -> None:
-    """Undo `watch`."""
-    _layers.discard(layer)
-
-
-def _commit(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _layers:
-        return
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _commit(layer: Observed, optimizer: Optimizer, owned: set[int]) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
-    for layer in list(_layers):
-        for name, statistics in layer.lreg_statistics.items():
-            if id(layer.nodal_parameter(name)) in owned:
-                statistics.commit(layer.lreg_nodes[name], found_inf)
+    for name, statistics in layer.lreg_statistics.items():
+        if id(layer.nodal_parameter(name)) in owned:
+            statistics.commit(layer.lreg_nodes[name], found_inf)
+
+
+_committed: StepHook[Observed] = StepHook(register_optimizer_step_post_hook, _commit)
+#: Commit what a layer gathers whenever an optimiser that holds its coefficients steps.
+watch = _committed.add
+#: Undo `watch`.
+unwatch = _committed.discard

@@ -4,7 +4,16 @@ import reference
 import torch
 from test_mesh import random_nodes
 
-from lreg_peft.core import curvature_penalty, evaluate, expand_basis, hat_basis, locate, uniform_nodes
+from lreg_peft.core import (
+    active_nodes,
+    curvature_penalty,
+    evaluate,
+    expand_basis,
+    hat_basis,
+    locate,
+    uniform_nodes,
+    weighted_rows,
+)
 
 DOFS = [2, 3, 8, 9, 64]
 FORMS = ["dense", "gather"]
@@ -217,3 +226,31 @@ class TestCurvaturePenalty:
     def test_refuses_other_shapes(self):
         with pytest.raises(ValueError, match=r"coefficients \(2, 3, 1\) and nodes \(2, 4\)"):
             curvature_penalty(uniform_nodes(2, 4), torch.zeros(2, 3, 1))
+
+
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3)])
+def test_active_nodes_are_the_non_zeros_of_the_basis(lead):
+    generator = torch.Generator().manual_seed(0)
+    nodes = uniform_nodes(3, 5, dtype=torch.float64)
+    coords = torch.rand(*lead, 3, generator=generator, dtype=torch.float64)
+    rows, weights = active_nodes(*locate(coords, nodes), 5)
+    assert rows.shape == weights.shape == (*lead, 6)
+    dense = torch.zeros(*lead, 15, dtype=torch.float64).scatter(-1, rows, weights)
+    assert torch.equal(dense, hat_basis(coords, nodes).flatten(-2))
+    table = torch.randn(15, 4, generator=generator, dtype=torch.float64)
+    # The same six products in another order.
+    torch.testing.assert_close(weighted_rows(rows, weights, table), dense @ table)
+
+
+def test_weighted_rows_of_a_simplex():
+    """Three nodes per row, as in the plane: value and gradients are those of the dense product."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.stack([torch.randperm(9, generator=generator)[:3] for _ in range(20)])
+    weights = torch.rand(20, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    table = torch.randn(9, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    value = weighted_rows(rows, weights, table)
+    dense = torch.zeros(20, 9, dtype=torch.float64).scatter(1, rows, weights) @ table
+    torch.testing.assert_close(value, dense)
+    probe = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad(value, (weights, table), probe)
+    torch.testing.assert_close(ours, torch.autograd.grad(dense, (weights, table), probe))

@@ -198,7 +198,7 @@ def test_the_model_keeps_its_modes_and_its_frozen_part():
     fit_coefficients(model, batches(), show_progress=False)
     after = tiny.state(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert [name.split(".")[-2] for name in changed] == ["lreg_coefficients"]
+    assert [name.split(".")[-3] for name in changed] == ["lreg_coefficients"]
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
 
@@ -288,8 +288,8 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
         alone = fit_coefficients(build(), batches(), ridge=RIDGE, show_progress=False)
         assert first[name][1] == pytest.approx(alone.objective, abs=1e-6)
         assert first[name][2] == alone.n_rows
-    assert "labels must lie in [0, 2]" in first["error"]
-    assert second["error"].startswith("process 0 stopped: labels must lie in [0, 2]")
+    assert first["error"].startswith("process 0 stopped: labels must lie in [0, 2]")
+    assert second["error"] == first["error"]
 
 
 class Stored:
@@ -318,7 +318,7 @@ def _share(folder: Path) -> None:
     results["causal, stored"] = (tiny.layers(model)[0].table("default").detach(), fit.objective, fit.n_rows, fit.passes)
     try:
         fit_coefficients(MODELS["sequences"][0](), sequence_batches(CLASSES + 1 - rank), show_progress=False)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         results["error"] = str(error)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes, mesh_fit
+from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
+from lreg_peft.fitting import meshes as mesh_fit
 
 
 class Regression(nn.Module):
@@ -151,7 +152,7 @@ def test_proposals_rest_on_the_gradients_of_the_loss(monkeypatch):
     nodes = layer.lreg_nodes["default"].double().requires_grad_()
     layer.lreg_nodes["default"] = nodes
     x, labels = data[0]["x"], data[0]["labels"]
-    logits = (layer.design("default", layer.coords("default", x)) @ layer.table("default").double()).requires_grad_()
+    logits = (layer.design("default", layer.encode("default", x)) @ layer.table("default").double()).requires_grad_()
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     in_logits, in_nodes = torch.autograd.grad(loss, (logits, nodes))
     torch.testing.assert_close(seen["energy"].sum(dim=1), in_logits.square().sum().expand(3), rtol=1e-5, atol=0)

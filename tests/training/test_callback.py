@@ -1,6 +1,7 @@
 """The callback in a Trainer."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -11,7 +12,8 @@ from peft import get_peft_model
 from tiny import VOCABULARY, gpt2, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegCallback, LRegConfig, callback, update_meshes
+from lreg_peft import LRegCallback, LRegConfig, update_meshes
+from lreg_peft.training import callback
 from lreg_peft.tuner.layer import wrap
 
 LOGS = {"lreg_node_spread", "lreg_smallest_element", "lreg_moves_accepted", "lreg_moves_refused"}
@@ -148,8 +150,12 @@ class TestCheck:
     def test_size_comes_back(self, tmp_path, always):
         always(True)
         own = LRegCallback(every=1, stop=0.25, size=0.8)
-        own.current_size = 0.1
-        trainer(adapted(), tmp_path, own).train()
+
+        class Smaller(transformers.TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                own.current_size = 0.1
+
+        trainer(adapted(), tmp_path, own, Smaller()).train()
         assert own.current_size == 0.8
 
     def test_loss_of_the_last_batches_in_eval_mode(self, tmp_path, monkeypatch):
@@ -183,6 +189,63 @@ class TestCheck:
         )
         trainer(model, tmp_path, LRegCallback(every=4, stop=0.5)).train()
         assert len(seen) == 1
+
+    def losses_by_hand(self, model, batches, loss):
+        """Loss on `batches` in eval mode."""
+        model.eval()
+        with torch.no_grad():
+            found = [float(loss(model(input_ids=batch).logits, batch)) for batch in batches]
+        model.train()
+        return sum(found) / len(found)
+
+    @pytest.mark.parametrize("kind", ["label smoothing", "compute_loss_func", "class of one's own"])
+    def test_loss_that_the_trainer_computes(self, tmp_path, monkeypatch, kind):
+        """Labels are taken out of the batch before the model sees it; the loss is still that of the training."""
+
+        def smoothed(logits, ids):
+            # Labels are shifted here, and the mean is over their number before that, as the Trainer counts them.
+            log = logits[:, :-1].log_softmax(-1)
+            own = -log.gather(-1, ids[:, 1:].unsqueeze(-1)).sum()
+            return (0.8 * own - 0.2 * log.mean(-1).sum()) / ids.numel()
+
+        def squared(logits, ids):
+            return (logits.sum(-1) - ids).square().sum() / ids.numel()
+
+        class Counting(transformers.Trainer):
+            n_calls = 0
+
+            def compute_loss(self, *args, **kwargs):
+                Counting.n_calls += 1
+                return super().compute_loss(*args, **kwargs)
+
+        seen, inputs = [], []
+
+        def spy(model, optimizer, *, accept, **kwargs):
+            before = state(model)
+            batches = inputs[-2:]
+            seen.append(accept())
+            assert same_state(before, state(model)) and model.training
+            by_hand = squared if kind == "compute_loss_func" else smoothed
+            assert seen[-1] == pytest.approx(self.losses_by_hand(model, batches, by_hand), rel=1e-5)
+            return update_meshes(model, optimizer, accept=accept, **kwargs)
+
+        monkeypatch.setattr(callback, "update_meshes", spy)
+        model = adapted(backbone_eval=False)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append(kwargs["input_ids"]) if module.training else None,
+            with_kwargs=True,
+        )
+        own = LRegCallback(every=2, stop=0.5)
+        options = {"max_steps": 8} if kind == "compute_loss_func" else {"max_steps": 8, "label_smoothing_factor": 0.2}
+        made = trainer(model, tmp_path, own, **options)
+        if kind == "compute_loss_func":
+            made.compute_loss_func = lambda outputs, labels, num_items_in_batch: squared(outputs.logits, labels)
+        if kind == "class of one's own":
+            made.__class__ = Counting
+        made.train()
+        assert len(seen) == 2 and own.n_accepted + own.n_refused == 2
+        assert "compute_loss" not in vars(made)
+        assert kind != "class of one's own" or Counting.n_calls == 8  # not once more for the checks
 
     def test_no_loss(self, tmp_path):
         class OwnLoss(transformers.Trainer):
@@ -233,6 +296,31 @@ class TestLogs:
 
 
 class TestLife:
+    def test_every_training_begins_anew(self, tmp_path, always):
+        always(False)
+        own = LRegCallback(every=1, stop=0.25, size=0.8)
+        trainer(adapted(), tmp_path, own).train()
+        assert (own.n_accepted, own.n_refused, own.current_size) == (0, 3, 0.1)
+        always(True)
+        trainer(adapted(), tmp_path, own, max_steps=8).train()
+        assert (own.n_accepted, own.n_refused, own.current_size) == (2, 0, 0.8)
+        trainer(adapted(), tmp_path, own, max_steps=1).train()
+        assert (own.n_accepted, own.n_refused, own.last_update) == (0, 0, None)
+
+    def test_a_listener_that_a_broken_training_left_is_taken_off(self, tmp_path):
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                raise KeyboardInterrupt
+
+        model, own = adapted(), LRegCallback(every=2)
+        made = trainer(model, tmp_path, own, Stop(), label_smoothing_factor=0.1)
+        with pytest.raises(KeyboardInterrupt):
+            made.train()
+        assert "compute_loss" in vars(made)
+        made.remove_callback(Stop)
+        made.train()
+        assert "compute_loss" not in vars(made) and own.n_accepted + own.n_refused == 4
+
     def test_leaves_no_hook_behind(self, tmp_path):
         model = adapted()
         before = len(model._forward_pre_hooks)
@@ -305,6 +393,36 @@ class TestErrors:
     )
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
+            LRegCallback(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"tolerance": -1}, ValueError, "tolerance must be at least 0, got -1"),
+            ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
+            ({"n_rows": 0}, ValueError, "n_rows must be at least 1, got 0"),
+            ({"n_hard_samples": 0}, ValueError, "n_hard_samples must be at least 1, got 0"),
+            ({"every": 2.5}, TypeError, "every must be a whole number, got 2.5"),
+            ({"adapter_name": 3}, TypeError, "adapter_name must be a string"),
+            ({"strategy": None}, ValueError, "strategy must be one of"),
+            *(
+                ({name: math.nan}, ValueError, f"{name} must be|start and stop")
+                for name in ("tolerance", "size", "start", "stop")
+            ),
+            *(
+                ({name: wrong}, TypeError, f"{name} must be a whole number")
+                for name in ("every", "n_refine", "n_check_batches", "n_rows", "n_hard_samples")
+                for wrong in (True, "3", 1.0)
+            ),
+            *(
+                ({name: wrong}, TypeError, f"{name} must be a number")
+                for name in ("tolerance", "size", "start", "stop")
+                for wrong in (True, "0.5", None)
+            ),
+        ],
+    )
+    def test_options_are_noticed_at_construction(self, options, error, message):
+        with pytest.raises(error, match=message):
             LRegCallback(**options)
 
     def test_model_without_meshes_that_move(self, tmp_path):

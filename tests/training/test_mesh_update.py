@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import adaptation_failures
 import adaptation_run
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, track_statistics, update_meshes
+from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, track_statistics, update_meshes
 from lreg_peft.tuner.layer import wrap
+from lreg_peft.tuner.moves import Move
 
 HEADS = ("full", "reduced", "factored")
 OPTIMIZERS = {
@@ -127,7 +129,7 @@ class TestCarrying:
         update_meshes(layer, optimizer)
         after = state(layer)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {"lreg_nodes.default", "lreg_profile.default"}
+        assert changed == {"lreg_nodes.default", "lreg_profile.default.weight"}
 
     def test_without_an_optimizer_its_state_stays(self):
         layer, optimizer, _ = trained()
@@ -186,6 +188,65 @@ class TestAcceptance:
         assert same_state(before, state(layer))
         now = snapshot(layer, optimizer)
         assert all(torch.equal(held[name], now[name]) for name in held)
+
+    @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), StopIteration()])
+    @pytest.mark.parametrize("failing", [1, 2])
+    @pytest.mark.parametrize("head", HEADS)
+    def test_a_loss_that_fails_leaves_no_trace(self, head, failing, error):
+        layer, optimizer, _ = trained(head)
+        before, held = state(layer), snapshot(layer, optimizer)
+        sums = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
+        calls = []
+
+        def accept():
+            calls.append(layer.lreg_nodes["default"].clone())
+            if len(calls) == failing:
+                raise error
+            return 1.0
+
+        with pytest.raises(type(error)):
+            update_meshes(layer, optimizer, accept=accept)
+        assert len(calls) == failing
+        assert torch.equal(calls[-1], before["lreg_nodes.default"]) is (failing == 1)  # the second sees the move
+        assert same_state(before, state(layer))
+        now = snapshot(layer, optimizer)
+        assert held.keys() == now.keys() and all(torch.equal(held[name], now[name]) for name in held)
+        # What was gathered is still there for the next try.
+        again = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
+        assert all(torch.equal(one, other) for one, other in zip(sums.tensors(), again.tensors(), strict=True))
+        assert update_meshes(layer, optimizer, accept=lambda: 1.0).accepted
+
+    @pytest.mark.parametrize("accept", [None, lambda: 1.0])
+    def test_a_move_that_breaks_off_half_way_is_undone(self, accept, monkeypatch):
+        model = nn.Sequential(toy(), nn.Linear(2, 1), toy("factored"))
+        optimizer = torch.optim.AdamW(parameters(model), lr=0.01)
+        model(torch.randn(50, 1)).sum().backward()
+        optimizer.step()
+        before, moments = state(model), copy.deepcopy(optimizer.state_dict())
+        applied = []
+
+        def apply(move):
+            applied.append(move)
+            if len(applied) == 2:
+                move.site.nodes.copy_(move.mesh.nodes)
+                raise KeyboardInterrupt
+            original(move)
+
+        original = Move.apply
+        monkeypatch.setattr(Move, "apply", apply)
+        with pytest.raises(KeyboardInterrupt):
+            update_meshes(model, optimizer, accept=accept)
+        assert len(applied) == 2 and same_state(before, state(model))
+        for index, entry in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, moments["state"][index][name]) for name, value in entry.items())
+
+    @pytest.mark.parametrize("loss", [None, "1.0", torch.zeros(2)])
+    def test_a_loss_that_is_no_number(self, loss):
+        layer, optimizer, _ = trained()
+        before = state(layer)
+        with pytest.raises(TypeError, match="accept must return the loss as one number"):
+            update_meshes(layer, optimizer, accept=lambda: loss)
+        assert same_state(before, state(layer))
 
     def test_equal_loss_is_kept(self):
         layer, optimizer, _ = trained()
@@ -277,6 +338,50 @@ class TestErrors:
             update_meshes(layer, optimizer, tolerance=-1)
         with pytest.raises(ValueError, match="strategy must be one of"):
             update_meshes(layer, optimizer, strategy="best")
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0, got nan"),
+            ({"tolerance": "0.1"}, TypeError, "tolerance must be a number"),
+            ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
+            ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
+            ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
+            ({"size": float("nan")}, ValueError, "size must be"),
+            ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
+            ({"accept": 3.0}, TypeError, "accept must be a function"),
+            ({"adapter_name": 0}, TypeError, "adapter_name must be a string"),
+            ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
+        ],
+    )
+    def test_options_that_cannot_be(self, options, error, message):
+        layer, optimizer, _ = trained()
+        before, held = state(layer), snapshot(layer, optimizer)
+        with pytest.raises(error, match=message):
+            update_meshes(layer, **{"optimizer": optimizer, **options})
+        now = snapshot(layer, optimizer)
+        assert same_state(before, state(layer)) and all(torch.equal(held[name], now[name]) for name in held)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"n_rows": 0}, ValueError, "n_rows must be at least 1"),
+            ({"n_rows": 1.5}, TypeError, "n_rows must be a whole number"),
+            ({"n_rows": True}, TypeError, "n_rows must be a whole number"),
+            ({"n_hard_samples": "all"}, TypeError, "n_hard_samples must be a whole number"),
+            ({"enabled": None}, TypeError, "enabled must be True or False"),
+        ],
+    )
+    def test_options_of_the_statistics(self, options, error, message):
+        layer = toy()
+        tracked = layer.lreg_statistics["default"]
+        with pytest.raises(error, match=message):
+            track_statistics(layer, **options)
+        assert layer.lreg_statistics["default"] is tracked
+        with pytest.raises(TypeError, match="losses must be a tensor"):
+            count_hard_samples(layer, [1.0], 1)
+        with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
+            count_hard_samples(layer, torch.ones(1), 1.5)
 
 
 class TestInModels:
@@ -382,3 +487,15 @@ def test_two_processes_end_as_one(tmp_path):
     # of a few ulp each, and room for a hundred times that.
     np.testing.assert_allclose(one["losses"], alone["losses"], rtol=1e-5)
     assert (one["nodes"] - alone["nodes"]).abs().max() < 1e-5
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+    """Every stage at which one of two processes can fail: both end with its error, the model as it was."""
+    run_on_two(adaptation_failures.__file__, tmp_path)
+    reports = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for stage, words in adaptation_failures.STAGES.items():
+        for report in reports:
+            assert words in report[stage]["error"], stage
+            assert report[stage]["unchanged"], stage
+            assert report[stage]["seconds"] < 10, stage
+    assert all(report["accepted"] for report in reports)

@@ -12,7 +12,10 @@ EVERYTHING = {
     "task_type": "CAUSAL_LM",
     "n_components": 3,
     "dof": 4,
-    "head": "reduced",
+    "head": "factored",
+    "linear_term": True,
+    "profile_mean": 0.25,
+    "profile_mean_pattern": {"lm_head": 1.0},
     "target_modules": ["a", "b"],
     "exclude_modules": ["c"],
     "layers_to_transform": [0, 2],
@@ -31,6 +34,15 @@ EVERYTHING = {
 }
 
 REFUSED = [
+    ({"linear_term": 1, "head": "factored"}, TypeError, "linear_term must be True or False, got 1"),
+    ({"linear_term": True}, ValueError, "linear_term=True needs head='factored'.*got head='full'"),
+    ({"profile_mean": float("nan"), "head": "factored"}, ValueError, "profile_mean must be a finite number, got nan"),
+    ({"profile_mean": 0}, ValueError, "profile_mean acts on the profiles of head='factored', got head='full'"),
+    (
+        {"profile_mean_pattern": {"a": "b"}, "head": "factored"},
+        ValueError,
+        r"profile_mean_pattern\['a'\] must be a finite number, got 'b'",
+    ),
     ({"n_components": 0}, ValueError, "n_components must be at least 1, got 0"),
     ({"n_components": -2}, ValueError, "n_components must be at least 1, got -2"),
     ({"n_components": 2.0}, TypeError, "n_components must be a whole number, got 2.0"),

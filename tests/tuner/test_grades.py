@@ -99,7 +99,7 @@ class TestAdding:
         model = stack_of_three(form)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names
-        assert all(name.endswith("grade_3") for name in names)
+        assert all(name.endswith("grade_3.weight") for name in names)
         before = state(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loss_of(model).backward()
@@ -197,7 +197,7 @@ class TestSwitching:
             model.set_adapter(name)
             assert torch.equal(outputs(model), seen[name])
             assert model.active_adapters == [name]
-            assert {p.split(".")[-1] for p, value in model.named_parameters() if value.requires_grad} == {name}
+            assert {p.split(".")[-2] for p, value in model.named_parameters() if value.requires_grad} == {name}
         with model.disable_adapter():
             assert torch.equal(outputs(model), outputs(gpt2()))
 
@@ -326,7 +326,7 @@ class TestModulesTrainedInFull:
         before, n_trained = outputs(model), trainable(model)
         add_grade(model)
         assert torch.equal(outputs(model), before)
-        assert all(name.endswith("grade_2") for name, value in model.named_parameters() if value.requires_grad)
+        assert all(name.endswith("grade_2.weight") for name, value in model.named_parameters() if value.requires_grad)
         model.delete_adapter("grade_2")
         assert torch.equal(outputs(model), before)
         assert trainable(model) == n_trained
@@ -486,7 +486,7 @@ class TestNative:
         shake(model, name)
         after = outputs(model)
         assert not torch.equal(after, before)
-        assert {p.split(".")[-1] for p, value in model.named_parameters() if value.requires_grad} == {name}
+        assert {p.split(".")[-2] for p, value in model.named_parameters() if value.requires_grad} == {name}
         model.set_adapter("default")
         assert torch.equal(outputs(model), before)
         model.set_adapter(name)

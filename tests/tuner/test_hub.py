@@ -87,6 +87,7 @@ def _run_client(task: str, server: HubServer, folder: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the helpers that this file imports
     results = folder / f"{task}.pt"
     done = subprocess.run(
         # PEFT reports tensors that a file lacks, or has in excess, as a UserWarning.

@@ -9,8 +9,9 @@ import torch
 from tiny import adapt, gpt2, inputs, layers, shake
 from torch import nn
 
-from lreg_peft import LRegConfig, penalty
+from lreg_peft import LRegConfig
 from lreg_peft.core import curvature_penalty
+from lreg_peft.tuner import penalty
 
 WEIGHT = 0.7
 
@@ -64,8 +65,8 @@ class TestOneStep:
         expected = stepped(model(0.0, **options), with_explicit_penalty)
         check_equal(stepped(model(**options)), expected)
         assert not torch.allclose(
-            stepped(model(0.0, **options))["base_model.model.lm_head.lreg_coefficients.default"],
-            expected["base_model.model.lm_head.lreg_coefficients.default"],
+            stepped(model(0.0, **options))["base_model.model.lm_head.lreg_coefficients.default.weight"],
+            expected["base_model.model.lm_head.lreg_coefficients.default.weight"],
         )
 
     def test_does_not_depend_on_gradient_accumulation(self, options):
@@ -133,12 +134,12 @@ class TestBookkeeping:
 
     def test_forgets_models_that_are_gone(self):
         gc.collect()
-        before = len(penalty._layers)
+        before = len(penalty.penalised.layers)
         adapted = model(target_modules=["mlp", "lm_head"])
-        assert len(penalty._layers) == before + 3
+        assert len(penalty.penalised.layers) == before + 3
         del adapted
         gc.collect()
-        assert len(penalty._layers) <= before
+        assert len(penalty.penalised.layers) <= before
 
     def test_unloaded_model_is_not_penalised(self):
         adapted = model()

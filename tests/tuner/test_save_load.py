@@ -114,7 +114,7 @@ class TestWaysIn:
     def test_trainable(self, saved):
         folder, expected = saved
         loaded = PeftModel.from_pretrained(gpt2(), folder, is_trainable=True)
-        assert {n.split(".")[-2] for n, p in loaded.named_parameters() if p.requires_grad} == {
+        assert {n.split(".")[-3] for n, p in loaded.named_parameters() if p.requires_grad} == {
             "lreg_projection",
             "lreg_projection_bias",
             "lreg_coefficients",

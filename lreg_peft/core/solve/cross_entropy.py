@@ -8,7 +8,9 @@ half of the passes that the diagonal alone does, because classes compete: raisin
 probabilities.
 """
 
+import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,11 +20,11 @@ from torch import Tensor
 from .problem import (
     Chunk,
     Chunks,
+    Passes,
     Processes,
     Report,
     Solution,
     Status,
-    check_chunk,
     check_not_empty,
     check_options,
     rows_at_once,
@@ -74,6 +76,9 @@ class _Objective:
     total_weight: float = 0.0  # over scale: sums divided by it are P's
     gram: Tensor = field(default_factory=lambda: torch.empty(0))  # mean of basis basis^T, fp64; set by the first pass
 
+    def __post_init__(self) -> None:
+        self._samples = Passes(self.chunks, self.shape, self.targets)
+
     def evaluate(self, c: Tensor, dtype: torch.dtype) -> _Point:
         """One pass. Logits and residuals are computed in `dtype`, sums over chunks in fp64.
 
@@ -85,10 +90,8 @@ class _Objective:
         scalars, curvature = c.new_zeros(2), c.new_zeros(outputs)
         gradient = torch.zeros_like(c)
         gram = c.new_zeros(features, features) if first else c.new_zeros(0)
-        for whole in self.chunks():
-            if first:
-                check_chunk(whole, self.shape, classes=self.targets == "classes")
-            for chunk in slices(whole, rows_at_once(self.shape[1], c.device)):
+        with self.processes.together():
+            for chunk in self._pieces(c.device):
                 basis, root, total = self._weighted(chunk, dtype)
                 p = self._logits(chunk, c, dtype)
                 loss = _to_probabilities(p, chunk.target, root)  # [n]; what were logits is p times root now
@@ -113,8 +116,8 @@ class _Objective:
     def hessian_product(self, c: Tensor, direction: Tensor, dtype: torch.dtype) -> Tensor:
         """One pass; `[features, outputs]`."""
         product = torch.zeros_like(c)
-        for whole in self.chunks():
-            for chunk in slices(whole, rows_at_once(self.shape[1], c.device)):
+        with self.processes.together():
+            for chunk in self._pieces(c.device):
                 basis, root, _ = self._weighted(chunk, dtype)
                 p = self._logits(chunk, c, dtype)
                 change = chunk.basis.to(dtype) @ direction.to(dtype)
@@ -129,6 +132,11 @@ class _Objective:
         (product,) = total_of(self.processes, product)
         self.passes += 1
         return self._without_shift(product).div_(self.total_weight).add_(direction, alpha=self.ridge)
+
+    def _pieces(self, device: torch.device) -> Iterator[Chunk]:
+        """One pass, a bounded number of samples at a time."""
+        for whole in self._samples:
+            yield from slices(whole, rows_at_once(self.shape[1], device))
 
     def _without_shift(self, product: Tensor) -> Tensor:
         """Take out, in place, what only rounding can leave: probabilities sum to one, so their changes sum to zero.
@@ -291,10 +299,10 @@ def solve_cross_entropy(
         RuntimeWarning: if the tolerance was not reached.
     """
     check_options(start, scale, tolerance, max_passes)
-    if not ridge > 0:
+    if not 0 < ridge < math.inf:
         raise ValueError(
-            f"cross-entropy needs ridge > 0, got {ridge}: without it there is no certificate, and for separable "
-            "classes no minimum."
+            f"cross-entropy needs ridge > 0, and finite, got {ridge}: without it there is no certificate, and for "
+            "separable classes no minimum."
         )
     if targets not in ("classes", "labels"):
         raise ValueError(f"targets must be 'classes' or 'labels', got {targets!r}.")

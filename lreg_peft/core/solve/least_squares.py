@@ -9,11 +9,11 @@ from torch import Tensor
 from .problem import (
     Chunk,
     Chunks,
+    Passes,
     Processes,
     Report,
     Solution,
     Status,
-    check_chunk,
     check_not_empty,
     check_options,
     rows_at_once,
@@ -34,13 +34,23 @@ class _Spectrum:
 
     vectors: Tensor  # [features, rank]
     values: Tensor  # [rank]
+    # Those that only the rounding of the basis determines, as far as fp64 tells them from nothing.
+    unsure: tuple[Tensor, Tensor] | None = None
 
     def solve(self, gradient: Tensor) -> Tensor:
         return self.vectors @ ((self.vectors.T @ gradient) / self.values.unsqueeze(1))
 
     def gap(self, gradient: Tensor) -> float:
         """P minus its minimum: for a quadratic function half of g^T H^-1 g, exactly."""
-        return ((self.vectors.T @ gradient).square() / self.values.unsqueeze(1)).sum().item() / 2
+        return _descent(self.vectors, self.values, gradient)
+
+    def left_out(self, gradient: Tensor, objective: float) -> float:
+        """What coefficients along the unsure directions could lower P by; no more than all of it."""
+        return 0.0 if self.unsure is None else min(_descent(*self.unsure, gradient), objective)
+
+
+def _descent(vectors: Tensor, values: Tensor, gradient: Tensor) -> float:
+    return ((vectors.T @ gradient).square() / values.unsqueeze(1)).sum().item() / 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,9 @@ def solve_least_squares(
     QR decomposition is accumulated instead, which does not square the condition number of the basis. A further pass
     computes the gradient afresh, which certifies the result; if it is not good enough, it refines it. Without a
     ridge, directions that the samples do not determine, up to the rounding of the basis, keep their value in `start`
-    and have no part in the gap: from zero, this is the solution of smallest norm.
+    and have no part in the gap: from zero, this is the solution of smallest norm. The gap is then a bound over the
+    coefficients in the other directions; `gap + left_out` is one over all coefficients whatever, as large as those
+    along directions of that kind may be.
 
     Memory: O(features^2 + features * outputs), and the chunks in fp64, a few thousand samples at a time.
 
@@ -88,22 +100,23 @@ def solve_least_squares(
         A `Solution` with the method "normal equations" or "QR".
 
     Raises:
-        ValueError: for empty or non-finite data, shapes that do not fit, or options out of range.
+        ValueError: for empty or non-finite data, shapes that do not fit, passes that differ, or options out of range.
 
     Warns:
         RuntimeWarning: if the tolerance was not reached.
     """
     check_options(start, scale, tolerance, max_passes)
-    if not ridge >= 0:
-        raise ValueError(f"ridge must be at least 0, got {ridge}.")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge must be at least 0 and finite, got {ridge}.")
     processes = processes or Processes()
     c = start.detach().double()
-    sums = _sum_up(chunks, c, processes, scale, check=True)
+    samples = Passes(chunks, (start.shape[0], start.shape[1]), "values")
+    sums = _sum_up(samples, c, processes, scale, with_gram=True)
     check_not_empty(sums.weight)
     passes, iterations, method = 1, 0, "normal equations"
     spectrum = _of_normal_equations(sums, ridge)
     if spectrum is None:
-        spectrum, method = _of_triangle(*_triangle(chunks, start, processes), sums.weight, ridge), "QR"
+        spectrum, method = _of_triangle(*_triangle(samples, start, processes), sums.weight, ridge), "QR"
         passes += 1
     gradient = sums.product / sums.weight + ridge * c
     best: Solution | None = None
@@ -111,7 +124,7 @@ def solve_least_squares(
     while passes < max_passes:
         c = c - spectrum.solve(gradient)
         rounded = c.to(start.dtype)
-        sums = _sum_up(chunks, rounded.double(), processes, scale)
+        sums = _sum_up(samples, rounded.double(), processes, scale)
         passes, iterations = passes + 1, iterations + 1
         gradient = sums.product / sums.weight + ridge * rounded.double()
         objective = sums.squares / (2 * sums.weight) + ridge / 2 * rounded.double().square().sum().item()
@@ -120,15 +133,16 @@ def solve_least_squares(
             report(passes, objective, gap)
         stalled = best is not None and not gap < best.gap / 2
         if best is None or gap < best.gap:
+            norm, left_out = gradient.norm().item(), spectrum.left_out(gradient, objective)
             best = Solution(
-                objective, gap, gradient.norm().item(), iterations, passes, "converged", method, "", rounded
+                objective, gap, norm, iterations, passes, "converged", method, "", rounded, left_out=left_out
             )
         if best.gap <= tolerance or stalled:
             status = "converged" if best.gap <= tolerance else "stalled"
             break
         c = rounded.double()
     assert best is not None  # max_passes >= 3 leaves one turn of the loop after the QR pass
-    message = _message(status, best.gap, tolerance, passes, method, start.dtype)
+    message = _message(status, best.gap, tolerance, passes, method, start.dtype) + _remark(spectrum, best.left_out)
     result = replace(best, passes=passes, status=status, message=message)
     result.warn_unless_converged()
     return result
@@ -145,6 +159,17 @@ def _message(status: Status, gap: float, tolerance: float, passes: int, method: 
     return f"{found} is above the tolerance {tolerance:.1e}: raise max_passes, tolerance or ridge."
 
 
+def _remark(spectrum: _Spectrum, left_out: float) -> str:
+    if spectrum.unsure is None:
+        return ""
+    unsure, total = len(spectrum.unsure[1]), len(spectrum.vectors)
+    return (
+        f" The basis determines {unsure} of {total} directions by no more than its rounding; they kept their start. "
+        f"Huge coefficients along them could lower the objective by up to {left_out:.1e} more: a ridge above 0 rules "
+        "them out."
+    )
+
+
 def _doubles(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Basis, target minus offset, weights, and their roots as a column; fp64."""
     target = chunk.target.double()
@@ -154,23 +179,22 @@ def _doubles(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return chunk.basis.double(), target, weight, weight.sqrt().unsqueeze(1)
 
 
-def _sum_up(chunks: Chunks, c: Tensor, processes: Processes, scale: float, *, check: bool = False) -> _Sums:
-    """One pass; the Gram matrix is summed in a pass that checks the data as well."""
+def _sum_up(samples: Passes, c: Tensor, processes: Processes, scale: float, *, with_gram: bool = False) -> _Sums:
+    """One pass; the Gram matrix is the same in all of them."""
     features, outputs = c.shape
     scalars = c.new_zeros(2)
     product = c.new_zeros(features, outputs)
     gram = c.new_zeros(features, features)
-    for whole in chunks():
-        if check:
-            check_chunk(whole, (features, outputs), classes=False)
-        for chunk in slices(whole, rows_at_once(outputs, c.device)):
-            basis, target, weight, root = _doubles(chunk)
-            residual = (basis @ c - target) * root
-            basis = basis * root
-            scalars += torch.stack((weight.sum(), residual.square().sum()))
-            product += basis.T @ residual
-            if check:
-                gram += basis.T @ basis
+    with processes.together():
+        for whole in samples:
+            for chunk in slices(whole, rows_at_once(outputs, c.device)):
+                basis, target, weight, root = _doubles(chunk)
+                residual = (basis @ c - target) * root
+                basis = basis * root
+                scalars += torch.stack((weight.sum(), residual.square().sum()))
+                product += basis.T @ residual
+                if with_gram:
+                    gram += basis.T @ basis
     scalars, product, gram = total_of(processes, scalars, product, gram)
     return _Sums(scalars[0].item() / scale, scalars[1].item(), product, gram)
 
@@ -183,16 +207,17 @@ def _of_normal_equations(sums: _Sums, ridge: float) -> _Spectrum | None:
     return _Spectrum(vectors, values + ridge)
 
 
-def _triangle(chunks: Chunks, like: Tensor, processes: Processes) -> tuple[Tensor, float]:
+def _triangle(samples: Passes, like: Tensor, processes: Processes) -> tuple[Tensor, float]:
     """R of the QR decomposition of the weighted basis, fp64 `[features, features]`, and the precision of the basis."""
     features = like.shape[0]
     factor = like.new_zeros(features, features, dtype=torch.float64)
     precision = 0.0
-    for whole in chunks():
-        precision = max(precision, torch.finfo(whole.basis.dtype).eps)
-        for chunk in slices(whole, max(_MIN_ROWS, 4 * features)):
-            basis, _, _, root = _doubles(chunk)
-            factor = torch.linalg.qr(torch.cat((factor, basis * root)), mode="r").R
+    with processes.together():
+        for whole in samples:
+            precision = max(precision, torch.finfo(whole.basis.dtype).eps)
+            for chunk in slices(whole, max(_MIN_ROWS, 4 * features)):
+                basis, _, _, root = _doubles(chunk)
+                factor = torch.linalg.qr(torch.cat((factor, basis * root)), mode="r").R
     parts = processes.gather(factor)
     precision = max(processes.gather(like.new_tensor([precision], dtype=torch.float64))).item()
     return parts[0] if len(parts) == 1 else torch.linalg.qr(torch.cat(parts), mode="r").R, precision
@@ -201,7 +226,11 @@ def _triangle(chunks: Chunks, like: Tensor, processes: Processes) -> tuple[Tenso
 def _of_triangle(factor: Tensor, precision: float, total_weight: float, ridge: float) -> _Spectrum:
     """Without a ridge, directions that the basis determines by no more than its own rounding are left out."""
     _, singular, rows = torch.linalg.svd(factor / math.sqrt(total_weight))
+    values = singular.square() + ridge
+    if ridge > 0:
+        return _Spectrum(rows.T, values)
     known = singular > len(singular) * precision * singular[0]
-    values = singular.square() * known + ridge
-    used = known if ridge == 0 else torch.ones_like(known)
-    return _Spectrum(rows.T[:, used], values[used])
+    something = singular > len(singular) * torch.finfo(torch.float64).eps * singular[0]
+    unsure = something & ~known
+    pair = (rows.T[:, unsure], values[unsure]) if unsure.any() else None
+    return _Spectrum(rows.T[:, known], values[known], pair)

@@ -5,9 +5,11 @@ optimum (up to directions without effect). A solver reads the samples in chunks,
 coefficients an upper bound on their distance from that optimum, measured in the objective: the gap.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +23,9 @@ _MAX_ENTRIES_ELSEWHERE = 1 << 26
 _MIN_ROWS, _MAX_ROWS = 128, 4096
 
 Status = Literal["converged", "iteration_limit", "stalled"]
+
+#: What a solver takes for targets: classes, independent yes-or-no labels, values.
+TargetKind = Literal["classes", "labels", "values"]
 
 
 class Chunk(NamedTuple):
@@ -57,6 +62,10 @@ class Processes:
         """The tensors of all processes, of equal shapes, in the order of their ranks."""
         return [tensor]
 
+    def together(self) -> AbstractContextManager[None]:
+        """A stage that each goes through by itself; an error of one is then an error of all."""
+        return nullcontext()
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -65,7 +74,8 @@ class Certificate:
     Attributes:
         objective: P, see the solver; computed in fp64.
         gap: an upper bound on P minus the smallest P there is: the certificate. For least squares it is the exact
-            distance, up to rounding, which grows with the condition number.
+            distance, up to rounding, which grows with the condition number. It is about the samples as the solver sees
+            them, basis and offset in fp32 or fp64: a model that computes in bf16 or fp16 adds its own rounding.
         gradient_norm: Euclidean norm of the gradient of P.
         iterations: accepted steps.
         passes: reads of all samples: evaluations of the gradient and products with the Hessian count one each.
@@ -73,6 +83,10 @@ class Certificate:
             rounding permits no further progress.
         method: which way the optimum was found.
         message: status and method in words; what to change if the tolerance was not reached.
+        left_out: what is to be added to the gap for a bound over any coefficients whatever: 0, but for least squares
+            without a ridge on a basis that determines some directions by no more than its own rounding. Those keep
+            their value of the start, and coefficients along them, as large as one over that rounding, could lower P
+            by this much further.
     """
 
     objective: float
@@ -83,6 +97,7 @@ class Certificate:
     status: Status
     method: str
     message: str
+    left_out: float = field(default=0.0, kw_only=True)
 
     def warn_unless_converged(self) -> None:
         """Emit a `RuntimeWarning` with the message if the tolerance was not reached."""
@@ -110,23 +125,31 @@ def check_options(start: Tensor, scale: float, tolerance: float, max_passes: int
     if not torch.isfinite(start).all():
         raise ValueError("start must be finite, got NaN or infinite values.")
     for name, value in (("tolerance", tolerance), ("scale", scale)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}.")
     if max_passes < 3:
         raise ValueError(f"max_passes must be at least 3, got {max_passes}.")
 
 
-def check_chunk(chunk: Chunk, shape: tuple[int, int], *, classes: bool) -> None:
-    """Raise a `ValueError` that says what is wrong with a chunk for coefficients of `shape` [features, outputs]."""
+def check_chunk(chunk: Chunk, shape: tuple[int, int], kind: TargetKind) -> None:
+    """Raise an error that says what is wrong with a chunk for coefficients of `shape` [features, outputs]."""
+    if not isinstance(chunk, Chunk):
+        raise TypeError(f"chunks must give core.Chunk(basis, target, offset, weight), got a {type(chunk).__name__}.")
+    named = chunk._asdict()
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("offset", "weight")):
+            raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")
     basis, target, offset, weight = chunk
     features, outputs = shape
     if basis.ndim != 2 or basis.shape[1] != features or basis.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"basis must be fp32 or fp64 [n, {features}], got {basis.dtype} {tuple(basis.shape)}.")
     n = len(basis)
+    classes = kind == "classes"
     expected = (n,) if classes else (n, outputs)
-    if tuple(target.shape) != expected or target.is_floating_point() == classes:
-        kind = "int64" if classes else "floating point"
-        raise ValueError(f"target must be {kind} {list(expected)}, got {target.dtype} {tuple(target.shape)}.")
+    fits = target.dtype == torch.int64 if classes else target.is_floating_point()
+    if tuple(target.shape) != expected or not fits:
+        words = "int64" if classes else "floating point"
+        raise ValueError(f"target must be {words} {list(expected)}, got {target.dtype} {tuple(target.shape)}.")
     if classes and n and not 0 <= int(target.min()) <= int(target.max()) < outputs:
         raise ValueError(
             f"labels must lie in [0, {outputs - 1}] for {outputs} classes, got values from {int(target.min())} to "
@@ -136,10 +159,53 @@ def check_chunk(chunk: Chunk, shape: tuple[int, int], *, classes: bool) -> None:
         raise ValueError(f"offset must have shape [n, outputs] = {(n, outputs)}, got {tuple(offset.shape)}.")
     if weight is not None and (tuple(weight.shape) != (n,) or not (weight >= 0).all()):
         raise ValueError(f"weight must be non-negative with shape [{n}], got {tuple(weight.shape)}.")
-    named = {"basis": basis, "target": target, "offset": offset, "weight": weight}
     for name, tensor in named.items():
         if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite, got NaN or infinite values.")
+    if kind == "labels" and n and not 0 <= float(target.min()) <= float(target.max()) <= 1:
+        raise ValueError(
+            "target must lie in [0, 1] for labels that are each yes or no, got values from "
+            f"{float(target.min()):.6g} to {float(target.max()):.6g}; for other values use least squares."
+        )
+
+
+class Passes:
+    """The samples of this process, pass by pass: checked in the first pass, and known again in every other.
+
+    A certificate speaks of the samples of its last pass. If they were not those of the passes before, or none at all,
+    it would be true of nothing.
+    """
+
+    def __init__(self, chunks: Chunks, shape: tuple[int, int], kind: TargetKind) -> None:
+        self._chunks, self._shape, self._kind = chunks, shape, kind
+        self._first: tuple[int, float] | None = None
+        #: How many were read to the end.
+        self.complete = 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """One pass.
+
+        Raises:
+            ValueError: for chunks that do not fit, and at the end of a pass that saw others than the first.
+            TypeError: for what is no chunk.
+        """
+        rows, weight = 0, 0.0
+        for chunk in self._chunks():
+            # Later passes are checked by what is cheap: the whole is compared in the end.
+            if self._first is None:
+                check_chunk(chunk, self._shape, self._kind)
+            rows += len(chunk.basis)
+            weight += len(chunk.basis) if chunk.weight is None else float(chunk.weight.sum(dtype=torch.float64))
+            yield chunk
+        if self._first is None:
+            self._first = (rows, weight)
+        elif rows != self._first[0] or not math.isclose(weight, self._first[1], rel_tol=1e-9):
+            raise ValueError(
+                f"chunks must give the same samples in every pass: pass 1 had {self._first[0]} of weight "
+                f"{self._first[1]:.9g}, pass {self.complete + 1} has {rows} of weight {weight:.9g}. Give a function "
+                "that begins anew whenever it is called, not one that hands on an iterator."
+            )
+        self.complete += 1
 
 
 def check_not_empty(total_weight: float) -> None:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ...core.basis import under_transform
 from ...core.deferred import defer
 from ...modules import has_hooks, is_compiling, remove_hooks
-from ..layer import LRegLayer, first_tensor
+from ..layer import LRegLayer
+from ..layout import first_tensor
 from .output_head import wrapped_head
 from .registry import remember
 

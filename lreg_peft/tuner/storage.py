@@ -1,0 +1,60 @@
+"""Dictionaries by adapter name that hold what an adapter consists of."""
+
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+
+class _Weight(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}"
+
+
+class WeightDict(nn.ParameterDict):
+    """Parameters by adapter name. In the model they are called `lreg_<what>.<adapter>.weight`, as LoRA's are.
+
+    Tools that copy, freeze or count the weights of one adapter look for `.<adapter>.` in their names. In the hand this
+    is a ParameterDict: `weights["default"]` is a parameter. Files have no `.weight`, see
+    `LRegModel._remove_adapter_name_from_key`.
+    """
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self._modules[key].weight  # type: ignore[union-attr,return-value]
+
+    def __setitem__(self, key: str, weight: Any) -> None:
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight)
+        if key in self._modules:
+            self._modules[key].weight = weight  # type: ignore[union-attr]
+        else:
+            self.add_module(key, _Weight(weight))
+            self._keys[key] = None
+
+    def __delitem__(self, key: str) -> None:
+        del self._keys[key], self._modules[key]
+
+
+class NodeDict(BufferDict):
+    """Mesh nodes by adapter name: persistent buffers that keep their precision.
+
+    `model.half()` or `model.to(torch.bfloat16)` moves them but does not round them: in bf16 neighbouring nodes
+    collide, and a mesh with an empty element divides by zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({}, persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
+        exact: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, nodes in exact.items():
+            moved = self._buffers[name]
+            if nodes is not None and moved is not None and moved.dtype != nodes.dtype:
+                self._buffers[name] = nodes.to(moved.device)
+        return self

@@ -4,7 +4,7 @@ A row is what one label is predicted from: a token, or a sample. Everything here
 output; nothing knows of shortcuts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
+
+# Relative difference between two computations of one loss from the same logits, by the dtype of the loss.
+_SAME_LOSS = {torch.float64: 1e-9, torch.float32: 5e-6}
+_SAME_LOSS_HALF = 1e-2
+# Passes with other labels, until every class has been one of them.
+_MAX_OTHER_LABELS = 8
 
 Objective = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 
@@ -28,9 +34,22 @@ class Rows(NamedTuple):
     targets: Tensor
 
 
+class Pairing(NamedTuple):
+    """How a model makes its loss of rows.
+
+    Attributes:
+        shift: whether position t goes with label t + 1.
+        objective: what is minimised.
+    """
+
+    shift: bool
+    objective: Objective
+
+
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether token t is trained to predict label t + 1."""
-    return type(model).__name__.endswith(("CausalLM", "LMHeadModel")) and not getattr(
+    """Whether token t is likely to be trained to predict label t + 1; `find_pairing` asks the model."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in names) and not getattr(
         getattr(model, "config", None), "is_encoder_decoder", False
     )
 
@@ -121,3 +140,79 @@ def logits_of(output: Any) -> Any:
 def loss_of(output: Any) -> Any:
     """The loss in what a model returned; None without one."""
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+
+
+#: Runs a model with labels; returns its logits and its loss, None without one.
+Run = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def find_pairing(
+    run: Run,
+    labels: Tensor,
+    guess: Pairing,
+    *,
+    out_features: int,
+    pool: Callable[[Tensor], Tensor] | None = None,
+    is_plain: bool = False,
+) -> Pairing | None:
+    """Ask a model how it makes its loss of its logits.
+
+    The loss must be, up to rounding, that of rows which are paired one way or another, for the labels given and for
+    others that name every class in turn: a loss that weights some of them, or adds anything, is another one.
+
+    Args:
+        run: the model, on inputs that fit the labels; in eval mode, without autocast.
+        labels: as for `align`, valid.
+        guess: what is tried first, and what counts for a model without a loss.
+        out_features: as for `align`.
+        pool: as for `align`.
+        is_plain: it is known that no label counts more than another, so that other labels need not be tried.
+
+    Returns:
+        None if the loss is made in a way that rows do not repeat.
+    """
+    logits, loss = run(labels)
+    if loss is None:
+        return guess
+    shifts = (guess.shift, not guess.shift) if is_per_token(logits, labels) else (guess.shift,)
+    kinds: tuple[Objective, ...] = (guess.objective,)
+    if guess.objective != "cross_entropy":
+        other: Objective = "binary_cross_entropy" if guess.objective == "squared_error" else "squared_error"
+        kinds = (guess.objective, other)
+
+    def agrees(pairing: Pairing, logits: Tensor, loss: Tensor | None, labels: Tensor) -> bool:
+        rows = align(logits, labels, shift=pairing.shift, out_features=out_features, pool=pool)
+        if loss is None or loss.numel() != 1:
+            return False
+        if not len(rows.targets):
+            return True
+        mine = row_loss(pairing.objective, *rows).reshape(())
+        tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
+        return torch.allclose(loss.reshape(()).to(mine.dtype), mine, rtol=tolerance, atol=1e-7)
+
+    for pairing in (Pairing(shift, kind) for shift in shifts for kind in kinds):
+        if agrees(pairing, logits, loss, labels):
+            break
+    else:
+        return None
+    if is_plain:
+        return pairing
+    for others in _other_labels(labels, out_features):
+        if not agrees(pairing, *run(others), others):
+            return None
+    return pairing
+
+
+def _other_labels(labels: Tensor, out_features: int) -> Iterator[Tensor]:
+    """Labels in the same places, that name all classes; two sets of others where labels are values."""
+    if labels.is_floating_point() or out_features == 1:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            yield torch.rand(labels.shape, generator=generator).round().to(labels)  # 0/1 labels are values too
+        return
+    counts = labels != IGNORE_INDEX
+    n = int(counts.sum())
+    for k in range(min(-(-out_features // n), _MAX_OTHER_LABELS) if n else 0):
+        others = labels.clone()
+        others[counts] = (torch.arange(n, device=labels.device) + k * n) % out_features
+        yield others

@@ -53,6 +53,8 @@ class _State:
         self.source = source
         #: Whether a loss has been computed past the tensors.
         self.fused = False
+        #: Whether all of these were the mean over rows without further options.
+        self.is_plain = True
         #: Whether somebody watches the gradient of one of them.
         self.watched = False
         self._values: Tensor | None = None
@@ -150,6 +152,15 @@ def defer(source: LogitsSource, shape: tuple[int, ...]) -> DeferredLogits:
 def _place(state: _State, rows: Tensor, dtype: torch.dtype, *, is_view: bool) -> DeferredLogits:
     source = state.source
     return _Defer.apply(state, rows, dtype, is_view, source.features, *source.weights)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def is_mean_cross_entropy(logits: Tensor) -> bool:
+    """Whether nothing but mean cross-entropies were computed from deferred logits, and at least one."""
+    if not isinstance(logits, DeferredLogits):
+        return False
+    state = logits._state
+    untouched = state._values is None and state._graph is None and logits._real is None
+    return state.fused and state.is_plain and untouched
 
 
 def _numbers(logits: DeferredLogits) -> Tensor:
@@ -329,13 +340,12 @@ def _cross_entropy(
         return NotImplemented
     if logits.ndim != 2 or target.shape != logits.shape[:1] or target.device != logits.device:
         return NotImplemented
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        return NotImplemented
     counts = target != ignore_index
     loss = logits._state.source.loss(
         logits._rows[counts], target[counts], 1.0 if reduction == "sum" else None, label_smoothing
     )
     logits._state.fused = True
+    logits._state.is_plain &= ignore_index == -100 and reduction == "mean" and not label_smoothing
     # Autocast computes cross-entropy in single precision; without it the loss has the dtype of the logits.
     return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
 

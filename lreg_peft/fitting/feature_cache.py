@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -36,7 +37,7 @@ from ..core.distributed import (
     together,
 )
 from ..core.fingerprint import fingerprint_of_all
-from ..labels import Rows
+from ..labels import Objective, Rows
 from ..tuner.layer import LRegLayer
 from .cache_files import (
     DTYPES,
@@ -105,7 +106,7 @@ class FeatureCache(Dataset):
         check_stamp(self.path, stamp)
         self.stamp: dict[str, Any] = stamp
         #: "cross_entropy", "binary_cross_entropy" or "squared_error".
-        self.objective: str = stamp["objective"]
+        self.objective: Objective = stamp["objective"]
         width, target_width = stamp["in_features"], stamp["target_width"]
         self._features, self._targets, self._offsets = [], [], []
         sums = []
@@ -168,6 +169,14 @@ class FeatureCache(Dataset):
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    @property
+    def total_dataset_length(self) -> int:
+        """What accelerate cuts the last batch of an evaluation to, by the number of samples; 0: not at all.
+
+        Where samples have several rows, it would cut rows.
+        """
+        return len(self) if self.n_rows == len(self) else 0
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Rows of one sample: features `[rows, in_features]`, labels `[rows]` or `[rows, out_features]`."""
         if not isinstance(index, (int, np.integer)):
@@ -181,7 +190,9 @@ class FeatureCache(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Put the rows of several samples one under another."""
+        """Put the rows of several samples one under another; samples of another data set become a batch as usual."""
+        if samples and "features" not in samples[0]:  # of an evaluation set that was not cached
+            return default_data_collator(list(samples))  # type: ignore[no-any-return]
         return {name: torch.cat([sample[name] for sample in samples]) for name in ("features", "labels")}
 
     @checked(rows_per_chunk=whole(1))
@@ -248,8 +259,8 @@ def cache_features(
 
     Args:
         model: a model whose LReg adapter is on its output module, and on nothing else, with a frozen rest.
-        data: a data set of samples (dictionaries with labels), or a data loader or other iterable of batches that
-            gives the same ones in the same order every time.
+        data: a data set of samples (dictionaries with labels; also an iterable one, of which each process gives its own
+            part), or a data loader or other iterable of batches that gives the same ones in the same order every time.
         path: folder of the cache, or a link to one.
         adapter_name: the adapter to train; None takes the active one.
         batch_size: samples of a data set per forward pass; None if the items of `data` are batches already.
@@ -302,7 +313,7 @@ def cache_features(
         _build(terminal, batches, path, stamp, dtype, rank, bar, overwrite)
     with together():
         cache = FeatureCache(path, verify=False)  # just built, or verified by the main process
-    accept_features(terminal)
+    accept_features(terminal, cache.objective)
     return cache
 
 
@@ -329,13 +340,20 @@ class _Batches:
         self._collate = collate_fn or default_data_collator
         self._batch_size = batch_size
         self._samples: range | None = None
+        streams = _is_stream(data)
+        self._streams_samples = streams and batch_size is not None
         gives_batches = batch_size is None or isinstance(data, DataLoader) or not hasattr(data, "__getitem__")
-        if isinstance(data, Sized) and not gives_batches:
+        if isinstance(data, Sized) and not gives_batches and not streams:
             length = len(data)
             share = -(-length // world)
             self._samples = range(min(rank * share, length), min((rank + 1) * share, length))
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._streams_samples and self._batch_size is not None:
+            samples = iter(self._data)
+            while batch := list(islice(samples, self._batch_size)):
+                yield self._collate(batch)
+            return
         if self._samples is None or self._batch_size is None:
             yield from self._data
             return
@@ -354,6 +372,12 @@ class _Batches:
         for batch in tqdm(self, total=self.total(), desc="feature cache: data", disable=not show_progress):
             _digest_batch(digest, batch, form)
         return digest.hexdigest()
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether `data` is a data set of samples that can only be gone through, of torch or of `datasets`."""
+    kinds = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
+    return isinstance(data, IterableDataset) or "datasets.IterableDataset" in kinds
 
 
 def _digest_batch(digest: Any, batch: Any, form: int = FORMAT) -> None:

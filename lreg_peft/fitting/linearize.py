@@ -9,7 +9,6 @@ Source: Cao & Zhang, "Linearised subspace refinement", arXiv 2601.13989. They pr
 the step goes into the parameters, by a line search.
 """
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,18 @@ from tqdm.auto import tqdm
 
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
-from ..labels import Objective, align, logits_of, loss_of, objective_of, row_loss, shifts_labels
-from ..modules import eval_mode, unwrap
+from ..labels import (
+    Objective,
+    Pairing,
+    align,
+    find_pairing,
+    logits_of,
+    loss_of,
+    objective_of,
+    row_loss,
+    shifts_labels,
+)
+from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.layer import LRegLayer
 
 Status = Literal["improved", "no_descent", "heldout_rose"]
@@ -232,19 +241,29 @@ class _Data:
         self.sizes: list[int] = []
         #: The same for every batch.
         self.objective: Objective = "squared_error"
+        self.shift = shifts_labels(model)
         with torch.no_grad():
-            for batch in self.batches:
-                logits, targets = self.rows({}, batch)
-                self.objective = objective_of(model, targets, logits.shape[1], "the model")
-                self.sizes.append(len(targets))
-            if not sum(self.sizes):
-                raise ValueError("the batches hold no row with a label.")
+            self._count_rows()
+            shift = self.shift
             self._check_loss(self.batches[self.sizes.index(max(self.sizes))])
+            if self.shift != shift:
+                objective = self.objective
+                self._count_rows()
+                self.objective = objective
+
+    def _count_rows(self) -> None:
+        self.sizes.clear()
+        for batch in self.batches:
+            logits, targets = self.rows({}, batch)
+            self.objective = objective_of(self.model, targets, logits.shape[1], "the model")
+            self.sizes.append(len(targets))
+        if not sum(self.sizes):
+            raise ValueError("the batches hold no row with a label.")
 
     def rows(self, values: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits `[n, out_features]` and targets of a batch, padding and ignored labels left out."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
+        inputs = private_inputs({k: v for k, v in batch.items() if k != "labels"}, labels.device)
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             inputs.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))  # type: ignore[operator]
         output = functional_call(self.model, values, args=(), kwargs=inputs)
@@ -255,7 +274,7 @@ class _Data:
                 f"{type(output).__name__}."
             )
         width = logits.shape[-1] if logits.ndim > 1 else 1
-        return align(logits, labels, shift=shifts_labels(self.model), out_features=width)
+        return align(logits, labels, shift=self.shift, out_features=width)
 
     @torch.no_grad()
     def loss(self, values: dict[str, Tensor]) -> float:
@@ -267,17 +286,28 @@ class _Data:
         return total / sum(self.sizes)
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
-        if "labels" not in inspect.signature(self.model.forward).parameters:
+        """Find out how labels are paired, from the model's own loss; refuse one that is made otherwise."""
+        if not accepts(self.model, "labels"):
             return
-        own = loss_of(self.model(**batch))
-        loss = row_loss(self.objective, *self.rows({}, batch))
-        tolerance = 3e-2 if next(self.model.parameters()).dtype.itemsize < 4 else 1e-3
-        if own is not None and not torch.isclose(own.to(loss.dtype), loss, rtol=tolerance, atol=tolerance):
+        device = next(self.model.parameters()).device
+
+        def run(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+            output = self.model(**private_inputs({**batch, "labels": labels}, device))
+            return logits_of(output), loss_of(output)
+
+        with torch.autocast(device.type, enabled=False):
+            logits, own = run(batch["labels"])
+            width = logits.shape[-1] if logits.ndim > 1 else 1
+            pairing = find_pairing(run, batch["labels"], Pairing(self.shift, self.objective), out_features=width)
+        if pairing is None:
+            assert own is not None
+            loss = row_loss(self.objective, *self.rows({}, batch))
             raise ValueError(
                 f"the loss of {type(self.model).__name__} is {own.item():.6g}, and the "
                 f"{self.objective.replace('_', ' ')} of its outputs is {loss.item():.6g}: it computes its loss in a "
                 "way that is not known here."
             )
+        self.shift, self.objective = pairing
 
 
 def _data(

@@ -4,9 +4,9 @@ With everything below it frozen, such a shortcut is a small model of its own: fe
 base module's output is a constant offset. Training on stored features and convex fitting both start here.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,25 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.deferred import is_mean_cross_entropy
 from ..labels import (
     IGNORE_INDEX,
     Objective,
+    Pairing,
     Rows,
     align,
+    find_pairing,
     last_tokens,
     logits_of,
     loss_of,
     objective_of,
-    row_loss,
     shifts_labels,
 )
-from ..modules import eval_mode, unwrap
+from ..modules import accepts, eval_mode, private_inputs, unwrap
+from ..tuner.hooks.head_loss import defer_logits
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.layout import first_tensor
 
 # Difference between a model's own logits and those computed from its rows that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _TOLERANCE_HALF = 3e-2
+_PAIRING = "pairing"
 
 
 class _Reached(Exception):
@@ -54,6 +58,7 @@ class Terminal:
     name: str
     layer: LRegLayer
     adapter_name: str
+    _known: dict[str, Pairing] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self, batch: Mapping[str, Any]) -> Objective:
         """Run one batch in full and make sure that its rows give the model's own output and loss.
@@ -68,36 +73,113 @@ class Terminal:
             ValueError: if they do not, with the reason: the model does something to this module's output that rows
                 cannot repeat, or the labels do not fit.
         """
-        objective = self.objective(self.rows(batch).targets)  # first: a wrong label would be an error of the model's
-        with torch.no_grad(), eval_mode(self.model):
-            rows, own_logits, own_loss = self._run(batch, stop=False)
+        rows = self.rows(batch)  # first: a wrong label would be an error of the model's
+        self.objective(rows.targets)
+        with self._apart():
+            seen, inputs, output = self._run(batch, stop=False)
+            own_logits = logits_of(output)
+            if isinstance(own_logits, Tensor) and own_logits.ndim == seen.ndim == 3:
+                own_logits = self._align(own_logits, inputs).features
             logits = self.base_output(rows.features, without=())
-            loss = row_loss(objective, logits, rows.targets)
         tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF)
         close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
-        same_logits = own_logits is not None and own_logits.shape == logits.shape and close(own_logits, logits)
-        same_loss = own_loss is None or not len(logits) or close(own_loss.to(loss.dtype), loss)
-        if not (same_logits and same_loss):
-            what = "weights its loss by more than the labels" if same_logits else "changes the output of this module"
+        same = isinstance(own_logits, Tensor) and own_logits.shape == logits.shape and close(own_logits, logits)
+        if not same or self._ask(batch, rows.targets) is None:
+            what = "weights its loss by more than the labels" if same else "changes the output of this module"
             raise ValueError(
                 f"{type(self.model).__name__} {what} ({self.name!r}), so the shortcut there cannot be trained apart "
                 "from the model. Train it in the model."
             )
-        return objective
+        return self.objective(rows.targets)
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:
         """The rows of a batch; runs the frozen part without a graph, in eval mode, and stops at the terminal module.
+
+        The first time, the model is asked which label it pairs with which row.
 
         Raises:
             TypeError: if `batch` is not a mapping.
             ValueError: if it has no labels, or their shape fits neither tokens nor sequences.
         """
-        with torch.no_grad(), eval_mode(self.model):
-            return self._run(batch, stop=True)[0]
+        with self._apart():
+            features, inputs, _ = self._run(batch, stop=True)
+        rows = self._align(features, inputs)
+        if _PAIRING not in self._known and len(rows.targets):
+            self.objective(rows.targets)
+            self._known[_PAIRING] = self._ask(batch, rows.targets) or self._guess(rows.targets)
+            rows = self._align(features, inputs)
+        return rows
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """For passes of our own: exact, without a graph, and nothing is left behind."""
+        kind = next(self.model.parameters()).device.type
+        with torch.no_grad(), eval_mode(self.model), torch.autocast(kind, enabled=False):
+            yield
+
+    def _ask(self, batch: Mapping[str, Any], targets: Tensor) -> Pairing | None:
+        """How the model makes its loss of rows; None if rows do not repeat it."""
+
+        def run(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+            output = self._forward_instead({**batch, "labels": labels}, self._some_logits)
+            logits = logits_of(output)
+            return (logits, loss_of(output)) if isinstance(logits, Tensor) else (torch.empty(0), None)
+
+        inputs = self._inputs(batch)
+        return find_pairing(
+            run,
+            inputs["labels"],
+            self._guess(targets),
+            out_features=self.layer.out_features,
+            pool=partial(self._pool, inputs=inputs),
+            is_plain=self._is_seen_to_be_plain(batch),
+        )
+
+    def _forward_instead(self, batch: Mapping[str, Any], instead: Any) -> Any:
+        """The model's output where `instead`, a function as `LRegLayer.loss_request`, answers for the module."""
+        with self._apart():
+            self.layer.loss_request = instead
+            try:
+                return self._forward(batch)
+            finally:
+                self.layer.loss_request = None
+
+    def _some_logits(self, layer: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Logits of ordinary size that cost nothing; the same on every call."""
+        features = layer._features(args, kwargs)
+        if self.reads_sequences and features.ndim == 3:
+            features = features[:, 0]
+        generator = torch.Generator().manual_seed(0)
+        return (2 * torch.randn(*features.shape[:-1], layer.out_features, generator=generator)).to(features)
+
+    def _is_seen_to_be_plain(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the model is seen to take the mean cross-entropy of its logits, and nothing else."""
+        seen: list[Tensor | None] = []
+
+        def watch(layer: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            seen.append(defer_logits(layer, args, kwargs))
+            return self._some_logits(layer, args, kwargs) if seen[-1] is None else seen[-1]
+
+        self._forward_instead(batch, watch)
+        return len(seen) == 1 and seen[0] is not None and is_mean_cross_entropy(seen[0])
+
+    def _guess(self, targets: Tensor) -> Pairing:
+        guessed = objective_of(self.model, targets, self.layer.out_features, repr(self.name))
+        return Pairing(shifts_labels(self.model), guessed)
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """How the model makes its loss of rows, once it has been asked."""
+        return self._known.get(_PAIRING)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether position t goes with label t + 1."""
+        return shifts_labels(self.model) if self.pairing is None else self.pairing.shift
 
     def rows_per_sample(self, labels: Tensor) -> list[int]:
         """How many rows each sample of token labels `[batch, length]` gives."""
-        counted = labels[:, 1:] if shifts_labels(self.model) else labels
+        counted = labels[:, 1:] if self.shifts else labels
         return (counted != IGNORE_INDEX).sum(dim=1).tolist()  # type: ignore[no-any-return]
 
     def base_output(self, features: Tensor, without: tuple[str, ...] | None = None) -> Tensor:
@@ -111,8 +193,8 @@ class Terminal:
             `[n, out_features]`; a tensor of its own, safe to change.
         """
         without = (self.adapter_name,) if without is None else without
-        base = self.layer.get_base_layer()
-        output, _ = first_tensor(base(features.unsqueeze(1) if self._reads_sequences else features))
+        # Through whatever lies between, such as an adapter of another method.
+        output, _ = first_tensor(self.layer.base_layer(features.unsqueeze(1) if self.reads_sequences else features))
         if output.data_ptr() == features.data_ptr():
             output = output.clone()
         for name in self.layer.stacked_adapters:
@@ -121,22 +203,28 @@ class Terminal:
         return output
 
     @property
-    def _reads_sequences(self) -> bool:
+    def reads_sequences(self) -> bool:
+        """Whether the module takes `[batch, length, features]` where its output is one vector per sample."""
         # The classification heads of RoBERTa's kin take [batch, length, features] and look at the first position.
         return "ClassificationHead" in type(self.layer.get_base_layer()).__name__
 
-    def _run(self, batch: Mapping[str, Any], *, stop: bool) -> tuple[Rows, Tensor | None, Tensor | None]:
-        """Rows; without `stop` also the model's logits in those rows and its loss, where it gives any."""
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(batch, Mapping):
             raise TypeError(f"a batch must be a dictionary of model inputs with labels, got {type(batch).__name__}.")
         if batch.get("labels") is None:
             raise ValueError(f"a batch needs 'labels' to give rows, it has {sorted(batch)}.")
-        place = next(self.model.parameters()).device
-        inputs = {key: value.to(place) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        labels = inputs["labels"]
-        takes_labels = _accepts(self.model, "labels")
-        if stop or not takes_labels:
+        return private_inputs(batch, next(self.model.parameters()).device)
+
+    def _forward(self, batch: Mapping[str, Any]) -> Any:
+        """The model's output, of labels too if it takes any."""
+        inputs = self._inputs(batch)
+        if not accepts(self.model, "labels"):
             inputs.pop("labels")
+        return self.model(**inputs)
+
+    def _run(self, batch: Mapping[str, Any], *, stop: bool) -> tuple[Tensor, dict[str, Any], Any]:
+        """What reaches the module, the inputs with labels, and the model's output, None with `stop`."""
+        inputs = self._inputs(batch)
         seen: list[Tensor] = []
 
         def capture(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -147,32 +235,31 @@ class Terminal:
         handle = self.layer.register_forward_pre_hook(capture, with_kwargs=True)
         output = None
         try:
-            output = self.model(**inputs)
+            if stop and not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+                self.model(**{name: value for name, value in self._inputs(batch).items() if name != "labels"})
+            else:
+                output = self._forward(batch)
         except _Reached:
             pass
         finally:
             handle.remove()
         if len(seen) != 1:
             raise ValueError(f"{self.name!r} was called {len(seen)} times in a forward pass; exactly once is needed.")
-        rows = self._align(seen[0], labels, inputs)
-        logits = logits_of(output)
-        if logits is not None and logits.ndim == seen[0].ndim == 3:
-            logits = self._align(logits, labels, inputs).features
-        return rows, logits, loss_of(output)
+        return seen[0], inputs, output
 
-    def _align(self, values: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> Rows:
+    def _align(self, values: Tensor, inputs: Mapping[str, Any]) -> Rows:
         """Bring features or logits and labels together."""
         return align(
             values,
-            labels,
-            shift=shifts_labels(self.model),
+            inputs["labels"],
+            shift=self.shifts,
             out_features=self.layer.out_features,
             pool=partial(self._pool, inputs=inputs),
         )
 
     def _pool(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The position that a sample is classified by, of `[batch, length, width]`."""
-        if self._reads_sequences:
+        if self.reads_sequences:
             return values[:, 0]
         ids, pad = inputs.get("input_ids"), getattr(getattr(self.model, "config", None), "pad_token_id", None)
         if ids is None or pad is None:
@@ -188,7 +275,9 @@ class Terminal:
         Raises:
             ValueError: for labels outside the classes, or of another number than the outputs.
         """
-        return objective_of(self.model, targets, self.layer.out_features, repr(self.name))
+        guess = objective_of(self.model, targets, self.layer.out_features, repr(self.name))
+        known = None if self.pairing is None else self.pairing.objective
+        return known if targets.is_floating_point() and known not in (None, "cross_entropy") else guess
 
 
 def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal:
@@ -224,7 +313,7 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
 def trained_elsewhere(terminal: Terminal) -> list[str]:
     """Names of the parameters that require gradients and are not part of the terminal shortcut's layer."""
     own = {id(parameter) for parameter in terminal.layer.parameters()}
-    base = {id(parameter) for parameter in terminal.layer.get_base_layer().parameters()}
+    base = {id(parameter) for parameter in terminal.layer.base_layer.parameters()}
     return [
         name
         for name, parameter in terminal.model.named_parameters()
@@ -240,9 +329,3 @@ def is_inside_backbone(model: nn.Module, name: str) -> bool:
     if not isinstance(model, PreTrainedModel) or not hasattr(model, model.base_model_prefix):
         return False
     return name.partition(".")[0] == model.base_model_prefix
-
-
-def _accepts(model: nn.Module, name: str) -> bool:
-    forward: Callable[..., Any] = model.forward
-    parameters = inspect.signature(forward).parameters
-    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -490,7 +490,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             return super().__getattr__(name)
         except AttributeError:
             # Private names are left out: accelerate deletes the hook attributes that it finds.
-            if name.startswith("_") or name == "base_layer":
+            # torch's transformer layers look at this one of their attention.
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
                 raise
             return getattr(self.base_layer, name)
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modules import unwrap
 from .config import DATA_STARTS, LRegConfig, check_adapter_name
-from .hooks import backbone, head_loss, output_head, reminder
+from .hooks import backbone, head_loss, native_transformer, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
@@ -123,6 +123,7 @@ class LRegModel(BaseTuner):
             backbone.install(model)
             output_head.install(model)
             head_loss.install(model)
+            native_transformer.install(model)
             if self.peft_config[adapter_name].init_weights in DATA_STARTS:
                 reminder.install(model)
             if hasattr(model, "add_model_tags"):

@@ -149,6 +149,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         name = plain_name(path)
         module = model.get_submodule(path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_is_called(model, path)
         _check_supported(name, base)
         in_features, out_features = feature_sizes(name, base, config)
         n_components, dof = mesh_size(name, config)
@@ -234,6 +235,35 @@ def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> i
             "give the grade target_modules of a previous one."
         )
     return layer.lreg_nodes[below].numel()
+
+
+def _leave_out_uncalled(model: nn.Module, names: list[str]) -> list[str]:
+    """Take the linear layers that torch never calls out of what "all-linear" stands for, and say so."""
+    uncalled = [name for name in names if _is_never_called(model, name)]
+    if uncalled:
+        warnings.warn(
+            f"'all-linear' leaves out {', '.join(map(repr, uncalled))}: nn.MultiheadAttention reads their weights and "
+            "never calls them. A shortcut can go around the attention module itself.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return [name for name in names if name not in uncalled]
+
+
+def _is_never_called(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the output projection of torch's attention, of which only the weight is used."""
+    parent, _, child = name.rpartition(".")
+    attention = model.get_submodule(parent)
+    attention = attention.get_base_layer() if isinstance(attention, BaseTunerLayer) else attention
+    return child == "out_proj" and isinstance(attention, nn.MultiheadAttention)
+
+
+def _check_is_called(model: nn.Module, name: str) -> None:
+    if _is_never_called(model, name):
+        raise ValueError(
+            f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it, so that a "
+            f"shortcut there would have no part in anything. Target {name.rpartition('.')[0]!r}, the attention itself."
+        )
 
 
 def _check_supported(name: str, module: nn.Module) -> None:
@@ -363,7 +393,8 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
     heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
     named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
     config.target_modules = [name for name in named if name not in heads]
-    config.target_modules = [name for name in config.target_modules if check_target_module_exists(config, name)]
+    names = [name for name in config.target_modules if check_target_module_exists(config, name)]
+    config.target_modules = _leave_out_uncalled(model, names)
 
 
 def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:

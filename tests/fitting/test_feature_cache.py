@@ -1,16 +1,18 @@
 """The feature cache: what it holds, when it is refused, and training from it."""
 
+import copy
 import errno
 import json
 import shutil
 
+import datasets
 import pytest
 import tiny
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 import lreg_peft.fitting.feature_cache as cache_module
 from lreg_peft import FeatureCache, LRegConfig, cache_features
@@ -321,3 +323,152 @@ def test_shards_of_several_processes_read_as_one(tmp_path):
     for i in range(7):
         assert torch.equal(cache[i]["features"], whole[i]["features"])
     assert sum(len(chunk.targets) for chunk in cache.chunks(4)) == ROWS
+
+
+def trained_logits(model: nn.Module, cache: FeatureCache) -> torch.Tensor:
+    """Of a model that has taken one step of its own."""
+    batch = cache.collate([cache[i] for i in (3, 5, 6)])
+    model(**batch).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    return model(**batch).logits.detach().clone()
+
+
+class TestCopies:
+    """A copy of a prepared model is prepared itself, and has nothing of the original."""
+
+    @pytest.mark.parametrize("way", ["deepcopy", "save"])
+    def test_a_copy_runs_its_own_weights(self, tmp_path, way):
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        if way == "deepcopy":
+            twin = copy.deepcopy(model)
+        else:
+            torch.save(model, tmp_path / "model.pt")
+            twin = torch.load(tmp_path / "model.pt", weights_only=False)
+        batch = cache.collate([cache[i] for i in (3, 5, 6)])
+        before = model(**batch).logits.detach().clone()
+        moved = trained_logits(twin, cache)
+        assert all(p.grad is None for p in model.parameters())
+        assert not torch.allclose(moved, before)
+        torch.testing.assert_close(model(**batch).logits.detach(), before)
+        ids = DATA[0]["input_ids"][None]
+        assert not torch.allclose(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+        base = twin.unload()
+        assert "forward" not in base.__dict__
+        assert model(**batch).loss is not None
+
+    @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp"]}, {"fused_loss": False}])
+    def test_nothing_else_that_is_installed_holds_the_original(self, tmp_path, options):
+        model = get_peft_model(tiny.gpt2(), LRegConfig(**options)).eval()
+        model.train()(input_ids=IDS, labels=IDS)
+        torch.save(model, tmp_path / "model.pt")
+        torch.load(tmp_path / "model.pt", weights_only=False)
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS)
+        reached = {id(module) for module in copy.deepcopy(model).modules()}
+        assert reached.isdisjoint({id(module) for module in model.modules()})
+        for value in vars(copy.deepcopy(model).get_base_model()).values():
+            held = getattr(value, "args", ()) + (getattr(value, "__self__", None),)
+            assert not any(part is model.get_base_model() for part in held)
+
+
+IDS = torch.stack([sample["input_ids"] for sample in DATA])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+class TestTrainer:
+    def train(self, tmp_path, model, cache, *, train=True, options=(), **more):
+        arguments = TrainingArguments(
+            tmp_path / "out", max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=3,
+            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2, seed=3,
+            **dict(options),
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=cache, data_collator=cache.collate, **more)
+        if train:
+            trainer.train()
+        return trainer
+
+    def test_a_raw_evaluation_set(self, tmp_path):
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        metrics = self.train(tmp_path, model, cache, eval_dataset=DATA).evaluate()
+        arguments = TrainingArguments(
+            tmp_path / "out", per_device_eval_batch_size=3, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        expected = Trainer(model, arguments, eval_dataset=DATA).evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize("raw", [False, True])
+    def test_metrics_get_logits(self, tmp_path, raw):
+        seen = {}
+
+        def metrics(prediction):
+            seen["shapes"] = prediction.predictions.shape, prediction.label_ids.shape
+            return {"rows": len(prediction.predictions)}
+
+        data = [{**DATA[i], "labels": torch.tensor(i % 3)} for i in range(7)]
+        model = adapted(tiny.roberta("SEQ_CLS", num_labels=3), target_modules=["classifier"])
+        cache = build(tmp_path / "c", model, data)
+        trainer = self.train(tmp_path, model, cache, eval_dataset=data if raw else cache, compute_metrics=metrics)
+        assert trainer.evaluate()["eval_rows"] == 7
+        assert seen["shapes"] == ((7, 3), (7,))
+        model = adapted()
+        cache = build(tmp_path / "lm", model)
+        self.train(tmp_path, model, cache, eval_dataset=cache, compute_metrics=metrics).evaluate()
+        assert seen["shapes"] == ((ROWS, tiny.VOCABULARY), (ROWS,))
+
+    @pytest.mark.parametrize("kind", ["smoothing", "function"])
+    def test_a_loss_that_trainer_computes(self, tmp_path, kind):
+        options = {"label_smoothing_factor": 0.1} if kind == "smoothing" else {}
+        more = {}
+        if kind == "function":
+            more["compute_loss_func"] = lambda outputs, labels, **_: nn.functional.cross_entropy(outputs.logits, labels)
+        data = [{**DATA[i], "labels": torch.tensor(i % 3)} for i in range(7)]
+        losses = []
+        for cached in (True, False):
+            model = adapted(
+                tiny.roberta("SEQ_CLS", num_labels=3, hidden_dropout_prob=0.0), target_modules=["classifier"]
+            )
+            cache = build(tmp_path / f"c{cached}", model, data, dtype=torch.float32)
+            trainer = self.train(tmp_path, model, cache, options=options, train=False, **more)
+            if not cached:
+                trainer.train_dataset, trainer.data_collator = data, default_data_collator
+            losses.append(trainer.train().training_loss)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["smoothing", "function"])
+    def test_one_sentence_where_it_would_pair_rows_with_other_labels(self, tmp_path, kind):
+        options = {"label_smoothing_factor": 0.1} if kind == "smoothing" else {}
+        more = {"compute_loss_func": lambda *_, **__: None} if kind == "function" else {}
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        with pytest.raises(ValueError, match=r"label smoothing or compute_loss_func.*without the cache"):
+            self.train(tmp_path, model, cache, options=options, **more)
+
+    @pytest.mark.parametrize("kind", ["torch", "datasets"])
+    def test_samples_that_come_as_a_stream(self, tmp_path, kind):
+        stream = Stream() if kind == "torch" else datasets.IterableDataset.from_generator(lambda: iter(DATA))
+        cache = build(tmp_path / "c", data=stream)
+        expected = build(tmp_path / "d")
+        assert len(cache) == 7
+        assert all(torch.equal(cache[i]["features"], expected[i]["features"]) for i in range(7))
+
+    def test_batches_without_labels_that_count(self, tmp_path):
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        for batch in (cache.collate([cache[0], cache[1]]), {**cache[6], "labels": torch.full((5,), -100)}):
+            model.zero_grad()
+            model(**batch, num_items_in_batch=torch.tensor(4)).loss.backward()
+            assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+    def test_hooks_on_the_head_act(self, tmp_path):
+        model = adapted()
+        cache = build(tmp_path / "c", model)
+        batch = cache.collate([cache[i] for i in (3, 5)])
+        before = model(**batch).loss
+        model.get_base_model().lm_head.register_forward_hook(lambda m, args, output: output.tanh())
+        assert model(**batch).loss.item() != pytest.approx(before.item(), rel=1e-3)

@@ -3,7 +3,8 @@
 import pytest
 import tiny
 import torch
-from peft import get_peft_model
+import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lreg_peft import LRegConfig
@@ -150,3 +151,123 @@ def test_what_trains_elsewhere_is_found():
     terminal.model.transformer.h[0].ln_1.bias.requires_grad_(True)
     terminal.layer.get_base_layer().weight.requires_grad_(True)  # tied to the embedding, which names it first
     assert trained_elsewhere(terminal) == ["transformer.wte.weight", "transformer.h.0.ln_1.bias"]
+
+
+class Plain(nn.Module):
+    """A language model of one's own, with a plain dictionary as its output."""
+
+    def __init__(self, loss, *, classes: int = 13) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(13, 6), nn.Linear(6, classes)
+        self.loss = loss
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.out(torch.tanh(self.embed(ids)))
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+
+def shifted(logits, labels, **options):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **options)
+
+
+def in_place(logits, labels, **options):
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
+
+
+SMALL = {"ids": torch.arange(24).view(3, 8) % 13, "labels": torch.arange(3, 27).view(3, 8) % 7}
+
+
+class TestTheModelIsAsked:
+    """Names say nothing: which label belongs to which row is what gives the model's own loss."""
+
+    @pytest.mark.parametrize(("loss", "n"), [(shifted, 21), (in_place, 24)])
+    def test_a_plain_dictionary_and_either_pairing(self, loss, n):
+        terminal = find_terminal(adapted(Plain(loss), "out"))
+        assert len(terminal.rows(SMALL).targets) == n
+        assert terminal.check(SMALL) == "cross_entropy"
+        assert terminal.rows_per_sample(SMALL["labels"]) == [n // 3] * 3
+
+    def test_losses_by_hand(self):
+        def by_hand(logits, labels):
+            return -logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).mean()
+
+        assert find_terminal(adapted(Plain(by_hand), "out")).check(SMALL) == "cross_entropy"
+
+    def test_a_subclass_with_another_name(self):
+        class Mine(transformers.GPT2LMHeadModel):
+            pass
+
+        model = Mine(tiny.gpt2().config)
+        batch = {"input_ids": IDS, "labels": token_labels()}
+        terminal = find_terminal(adapted(model, task_type="CAUSAL_LM"))
+        assert terminal.check(batch) == "cross_entropy"
+        assert len(terminal.rows(batch).targets) == 18
+
+    def test_labels_with_several_values(self):
+        class Multi(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.out = nn.Linear(4, 3)
+
+            def forward(self, x, labels=None):
+                logits = self.out(x)
+                loss = nn.functional.binary_cross_entropy_with_logits(logits, labels) if labels is not None else None
+                return {"loss": loss, "logits": logits}
+
+        batch = {"x": torch.randn(5, 4), "labels": torch.eye(5)[:, :3]}
+        assert find_terminal(adapted(Multi(), "out")).check(batch) == "binary_cross_entropy"
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda logits, labels: shifted(
+                logits, labels, weight=torch.tensor([1.0] * 12 + [20.0])
+            ),  # not in the batch
+            lambda logits, labels: in_place(logits, labels, label_smoothing=0.01),
+            lambda logits, labels: in_place(logits, labels, ignore_index=11),
+            lambda logits, labels: in_place(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean(),
+            lambda logits, labels: (
+                in_place(logits, labels) - 1e-4 * torch.distributions.Categorical(logits=logits).entropy().mean()
+            ),
+            lambda logits, labels: in_place(logits, labels, reduction="sum") / 23.9,
+            lambda logits, labels: in_place(logits, labels) * 1.0001,
+        ],
+    )
+    def test_another_loss_is_refused(self, loss):
+        with pytest.raises(ValueError, match="weights its loss by more than the labels"):
+            find_terminal(adapted(Plain(loss), "out")).check(SMALL)
+
+    def test_a_plain_cross_entropy_is_recognised_at_once(self):
+        calls = []
+        model = adapted(tiny.gpt2())
+        own = model.get_base_model().loss_function
+        model.get_base_model().loss_function = lambda *args, **inputs: calls.append(1) or own(*args, **inputs)
+        find_terminal(model).rows({"input_ids": IDS, "labels": token_labels()})
+        assert len(calls) == 2  # seen once, computed once; not once for every set of classes
+
+    def test_under_autocast(self):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            find_terminal(adapted(tiny.gpt2())).check({"input_ids": IDS, "labels": token_labels()})
+
+    def test_objects_of_the_user_stay_as_they_are(self):
+        model = adapted(tiny.gpt2())
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(input_ids=IDS[:, :4], past_key_values=cache)
+        batch = {"input_ids": IDS, "labels": IDS, "past_key_values": cache, "attention_mask": torch.ones(3, 13).long()}
+        terminal = find_terminal(model)
+        terminal.check(batch)
+        terminal.rows(batch)
+        assert cache.get_seq_length() == 4
+
+    def test_another_adapter_on_the_head_has_its_part(self):
+        lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False, r=2))
+        with pytest.warns(UserWarning, match="for a second time|Already found a `peft_config`"):
+            model = adapted(lora.get_base_model(), task_type="CAUSAL_LM")
+        terminal = find_terminal(model)
+        terminal.check({"input_ids": IDS, "labels": token_labels()})
+        for trains in (False, True):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lreg_" in name or (trains and "lora_" in name))
+            assert ["lora_" in name for name in trained_elsewhere(terminal)] == [True, True] * trains

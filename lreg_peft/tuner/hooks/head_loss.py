@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from ...core.basis import under_transform
 from ...core.deferred import defer
 from ...modules import has_hooks, is_compiling, remove_hooks
-from ..layer import LRegLayer, first_tensor
+from ..layer import LRegLayer
+from ..layout import first_tensor
 from .output_head import wrapped_head
 from .registry import remember
 
@@ -47,20 +48,22 @@ def release(model: nn.Module) -> None:
 def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: tell the head whether logits may wait. What a broken-off pass has left is overwritten."""
     head = wrapped_head(model)
-    if head is not None:
-        wanted = kwargs.get("labels") is not None and not is_compiling() and asks_for_fused_loss(model, head)
+    if head is not None and head.loss_request in (None, defer_logits):  # somebody else's are not ours to change
+        wanted = kwargs.get("labels") is not None and head.training and torch.is_grad_enabled()
+        wanted = wanted and not is_compiling() and asks_for_fused_loss(model, head)
         head.loss_request = defer_logits if wanted else None
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook, also after an error."""
-    if (head := wrapped_head(model)) is not None:
+    head = wrapped_head(model)
+    if head is not None and head.loss_request is defer_logits:
         head.loss_request = None
 
 
 def asks_for_fused_loss(model: nn.Module, head: LRegLayer) -> bool:
-    """Whether the active adapters of a training head ask for it."""
-    if not head.training or head.disable_adapters or head.batch_adapter_names is not None:
+    """Whether the active adapters of a head ask for it."""
+    if head.disable_adapters or head.batch_adapter_names is not None:
         return False
     configs = getattr(model, "peft_config", {})
     adapters = head.stacked_adapters
@@ -69,7 +72,7 @@ def asks_for_fused_loss(model: nn.Module, head: LRegLayer) -> bool:
 
 def defer_logits(head: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Logits of `head` that are computed on demand; None if it must compute them now."""
-    if not torch.is_grad_enabled() or is_compiling() or torch.jit.is_tracing() or under_transform():  # type: ignore[no-untyped-call]
+    if is_compiling() or torch.jit.is_tracing() or under_transform():  # type: ignore[no-untyped-call]
         return None
     features = args[0] if len(args) == 1 and not kwargs else None
     if type(features) is not Tensor or features.ndim < 2 or features.shape[-1] != head.in_features:

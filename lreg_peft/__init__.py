@@ -11,6 +11,8 @@ Source: Z. Li, J. Cheng, H. Gu (2025), "A Globally Optimal Alternative to MLP", 
 doi:10.3390/info16100921.
 """
 
+from typing import Any
+
 from . import _registration
 from ._version import __version__
 from .adaptation import MeshUpdate, ModuleUpdate, update_meshes
@@ -63,3 +65,12 @@ __all__ = [
 ]
 
 _registration.register(LRegConfig, LRegModel)
+
+
+def __getattr__(name: str) -> Any:
+    """The regressor comes with scikit-learn, which adapters do not need: imported when asked for."""
+    if name == "LagrangeRegressor":
+        from .regression import LagrangeRegressor
+
+        return LagrangeRegressor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

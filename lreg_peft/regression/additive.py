@@ -172,6 +172,8 @@ def fit_additive(
         candidates = sorted(varying, key=lambda j: (-used.get(j, 0.0), j))
         ranked = rank_pairs(X, y - fit.predict(X), weight, candidates, random)
         chosen = list(significant(ranked)) if interactions == "auto" else [pair for _, pair in ranked]
+        if interactions == "auto":
+            most = min(most, (max_nodes - sum(term.n_functions for term in fit.terms)) // _PAIR_NODES[0] ** 2)
         if chosen := chosen[:most]:
             both = solve(chosen, fit)
             if interactions != "auto" or both.criterion.sum() < fit.criterion.sum():

@@ -14,7 +14,7 @@ _MAX_SAMPLES = 50_000
 _MAX_FEATURES = 40
 
 # Expected number of pairs that enter though nothing acts together. Their variances then go to zero, mostly.
-_FALSE_ALARMS = 0.05
+_FALSE_ALARMS = 0.2
 
 
 def rank_pairs(

@@ -1,5 +1,7 @@
 """Sums of functions of single features and of pairs: penalties, interactions, terms that vanish."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from data_sets import split
@@ -71,7 +73,7 @@ class TestVariances:
         best = optimize.minimize(criterion, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
         assert found.criterion == pytest.approx(criterion(np.log(found.penalties)), rel=1e-9)
         assert found.criterion - best.fun < 0.02  # iteration stops at gains of .01
-        assert all(b <= a for a, b in zip(found.history, found.history[1:], strict=False))
+        assert all(b <= a for a, b in pairwise(found.history))
         matrix = design.T @ design + np.diag(np.repeat(found.penalties, 6))
         assert found.edf.sum() == pytest.approx(np.trace(np.linalg.solve(matrix, design.T @ design)))
         assert found.gap < 1e-12 * found.objective
@@ -100,7 +102,7 @@ class TestInteractions:
         for _ in range(20):
             X, rest = random.uniform(size=(500, 6)), random.standard_normal((500, 1))
             found += len(list(significant(rank_pairs(X, rest, np.ones(500), list(range(6)), random))))
-        assert found <= 4  # one is expected: a twentieth of the runs
+        assert found <= 9  # four are expected: a fifth of the runs
 
     @pytest.mark.parametrize("form", ["product", "cells"])
     def test_the_right_pair_comes_first(self, form):
@@ -153,7 +155,7 @@ class TestMeshes:
         assert sizes[0] >= 64 and sizes[1] >= 64 and sizes[2] == 32 and sizes[3] == 2
         assert len(model.history_) >= 2
         criteria = [entry["criterion"] for entry in model.history_]
-        assert all(b < a for a, b in zip(criteria, criteria[1:], strict=False))
+        assert all(b < a for a, b in pairwise(criteria))
 
     def test_max_nodes_is_kept(self):
         X, y, _, _ = split("Friedman-1")

@@ -11,6 +11,8 @@ Source: Z. Li, J. Cheng, H. Gu (2025), "A Globally Optimal Alternative to MLP", 
 doi:10.3390/info16100921.
 """
 
+from typing import Any
+
 from ._version import __version__
 from .core.fused_loss import fused_cross_entropy
 from .fitting.coefficients import CoefficientFit, fit_coefficients
@@ -67,3 +69,12 @@ __all__ = [
 ]
 
 _registration.register(LRegConfig, LRegModel)
+
+
+def __getattr__(name: str) -> Any:
+    """The regressor comes with scikit-learn, which adapters do not need: imported when asked for."""
+    if name == "LagrangeRegressor":
+        from .regression import LagrangeRegressor
+
+        return LagrangeRegressor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

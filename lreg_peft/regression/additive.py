@@ -19,6 +19,7 @@ _MAX_DOUBLINGS = 4
 _GAIN = 10.0  # in the criterion, for which more nodes are kept: a Bayes factor of 150
 
 _MAX_PAIRS = 10
+_MAX_ROUNDS = 3
 _PAIR_NODES = (4, 10)
 
 
@@ -166,17 +167,49 @@ def fit_additive(
             wanted.update({j: wanted[j] // 2 for j in crowded})
             break
         fit = finer
-    most = _MAX_PAIRS if interactions == "auto" else interactions if isinstance(interactions, int) else 0
-    if most and len(varying) > 1 and len(X) > 10:
-        used = dict(zip(varying, (float(edf.max()) for edf in fit.edf), strict=False))
-        candidates = sorted(varying, key=lambda j: (-used.get(j, 0.0), j))
-        ranked = rank_pairs(X, y - fit.predict(X), weight, candidates, random)
-        chosen = list(significant(ranked)) if interactions == "auto" else [pair for _, pair in ranked]
-        if chosen := chosen[:most]:
-            both = solve(chosen, fit)
-            if interactions != "auto" or both.criterion.sum() < fit.criterion.sum():
-                fit = both
+    if interactions == "auto" and len(varying) > 1 and len(X) > 10:
+        return _with_interactions(fit, solve, X, y, weight, varying, max_nodes, random)
+    if isinstance(interactions, int) and interactions and len(varying) > 1:
+        ranked = rank_pairs(X, y - fit.predict(X), weight, _by_use(varying, fit), random)
+        return solve([pair for _, pair in ranked[:interactions]], fit)
     return fit
+
+
+def _with_interactions(
+    fit: Additive,
+    solve: Callable[[list[tuple[int, int]], Additive | None], Additive],
+    X: Array,
+    y: Array,
+    weight: Array,
+    varying: list[int],
+    max_nodes: int,
+    random: np.random.Generator,
+) -> Additive:
+    """Pairs that act together, as long as the residual shows some and the criterion gains.
+
+    More than once, since what has been found lowers the noise that others hide in.
+    """
+    chosen: list[tuple[int, int]] = []
+    most = min(_MAX_PAIRS, (max_nodes - sum(term.n_functions for term in fit.terms)) // _PAIR_NODES[0] ** 2)
+    for _ in range(_MAX_ROUNDS):
+        ranked = rank_pairs(X, y - fit.predict(X), weight, _by_use(varying, fit), random)
+        new = [pair for pair in significant(ranked) if pair not in chosen][: max(most - len(chosen), 0)]
+        if not new:
+            break
+        both = solve(chosen + new, fit)
+        if not both.criterion.sum() < fit.criterion.sum():
+            break
+        fit, chosen = both, chosen + new
+    return fit
+
+
+def _by_use(varying: list[int], fit: Additive) -> list[int]:
+    """Features, those that a fit uses most first."""
+    used = dict.fromkeys(varying, 0.0)
+    for term, edf in zip(fit.terms, fit.edf, strict=True):
+        for j in term.features:
+            used[j] += float(edf.max(initial=0.0))
+    return sorted(varying, key=lambda j: (-used[j], j))
 
 
 def _pair_nodes(total: float, max_nodes: int, used: int, n_pairs: int) -> int:

@@ -14,7 +14,7 @@ _MAX_SAMPLES = 50_000
 _MAX_FEATURES = 40
 
 # Expected number of pairs that enter though nothing acts together. Their variances then go to zero, mostly.
-_FALSE_ALARMS = 0.05
+_FALSE_ALARMS = 0.2
 
 
 def rank_pairs(
@@ -60,21 +60,27 @@ def _log_p(first: Array, second: Array, residual: Array, weight: Array) -> float
     n_cells = sizes[0] * sizes[1]
     mass = np.bincount(cell, weight, n_cells)
     used = mass > 0
-    # Freedom left when the margins, fitted before, are taken out.
-    freedom = int(used.sum()) - sizes[0] - sizes[1] + 1
+    rows, columns = np.divmod(np.flatnonzero(used), sizes[1])
+    mass = mass[used]
+    # What rows and columns explain is no interaction, whether or not it has been fitted before.
+    root = np.sqrt(mass)[:, None]
+    margins = np.concatenate((np.eye(sizes[0])[rows], np.eye(sizes[1])[columns]), axis=1) * root
+    span, size, _ = np.linalg.svd(margins, full_matrices=False)
+    span = span[:, size > 1e-9 * size[0]]
+    freedom = len(mass) - span.shape[1]
     if freedom < 1:
         return 0.0
-    centres = [np.arange(size) - np.bincount(b, weight, size) @ np.arange(size) / weight.sum() for b, size in
-               zip(bins, sizes, strict=True)]  # fmt: skip
-    product = centres[0][bins[0]] * centres[1][bins[1]]
+    product = ((rows - rows @ mass / mass.sum()) * (columns - columns @ mass / mass.sum()))[:, None] * root
+    product = product - span @ (span.T @ product)
     best = 0.0
     for r in residual.T:
         variance = weight @ r**2 / weight.sum()
         if not variance > 0:
             continue
-        sums = np.bincount(cell, weight * r, n_cells)
-        energy = float((sums[used] ** 2 / mass[used]).sum() / variance)
-        straight = float((weight * product) @ r) ** 2 / (float(weight @ product**2) * variance + 1e-300)
+        sums = np.bincount(cell, weight * r, n_cells)[used][:, None] / root
+        sums = sums - span @ (span.T @ sums)
+        energy = float((sums**2).sum() / variance)
+        straight = float((product * sums).sum()) ** 2 / (float((product**2).sum()) * variance + 1e-300)
         log_p = min(stats.chi2.logsf(energy, freedom), stats.chi2.logsf(straight, 1)) + np.log(2)
         best = min(best, log_p)
     return best

@@ -16,7 +16,7 @@ from ..core import check_nodes
 def mesh_to_network(nodes: Tensor, values: Tensor) -> nn.Sequential:
     """The ReLU network of a continuous piecewise-linear function.
 
-    Every element gives its local coordinate, cut to [0, 1] by two ReLU: 1 - relu(1 - relu((x - p_j) / h_j)). In a sum
+    Every element gives its local coordinate, cut to [0, 1] by two ReLU: relu(1 - relu((p_j+1 - x) / h_j)). In a sum
     of ReLU with one hidden layer, slopes much steeper than the function cancel each other; here nothing does.
 
     Args:
@@ -58,16 +58,19 @@ def sum_network(meshes: Sequence[Tensor], values: Sequence[Tensor], intercept: T
         if len(nodes) < 2:
             bias = bias + (table[0] if len(table) else 0)
             continue
+        # From the node with the smallest value, sums of steps go both ways: nothing large cancels near it.
         lengths, steps = nodes.diff(), table.diff(dim=0)
-        # Hidden 1: relu((x - p_j) / h_j) for all elements, then what lies left of the mesh, then right of it.
-        scale = torch.cat((1 / lengths, -1 / lengths[:1], 1 / lengths[-1:]))
-        origin = torch.cat((nodes[:-1], nodes[:1], nodes[-1:]))
-        first_rows.append((i, scale, -origin * scale))
-        # Hidden 2: relu(1 - h) for elements; what lies outside passes.
+        origin = int(table.abs().amax(dim=1).argmin())
+        right = torch.arange(len(lengths), device=nodes.device) >= origin
+        # Hidden 1: relu(1 - t) right of the origin, relu(t) left of it, t the local coordinate of an element; then how
+        # far x lies left of the mesh, and right of it. Hidden 2: relu(1 - h), t or 1 - t cut to [0, 1]; then as it was.
+        scale = torch.cat((torch.where(right, -1.0, 1.0) / lengths, -1 / lengths[:1], 1 / lengths[-1:]))
+        anchor = torch.cat((torch.where(right, nodes[1:], nodes[:-1]), nodes[:1], nodes[-1:]))
+        first_rows.append((i, scale, -anchor * scale))
         sign = torch.cat((-torch.ones_like(lengths), lengths.new_ones(2)))
         second_rows.append((sign, (1 - sign) / 2))
-        last_columns.append(torch.cat((-steps, -steps[:1], steps[-1:])))
-        bias = bias + table[0] + steps.sum(dim=0)
+        last_columns.append(torch.cat((torch.where(right, 1.0, -1.0).unsqueeze(1) * steps, -steps[:1], steps[-1:])))
+        bias = bias + table[origin]
     if not first_rows:
         first_rows = [(0, bias.new_zeros(1), bias.new_zeros(1))]
         second_rows = [(bias.new_zeros(1), bias.new_zeros(1))]
@@ -159,17 +162,14 @@ def _with_crossings(nodes: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     share = left / (left - right)  # of the element, where the line through its ends is zero
     found = nodes[:-1, None] + share * nodes.diff()[:, None]
     inside = (left * right < 0) & torch.isfinite(found)
-    crossings = [found[inside]]
-    for row, tail in ((0, share[0] < 0), (-1, share[-1] > 1)):
-        crossings.append(found[row][tail & torch.isfinite(found[row])])
-    new = torch.cat(crossings)
-    if not len(new):
-        return nodes
-    every = torch.cat((nodes, new)).sort().values
-    # Both ends stay beyond all kinks, so that the end elements have the slopes of the tails.
-    reach = (every[-1] - every[0]).clamp_min(1.0) * 0.5
-    low = every[:1] - reach if every[0] < nodes[0] else every[:0]
-    high = every[-1:] + reach if every[-1] > nodes[-1] else every[:0]
+    # In the tails, a zero at the end itself included: there the slope changes as well.
+    before = found[0][(share[0] <= 0) & torch.isfinite(found[0])]
+    beyond = found[-1][(share[-1] >= 1) & torch.isfinite(found[-1])]
+    every = torch.cat((nodes, found[inside], before, beyond)).sort().values
+    # Both ends stay well beyond all kinks, so that the end elements have the slopes of the tails, to all digits.
+    reach = (every[-1] - every[0]).clamp_min(1.0) * 2
+    low = every[:1] - reach if len(before) else every[:0]
+    high = every[-1:] + reach if len(beyond) else every[:0]
     every = torch.cat((low, every, high))
     spacing = torch.cat((every.new_ones(1), every.diff()))
     return every[spacing > 4 * torch.finfo(every.dtype).eps * every.abs()]

@@ -1,0 +1,164 @@
+"""Sums of functions of single features and of pairs: penalties, interactions, terms that vanish."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from data_sets import split
+from scipy import optimize
+
+from lreg_peft.regression import LagrangeRegressor
+from lreg_peft.regression.additive import fit_additive
+from lreg_peft.regression.design import Line, Pair, chunks, moments
+from lreg_peft.regression.interactions import rank_pairs, significant
+from lreg_peft.regression.variances import fit_variances
+
+
+def line(x, weight, nodes):
+    return Line.over(0, x, weight, np.asarray(nodes))
+
+
+class TestDesign:
+    def test_a_line_and_its_kinks_are_apart(self):
+        """Over the samples: mean zero, the straight part of unit variance, kinks orthogonal to it."""
+        random = np.random.default_rng(0)
+        x, weight = random.exponential(size=400), random.integers(1, 4, 400).astype(float)
+        term = line(x, weight, [0, 0.2, 0.5, 1, 2, x.max()])
+        columns = np.stack([np.interp(x, term.nodes, column) for column in term.basis.T], axis=1)
+        gram = columns.T * weight @ columns / weight.sum()
+        np.testing.assert_allclose(weight @ columns / weight.sum(), 0, atol=1e-12)
+        assert gram[0, 0] == pytest.approx(1) and np.abs(gram[0, 1:]).max() < 1e-12
+        assert np.diagonal(gram)[1:].mean() == pytest.approx(1)
+        # Each kink bends at its own node only.
+        slopes = np.diff(np.diff(term.basis[:, 1:], axis=0) / np.diff(term.nodes)[:, None], axis=0)
+        assert np.abs(slopes - np.diag(np.diagonal(slopes))).max() < 1e-10
+
+    def test_moments_are_those_of_the_dense_design(self):
+        random = np.random.default_rng(0)
+        X, y, weight = random.uniform(size=(300, 2)), random.standard_normal((300, 2)), random.uniform(1, 2, 300)
+        lines = [Line.over(j, X[:, j], weight, np.linspace(X[:, j].min(), X[:, j].max(), 5)) for j in range(2)]
+        terms = [*lines, Pair((lines[0], lines[1]))]
+        dense = np.concatenate([design.toarray() for _, design in chunks(terms, X)])
+        assert dense.shape == (300, 5 + 5 + 25)
+        np.testing.assert_allclose(dense.sum(axis=1), 3)
+        columns = np.concatenate(
+            [dense[:, a:b] @ t.basis for t, a, b in zip(terms, (0, 5, 10), (5, 10, 35), strict=True)], axis=1
+        )
+        centred = columns - weight @ columns / weight.sum()
+        found = moments(terms, X, y, weight)
+        np.testing.assert_allclose(found.gram, centred.T * weight @ centred, atol=1e-9)
+        np.testing.assert_allclose(found.product, centred.T * weight @ (y - found.y_mean), atol=1e-9)
+        assert sum(terms[2].groups) == terms[2].basis.shape[1] == 16
+
+
+class TestVariances:
+    def problem(self):
+        random = np.random.default_rng(1)
+        design = random.standard_normal((150, 12))
+        theta = np.concatenate((random.standard_normal(6), 0.1 * random.standard_normal(6)))
+        y = design @ theta + random.standard_normal(150)
+        design, y = design - design.mean(0), y - y.mean()
+        return design, y
+
+    def test_the_fixed_point_maximises_the_restricted_likelihood(self):
+        design, y = self.problem()
+        found = fit_variances(design.T @ design, design.T @ y, float(y @ y), [6, 6], 150.0)
+
+        def criterion(log):
+            penalty = np.repeat(np.exp(log), 6)
+            matrix = design.T @ design + np.diag(penalty)
+            squares = y @ y - (design.T @ y) @ np.linalg.solve(matrix, design.T @ y)
+            return 149 * np.log(squares) + np.linalg.slogdet(matrix)[1] - 6 * np.sum(log)
+
+        best = optimize.minimize(criterion, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
+        assert found.criterion == pytest.approx(criterion(np.log(found.penalties)), rel=1e-9)
+        assert found.criterion - best.fun < 0.02  # iteration stops at gains of .01
+        assert all(b <= a for a, b in pairwise(found.history))
+        matrix = design.T @ design + np.diag(np.repeat(found.penalties, 6))
+        assert found.edf.sum() == pytest.approx(np.trace(np.linalg.solve(matrix, design.T @ design)))
+        assert found.gap < 1e-12 * found.objective
+
+    def test_a_group_without_influence_leaves(self):
+        design, _ = self.problem()
+        y = design[:, :6] @ np.arange(1.0, 7.0)
+        rest = np.random.default_rng(2).standard_normal(150)
+        rest -= design @ np.linalg.lstsq(design, rest, rcond=None)[0]  # noise that no column explains
+        y = y + rest
+        found = fit_variances(design.T @ design, design.T @ y, float(y @ y), [6, 6], 150.0)
+        assert found.penalties[1] == np.inf and found.edf[1] == 0 and (found.theta[6:] == 0).all()
+        assert np.isfinite(found.penalties[0])
+
+    def test_dependent_and_empty_columns(self):
+        design, y = self.problem()
+        design = np.concatenate((design, design, np.zeros((150, 2))), axis=1)
+        found = fit_variances(design.T @ design, design.T @ y, float(y @ y), [12, 12, 2], 150.0)
+        assert np.isfinite(found.theta).all() and (found.theta[24:] == 0).all()
+
+
+class TestInteractions:
+    def test_pure_noise_brings_none(self):
+        random = np.random.default_rng(0)
+        found = 0
+        for _ in range(20):
+            X, rest = random.uniform(size=(500, 6)), random.standard_normal((500, 1))
+            found += len(list(significant(rank_pairs(X, rest, np.ones(500), list(range(6)), random))))
+        assert found <= 9  # four are expected: a fifth of the runs
+
+    @pytest.mark.parametrize("form", ["product", "cells"])
+    def test_the_right_pair_comes_first(self, form):
+        random = np.random.default_rng(0)
+        X = random.uniform(size=(2000, 6))
+        signal = (
+            (X[:, 1] - 0.5) * (X[:, 4] - 0.5) * 4
+            if form == "product"
+            else np.sin(9 * X[:, 1]) * np.sin(9 * X[:, 4]) * 0.7
+        )
+        rest = signal + random.standard_normal(2000)
+        ranked = rank_pairs(X, rest[:, None], np.ones(2000), list(range(6)), random)
+        assert ranked[0][1] == (1, 4)
+        assert (1, 4) in list(significant(ranked))
+
+    def test_given_and_counted(self):
+        X, y, X_test, y_test = split("Friedman-1")
+        given = LagrangeRegressor(interactions=[(1, 0), (2, 3)]).fit(X, y)
+        assert [term.features for term in given.terms_[10:]] == [(0, 1), (2, 3)]
+        counted = LagrangeRegressor(interactions=3).fit(X, y)
+        assert counted.terms_[10].features == (0, 1) and len(counted.terms_) == 13
+        # Those without effect are shrunk away, not fitted to noise.
+        for model in (given, counted):
+            assert model.score(X_test, y_test) > 0.956
+        assert LagrangeRegressor(interactions=0).fit(X, y).score(X_test, y_test) < 0.9
+
+    def test_stay_at_their_border(self):
+        X, y, _, _ = split("Friedman-1")
+        model = LagrangeRegressor().fit(X, y)
+        pair = model.terms_[10]
+        far, border = np.full((1, 10), 9.0), X.max(axis=0)[None]
+        np.testing.assert_allclose(pair.evaluate(far), pair.evaluate(border))
+
+    def test_the_same_function_by_terms_and_by_design(self):
+        X, y, X_test, _ = split("Friedman-1")
+        fit = fit_additive(
+            X, y[:, None], np.ones(len(y)), total=float(len(y)), random=np.random.default_rng(0), interactions="auto"
+        )
+        model = LagrangeRegressor(random_state=0).fit(X, y)
+        inside = np.clip(X_test, X.min(axis=0), X.max(axis=0))
+        np.testing.assert_allclose(model.predict(inside), fit.predict(inside)[:, 0], atol=1e-9)
+
+
+class TestMeshes:
+    def test_are_refined_where_they_are_used(self):
+        X, y, _, _ = split("B2")
+        X = np.column_stack((X, np.random.default_rng(0).uniform(size=len(X)), X[:, 0] > 0.1))
+        model = LagrangeRegressor(interactions=0).fit(X, y)
+        sizes = [len(nodes) for nodes in model.nodes_]
+        assert sizes[0] >= 64 and sizes[1] >= 64 and sizes[2] == 32 and sizes[3] == 2
+        assert len(model.history_) >= 2
+        criteria = [entry["criterion"] for entry in model.history_]
+        assert all(b < a for a, b in pairwise(criteria))
+
+    def test_max_nodes_is_kept(self):
+        X, y, _, _ = split("Friedman-1")
+        for most in (20, 60, 150):
+            model = LagrangeRegressor(max_nodes=most).fit(X, y)
+            assert sum(term.values[..., 0].size for term in model.terms_) <= most

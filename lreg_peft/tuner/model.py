@@ -18,7 +18,7 @@ from .hooks import backbone, head_loss, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
-from .names import plain_name
+from .names import check_adapter_name, plain_name
 from .targets import (
     feature_sizes,
     is_target,
@@ -111,8 +111,14 @@ class LRegModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
-        self._check_grade(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            check_adapter_name(adapter_name, self.peft_config[adapter_name].modules_to_save or ())
+            self._check_grade(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]  # transformers sets it before it tries
+            raise
         self._record_grades()
         model = unwrap(model)  # what compiles is this model, and so are its hooks
         backbone.install(model)
@@ -242,6 +248,24 @@ class LRegModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """As in PEFT, by plain names and without the `.weight` of parameters: files keep the keys they always had."""
         return plain_name(_WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name)))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LRegConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As in PEFT, and what it left out because another adapter is called like a module of the model."""
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if any(f".{name}." in f"{path}." for name in unwanted_adapter_names for path, _ in model.named_modules()):
+            for path, module in model.named_modules():
+                if isinstance(module, LRegLayer):
+                    for key, value in module.own_state(adapter_name).items():
+                        saved.setdefault(f"{path}.{key}", value)
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -57,6 +57,8 @@ _ATTENTION_PROJECTIONS = {
 }
 _LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# What PEFT adds to `modules_to_save` only after shortcuts are in place.
+_TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -342,10 +344,11 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
         return
     model = unwrap(model)  # output heads are told by the class of the model
     _maybe_include_all_linear_layers(config, model)
-    # PEFT leaves the output head out, but not what a compiled one has inside.
+    # PEFT leaves the output head out, but not what a compiled one has inside, nor heads that it trains in full later.
     heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
+    trained = _TRAINED_HEADS.get(config.task_type or "", ())
     named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
-    config.target_modules = [name for name in named if name not in heads]
+    config.target_modules = [name for name in named if name not in heads and not name.endswith(trained)]
     config.target_modules = [name for name in config.target_modules if check_target_module_exists(config, name)]
 
 

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.mesh import spread_rounded
 from ..modules import unwrap
 from .config import DATA_STARTS, LRegConfig
 from .hooks import backbone, head_loss, output_head, reminder
@@ -276,7 +277,11 @@ class LRegModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         compiled = {plain_name(key): key for key in own if plain_name(key) != key}
         remapped = {compiled.get(key, key): value for key, value in remapped.items()}  # a saved embedding, say
+        spread = _meshes_apart(remapped)
+        remapped.update(spread)
         _check_saved_adapter(model, adapter_name, remapped)
+        if spread:
+            _say_that_meshes_were_spread(list(spread))
         for module in model.modules():
             if isinstance(module, LRegLayer):
                 module.start_is_owed.discard(adapter_name)  # the file brings projection and mesh
@@ -295,6 +300,27 @@ class _AddAdapterNames:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
+
+
+def _meshes_apart(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The meshes of a file cast to half precision in which neighbouring nodes have become equal, repaired."""
+    collided = {
+        key: nodes
+        for key, nodes in state_dict.items()
+        if ".lreg_nodes" in key and nodes.ndim == 2 and bool((nodes.diff(dim=1) == 0).any())
+    }
+    spread = {key: spread_rounded(nodes) for key, nodes in collided.items()}
+    return {key: nodes for key, nodes in spread.items() if nodes is not None}
+
+
+def _say_that_meshes_were_spread(names: list[str]) -> None:
+    warnings.warn(
+        f"{len(names)} meshes of the adapter file, the first is {names[0]!r}, have equal neighbouring nodes, as a cast "
+        "to bfloat16 or float16 leaves them. They were spread apart, so that the adapter is close to the one that was "
+        "trained, not equal. Save lreg_nodes in float32.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

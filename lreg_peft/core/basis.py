@@ -207,8 +207,8 @@ def weighted_rows(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
 
 
 def reverse_mode_only() -> bool:
-    """Whether plain autograd is at work: compilers and functorch's transforms want to see single operations."""
-    return not (torch.compiler.is_compiling() or under_transform())
+    """Whether plain autograd is at work: compilers, tracers and functorch's transforms want single operations."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or under_transform())
 
 
 def under_transform() -> bool:

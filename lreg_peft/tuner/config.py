@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
-from torch import nn
 
 from .registration import METHOD, upstream_has_lreg
 
@@ -25,17 +24,6 @@ HEADS: tuple[str, ...] = get_args(Head)
 GradeForm = Literal["additive", "composed"]
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
-
-
-def check_adapter_name(name: str) -> None:
-    """Raise unless an adapter can be called so: its name becomes that of a module or parameter."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a string, got {name!r}.")
-    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
-        raise ValueError(
-            f"an adapter cannot be called {name!r}: its name must not be empty, contain a dot, be '__base__', or be an "
-            "attribute of torch's modules ('keys', 'type', ...). Choose another adapter_name."
-        )
 
 
 @dataclass

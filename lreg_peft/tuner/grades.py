@@ -19,8 +19,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..core.checks import anything, checked, named
-from .config import GradeForm, LRegConfig, check_adapter_name
+from .config import GradeForm, LRegConfig
 from .layer import LRegLayer
+from .names import check_adapter_name
 from .targets import inspect_targets
 from .transaction import all_or_nothing
 

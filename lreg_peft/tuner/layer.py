@@ -186,6 +186,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.adapter_layer_names if adapter_name in getattr(self, name)]
         return {name.removeprefix("lreg_"): getattr(self, name)[adapter_name] for name in names}
 
+    def own_state(self, adapter_name: str) -> dict[str, Tensor]:
+        """What an adapter consists of here, by its keys in the layer's `state_dict`."""
+        return {
+            key: value
+            for key, value in self.state_dict().items()
+            if key.startswith("lreg_") and key.removesuffix(".weight").partition(".")[2] == adapter_name
+        }
+
     def output_weights(self, adapter_name: str) -> list[nn.Parameter]:
         """The parameters that the shortcut's value is linear in, zero at the start."""
         weights = self.weights(adapter_name)

@@ -12,13 +12,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.mesh import spread_rounded
 from ..modules import unwrap
-from .config import DATA_STARTS, LRegConfig, check_adapter_name
+from .config import DATA_STARTS, LRegConfig
 from .hooks import backbone, head_loss, native_transformer, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
-from .names import plain_name
+from .names import check_adapter_name, plain_name
 from .targets import (
     feature_sizes,
     is_target,
@@ -114,20 +115,25 @@ class LRegModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
-        check_adapter_name(adapter_name)
-        self._check_grade(adapter_name)
-        with all_or_nothing(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._record_grades()
-            model = unwrap(model)  # what compiles is this model, and so are its hooks
-            backbone.install(model)
-            output_head.install(model)
-            head_loss.install(model)
-            native_transformer.install(model)
-            if self.peft_config[adapter_name].init_weights in DATA_STARTS:
-                reminder.install(model)
-            if hasattr(model, "add_model_tags"):
-                model.add_model_tags([TAG])  # type: ignore[operator]
+        try:
+            check_adapter_name(adapter_name, self.peft_config[adapter_name].modules_to_save or ())
+            self._check_grade(adapter_name)
+            with all_or_nothing(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._record_grades()
+                inner = unwrap(model)  # what compiles is this model, and so are its hooks
+                backbone.install(inner)
+                output_head.install(inner)
+                head_loss.install(inner)
+                native_transformer.install(inner)
+                if self.peft_config[adapter_name].init_weights in DATA_STARTS:
+                    reminder.install(inner)
+                if hasattr(inner, "add_model_tags"):
+                    inner.add_model_tags([TAG])  # type: ignore[operator]
+        except BaseException:
+            if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]  # transformers sets it before it tries
+            raise
 
     # Training
 
@@ -250,6 +256,24 @@ class LRegModel(BaseTuner):
         return plain_name(_WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name)))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LRegConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As in PEFT, and what it left out because another adapter is called like a module of the model."""
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if any(f".{name}." in f"{path}." for name in unwanted_adapter_names for path, _ in model.named_modules()):
+            for path, module in model.named_modules():
+                if isinstance(module, LRegLayer):
+                    for key, value in module.own_state(adapter_name).items():
+                        saved.setdefault(f"{path}.{key}", value)
+        return saved
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LRegConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -258,7 +282,11 @@ class LRegModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         compiled = {plain_name(key): key for key in own if plain_name(key) != key}
         remapped = {compiled.get(key, key): value for key, value in remapped.items()}  # a saved embedding, say
+        spread = _meshes_apart(remapped)
+        remapped.update(spread)
         _check_saved_adapter(model, adapter_name, remapped)
+        if spread:
+            _say_that_meshes_were_spread(list(spread))
         for module in model.modules():
             if isinstance(module, LRegLayer):
                 module.start_is_owed.discard(adapter_name)  # the file brings projection and mesh
@@ -277,6 +305,27 @@ class _AddAdapterNames:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
+
+
+def _meshes_apart(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The meshes of a file cast to half precision in which neighbouring nodes have become equal, repaired."""
+    collided = {
+        key: nodes
+        for key, nodes in state_dict.items()
+        if ".lreg_nodes" in key and nodes.ndim == 2 and bool((nodes.diff(dim=1) == 0).any())
+    }
+    spread = {key: spread_rounded(nodes) for key, nodes in collided.items()}
+    return {key: nodes for key, nodes in spread.items() if nodes is not None}
+
+
+def _say_that_meshes_were_spread(names: list[str]) -> None:
+    warnings.warn(
+        f"{len(names)} meshes of the adapter file, the first is {names[0]!r}, have equal neighbouring nodes, as a cast "
+        "to bfloat16 or float16 leaves them. They were spread apart, so that the adapter is close to the one that was "
+        "trained, not equal. Save lreg_nodes in float32.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -1,9 +1,11 @@
 """Names of modules and adapters: those of the model behind `torch.compile`, and those that torch can hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from .storage import NodeDict, WeightDict
 
 _COMPILED = "_orig_mod"
 
@@ -19,6 +21,28 @@ def plain_name(name: str) -> str:
 def is_compiled_inside(name: str) -> bool:
     """Whether this is the module inside a `torch.compile` wrapper, whose plain name the wrapper has too."""
     return name.rpartition(".")[2] == _COMPILED
+
+
+def check_adapter_name(name: object, modules_to_save: Sequence[str] = ()) -> None:
+    """Raise an error unless an adapter can have this name: torch keeps what belongs to it under the name.
+
+    Args:
+        name: of the adapter.
+        modules_to_save: of its configuration.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a string, got {name!r}.")
+    reason = None
+    if not name or "." in name:
+        reason = "it must be non-empty and without a dot, which separates the parts of a parameter's name"
+    elif name == "__base__":
+        reason = "adapter_names uses it for the model without an adapter"
+    elif any(hasattr(kind, name) for kind in (NodeDict(), WeightDict(), nn.ModuleDict())):
+        reason = "torch's containers have an attribute of that name"
+    elif clash := [module for module in modules_to_save if name.endswith(module)]:
+        reason = f"modules_to_save={clash} would match it"
+    if reason:
+        raise ValueError(f"an adapter cannot be called {name!r}: {reason}. Give it another name, such as 'v1_0'.")
 
 
 def restore_compiled_names(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

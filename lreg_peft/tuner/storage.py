@@ -7,6 +7,18 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 
+def _on_its_device(holder: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, fetched if accelerate has offloaded it.
+
+    Its hooks load what a module owns before that module is called. Those here are never called.
+    """
+    hook = getattr(holder, "_hf_hook", None)
+    weights = getattr(hook, "weights_map", None)
+    if tensor.device.type != "meta" or weights is None:
+        return tensor
+    return weights[name].to(hook.execution_device)  # type: ignore[no-any-return,union-attr]
+
+
 class _Weight(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -25,7 +37,8 @@ class WeightDict(nn.ParameterDict):
     """
 
     def __getitem__(self, key: str) -> nn.Parameter:
-        return self._modules[key].weight  # type: ignore[union-attr,return-value]
+        holder = self._modules[key]
+        return _on_its_device(holder, "weight", holder.weight)  # type: ignore[union-attr,arg-type,return-value]
 
     def __setitem__(self, key: str, weight: Any) -> None:
         if not isinstance(weight, nn.Parameter):
@@ -49,6 +62,9 @@ class NodeDict(BufferDict):
 
     def __init__(self) -> None:
         super().__init__({}, persistent=True)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return _on_its_device(self, key, super().__getitem__(key))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
         exact: dict[str, Any] = dict(self._buffers)

@@ -2,10 +2,12 @@
 
 import copy
 import difflib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from peft import PeftModel
@@ -57,6 +59,8 @@ _ATTENTION_PROJECTIONS = {
 }
 _LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# What PEFT adds to `modules_to_save` only after shortcuts are in place.
+_TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
     """Match, size and check every module of `config`, whose `target_modules` is set; changes nothing."""
     paths = _matched_names(model, config)
     _warn_of_unmatched_keys(config, [plain_name(path) for path in paths])
+    _warn_of_weights_read_past(model, paths)
     targets = []
     for path in paths:
         name = plain_name(path)
@@ -195,7 +200,8 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     """`(in_features, out_features)` of a module, from the configuration or read off the module.
 
     A block of several linear layers takes its input size from the first and its output size from the last of them in
-    the order of registration, which holds for the attention, feed-forward and head modules of Transformers.
+    the order of registration, which holds for the attention, feed-forward and head modules of Transformers. A mixture
+    of experts returns what it takes, whatever its routers and shared experts look like.
 
     Raises:
         ValueError: if they are neither given nor readable.
@@ -203,6 +209,8 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     given: tuple[int, int] | None = _by_pattern("feature_sizes", name, config, None)
     if given is not None:
         return given
+    if (width := _width_of_experts(module)) is not None:
+        return width, width
     linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]
     if not linear:
         raise ValueError(
@@ -210,6 +218,16 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
             f"layer. Give them: LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
         )
     return linear[0][0], linear[-1][1]
+
+
+def _width_of_experts(block: nn.Module) -> int | None:
+    """Features of a mixture of experts whose weights are fused: the size that its two stacks of matrices share."""
+    for module in block.modules():
+        stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
+        shapes = [set(stack.shape[1:]) for stack in stacks if isinstance(stack, nn.Parameter) and stack.ndim == 3]
+        if len(shapes) > 1 and len(shared := set.intersection(*shapes)) == 1:
+            return int(shared.pop())
+    return None
 
 
 def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -270,8 +288,9 @@ def _check_supported(name: str, module: nn.Module) -> None:
     kind = type(module)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         raise TypeError(
-            f"{name!r} is an embedding: its input is token ids, and a shortcut needs real-valued features. "
-            "Target a linear layer or a block instead."
+            f"{name!r} is an embedding: its input is token ids, and a shortcut needs real-valued features. Train rows "
+            "of it by LRegConfig(trainable_token_indices=[...]) or all of it by modules_to_save, or target a linear "
+            "layer or a block."
         )
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         raise TypeError(f"{name!r} is a {kind.__name__}, which is never called. Target its members instead.")
@@ -336,12 +355,24 @@ def output_head_name(model: nn.Module) -> str | None:
     """Name of the direct child of `model` that holds its output embedding: `lm_head`, `cls`, ...; None without one.
 
     The child rather than the embedding itself: the masked language model head of RoBERTa or BERT is a block (dense,
-    norm, decoder), and the shortcut runs parallel to all of it.
+    norm, decoder), and the shortcut runs parallel to all of it. A block that takes more than the features has an
+    output that is more than logits: there it is the embedding.
     """
     embedding = _output_embedding(model)
     if embedding is None:
         return None
-    return next((name for name, child in model.named_children() if embedding in set(child.modules())), None)
+    name, block = next(
+        ((name, child) for name, child in model.named_children() if embedding in set(child.modules())), (None, None)
+    )
+    if block is None or block is embedding or not _takes_more_than_features(block):
+        return name
+    return next(path for path, module in model.named_modules() if module is embedding)
+
+
+def _takes_more_than_features(block: nn.Module) -> bool:
+    """Whether a block has a second input. XLM's head takes the labels and returns the loss before the logits."""
+    kinds = [parameter.kind for parameter in inspect.signature(block.forward).parameters.values()]
+    return kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) > 1
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -389,10 +420,11 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
         return
     model = unwrap(model)  # output heads are told by the class of the model
     _maybe_include_all_linear_layers(config, model)
-    # PEFT leaves the output head out, but not what a compiled one has inside.
+    # PEFT leaves the output head out, but not what a compiled one has inside, nor heads that it trains in full later.
     heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
+    trained = _TRAINED_HEADS.get(config.task_type or "", ())
     named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
-    config.target_modules = [name for name in named if name not in heads]
+    config.target_modules = [name for name in named if name not in heads and not name.endswith(trained)]
     names = [name for name in config.target_modules if check_target_module_exists(config, name)]
     config.target_modules = _leave_out_uncalled(model, names)
 
@@ -423,6 +455,33 @@ def _suggestion(model: nn.Module, config: LRegConfig) -> str:
     close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2) if m not in wanted]
     hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
     return f"{hint}The model has for example: {', '.join(there[:12])}."
+
+
+def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
+    """Warn of targets whose parent reads their weight and never calls them: their shortcuts would not run."""
+    idle = []
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):
+            idle.append(path)
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of the targets, the first is {idle[0]!r}, are not called in the forward pass: the module "
+            "around them reads their weights. Their shortcuts have no effect and get no gradient; leave them out by "
+            f"exclude_modules={sorted({path.rpartition('.')[2] for path in idle})}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+@cache
+def _reads_weight_only(kind: type, child: str) -> bool:
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # no source: nothing is known
+        return False
+    uses = re.findall(rf"\bself\.{child}\b(?!\s*(?::[^=\n]*)?=[^=])(\.\w+)?", source)
+    return ".weight" in uses and not set(uses) - {".weight", ".bias"}
 
 
 def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:

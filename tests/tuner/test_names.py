@@ -5,10 +5,17 @@ import json
 import pytest
 import tiny
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
-from lreg_peft import LRegConfig, LRegLayer, inspect_targets
+from lreg_peft import LRegConfig, LRegLayer, add_grade, inspect_targets
 
 OPTIONS = {
     "names": {"target_modules": ["c_attn", "mlp"]},
@@ -163,3 +170,67 @@ def test_a_file_with_both_loads_as_peft_meant_it(tmp_path):
     file.write_text(json.dumps({**content, "target_modules": [*content["target_modules"], "classifier"]}))
     loaded = PeftModel.from_pretrained(tiny.build("vit", "IMAGE_CLS"), tmp_path)
     assert tiny.same_state(get_peft_model_state_dict(model), get_peft_model_state_dict(loaded))
+
+
+BAD_NAMES = ["v1.0", "train", "_modules", "__base__", "my_ln_f"]
+CONFIG = {"target_modules": ["c_attn", "mlp"], "modules_to_save": ["ln_f"]}
+
+
+def whole_state(model):
+    """All that an attempt to add an adapter could change."""
+    modules = [name for name, _ in model.named_modules()]
+    trains = [p.requires_grad for p in model.parameters()]
+    return modules, trains, list(getattr(model, "peft_config", {})), getattr(model, "_hf_peft_config_loaded", None)
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+class TestRefusedAdapterNames:
+    def test_before_the_first_adapter(self, name, tmp_path):
+        get_peft_model(tiny.gpt2(), LRegConfig(**CONFIG)).save_pretrained(tmp_path)
+        for wrap in (
+            lambda base: get_peft_model(base, LRegConfig(**CONFIG), adapter_name=name),
+            lambda base: PeftModel.from_pretrained(base, tmp_path, adapter_name=name),
+            lambda base: inject_adapter_in_model(LRegConfig(**CONFIG), base, name),
+            lambda base: base.add_adapter(LRegConfig(**CONFIG), adapter_name=name),
+        ):
+            base = tiny.gpt2()
+            before = whole_state(base)
+            with pytest.raises(ValueError, match=f"an adapter cannot be called '{name}': .*another name"):
+                wrap(base)
+            assert whole_state(base) == before
+            base.add_adapter(LRegConfig(**CONFIG))  # the next attempt works
+
+    def test_beside_another(self, name, tmp_path):
+        model = get_peft_model(tiny.gpt2(), LRegConfig(**CONFIG))
+        model.save_pretrained(tmp_path)
+        before = whole_state(model)
+        for add in (
+            lambda: model.add_adapter(name, LRegConfig(**CONFIG)),
+            lambda: model.load_adapter(tmp_path, name),
+        ):
+            with pytest.raises(ValueError, match="an adapter cannot be called"):
+                add()
+            assert whole_state(model) == before
+
+
+def test_a_grade_with_a_refused_name_changes_nothing():
+    model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"]))
+    before = whole_state(model)
+    with pytest.raises(ValueError, match=r"an adapter cannot be called 'v1\.0'"):
+        add_grade(model, name="v1.0")
+    assert whole_state(model) == before
+
+
+def test_other_things_than_strings_are_refused():
+    with pytest.raises(TypeError, match="an adapter's name must be a string, got 3"):
+        inject_adapter_in_model(LRegConfig(**CONFIG), tiny.gpt2(), 3)
+    with pytest.raises(ValueError, match="an adapter cannot be called ''"):
+        inject_adapter_in_model(LRegConfig(**CONFIG), tiny.gpt2(), "")
+
+
+def test_an_adapter_may_be_called_like_a_module_of_the_model(tmp_path):
+    model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"]))
+    tiny.shake(model)
+    alone = get_peft_model_state_dict(model)
+    model.add_adapter("mlp", LRegConfig(target_modules=["mlp"]))
+    assert tiny.same_state(alone, get_peft_model_state_dict(model))

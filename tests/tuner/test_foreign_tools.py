@@ -1,0 +1,145 @@
+"""What other tools do to an adapted model: tracing, offloading, casting files; models with odd modules."""
+
+import accelerate
+import pytest
+import tiny
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
+
+from lreg_peft import LRegConfig, inspect_targets
+from lreg_peft.core.mesh import spread_rounded, uniform_nodes
+
+IDS = torch.arange(3, 21).view(2, 9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dof", [3, 40])  # few and many nodes take different ways
+@pytest.mark.parametrize("head", ["full", "reduced", "factored"])
+def test_a_traced_model_computes_the_same(head, dof):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = get_peft_model(model, LRegConfig(target_modules=["0", "2"], head=head, dof=dof)).eval().double()
+    tiny.shake(model)
+    traced = torch.jit.trace(model.get_base_model(), torch.randn(5, 4, dtype=torch.float64))
+    other = torch.randn(7, 4, dtype=torch.float64)
+    torch.testing.assert_close(traced(other), model(other), rtol=1e-12, atol=1e-12)  # sums in another order
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_model_computes_the_same(where, buffers, tmp_path):
+    model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["c_attn", "mlp", "lm_head"])).eval()
+    tiny.shake(model)
+    expected = tiny.outputs(model)
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=buffers)
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=buffers)
+    assert torch.equal(tiny.outputs(model), expected)
+    remove_hook_from_submodules(model)
+
+
+class TestHalfPrecisionFiles:
+    @pytest.fixture(params=[torch.bfloat16, torch.float16])
+    def cast(self, request, tmp_path):
+        """A file with all of it rounded, and the model it was saved from."""
+        dof = 300 if request.param is torch.bfloat16 else 3000
+        model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["c_attn"], dof=dof)).eval()
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({key: value.to(request.param) for key, value in load_file(file).items()}, file)
+        return model, tmp_path
+
+    def test_load_with_a_warning_and_meshes_close_to_the_old_ones(self, cast):
+        model, path = cast
+        with pytest.warns(UserWarning, match="2 meshes of the adapter file.*equal neighbouring nodes.*in float32"):
+            loaded = PeftModel.from_pretrained(tiny.gpt2(), path)
+        for mine, other in zip(tiny.layers(loaded), tiny.layers(model), strict=True):
+            nodes = mine.lreg_nodes["default"]
+            assert (nodes.diff(dim=1) > 0).all()
+            # A node lies at most an ulp from where it was: half of one from rounding and half from spreading.
+            assert (nodes - other.lreg_nodes["default"]).abs().max() < 2**-8
+
+    def test_what_rounding_does_not_explain_is_damage(self, cast):
+        _, path = cast
+        file = path / "adapter_model.safetensors"
+        state = load_file(file)
+        key = next(key for key in state if key.endswith("lreg_nodes"))
+        state[key][:, 1:-1] = state[key][:, 1:-1].flip(1)
+        save_file(state, file)
+        with pytest.raises(ValueError, match=r"damaged.*strictly increasing"):
+            PeftModel.from_pretrained(tiny.gpt2(), path)
+
+    def test_nodes_that_no_half_precision_holds_are_left_alone(self):
+        nodes = uniform_nodes(1, 5)
+        nodes[0, 1] = nodes[0, 2] = 1 / 3
+        assert spread_rounded(nodes) is None
+        nodes = torch.tensor([[0, 0, 0, 0.5, 1, 1]])
+        # Three at the left end share [0, 1/4] and two at the right share [3/4, 1]; the ends stay.
+        expected = torch.tensor([[0, 1 / 8, 5 / 24, 0.5, 13 / 16, 1]])
+        torch.testing.assert_close(spread_rounded(nodes), expected)
+
+
+def test_modules_whose_weight_is_read_past_them_are_named():
+    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.warns(UserWarning, match=r"2 of the targets.*dt_proj.*no effect.*exclude_modules=\['dt_proj'\]"):
+        get_peft_model(model, LRegConfig(target_modules="all-linear"))
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=r"1 of the targets, the first is '0\.out_proj'"):
+        inspect_targets(attention, LRegConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"),
+    [(XLMWithLMHeadModel, XLMConfig), (FlaubertWithLMHeadModel, FlaubertConfig)],
+)
+def test_heads_that_take_the_labels(model_class, config_class):
+    base = model_class(config_class(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2, pad_index=2)).eval()
+    expected = base(input_ids=IDS, labels=IDS).loss
+    model = get_peft_model(base, LRegConfig(task_type="CAUSAL_LM")).train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+MOE = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("target", ["mlp", "experts"])
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            Qwen2MoeForCausalLM,
+            Qwen2MoeConfig(**MOE, moe_intermediate_size=12, shared_expert_intermediate_size=20, num_experts=4),
+        ),
+        (MixtralForCausalLM, MixtralConfig(**MOE, intermediate_size=24, num_local_experts=4)),
+        (MixtralForCausalLM, MixtralConfig(**MOE, intermediate_size=8, num_local_experts=4)),  # 2 * 8 = hidden
+    ],
+)
+def test_mixtures_of_experts_have_the_width_of_the_model(model_class, config, target):
+    model = get_peft_model(model_class(config), LRegConfig(target_modules=[target])).train()
+    assert [(layer.in_features, layer.out_features) for layer in tiny.layers(model)] == [(16, 16)]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert tiny.layers(model)[0].lreg_coefficients["default"].grad.any()
+
+
+def test_embeddings_are_refused_with_what_to_do_instead():
+    with pytest.raises(TypeError, match=r"'transformer\.wte' is an embedding.*trainable_token_indices.*modules_to"):
+        inspect_targets(tiny.gpt2(), LRegConfig(target_modules=["wte"]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import checked, number, real, whole
 from ..core.distributed import (
     AllProcesses,
     gather_objects,
@@ -71,7 +71,7 @@ class CoefficientFit(Certificate):
     n_rows: int
 
 
-@checked(stage=together, ridge=anything, tolerance=number(above=0), max_passes=whole(3))
+@checked(stage=together, ridge=real, tolerance=number(above=0), max_passes=whole(3))
 def fit_coefficients(
     model: nn.Module,
     data: Data,

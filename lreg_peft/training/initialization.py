@@ -106,7 +106,8 @@ def initialize_lreg_weights(
         with together():
             start = _start(name, layer, adapter_name, rows, sketch)
         # The main process's on every process: the same rows need not give the same bits on other hardware.
-        starts[name] = tuple(map(tensor_from_main, start))
+        projection, bias, nodes = map(tensor_from_main, start)
+        starts[name] = projection, bias, nodes
     with together():
         _put_in_place(layers, adapter_name, starts)
 
@@ -120,12 +121,14 @@ def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: b
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     output = model(**inputs)
     labels = inputs.get("labels")
-    if with_gradient and not (_is_classes(labels) and (labels == IGNORE_INDEX).all()):  # the mean over no label is NaN
+    if with_gradient and not _are_ignored(labels):  # the mean over no label is NaN
         _backward(output, collector.layers.values(), collector.adapter_name)
 
 
-def _is_classes(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
+def _are_ignored(labels: Any) -> bool:
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return False
+    return bool(labels.eq(IGNORE_INDEX).all())
 
 
 def _start(

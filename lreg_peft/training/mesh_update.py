@@ -221,6 +221,13 @@ def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) ->
             "Call count_hard_samples(model, losses, k) in every training step, or let the layers count them: "
             "track_statistics(model, n_hard_samples=k)."
         )
+    for site, _ in own:
+        if not torch.isfinite(site.parameter).all():
+            raise RuntimeError(
+                f"the coefficients of {site.module} (adapter {site.adapter!r}) are NaN or infinite: the training has "
+                "diverged, and no statistics come from it. Lower the learning rate; weights in torch.float16 need an "
+                "optimiser made for them: train in bfloat16, or in float32 with autocast."
+            )
     raise RuntimeError(
         "no statistics were gathered since the last update. They come from training passes (train mode, gradients on) "
         "that are followed by a step of an optimiser that holds the coefficients; steps that a gradient scaler skips "

@@ -134,9 +134,9 @@ def _extend_loading(peft_type: Any) -> None:
         if not is_new and getattr(self.peft_config[adapter_name], "previous_grades", None):
             own = os.path.join(str(model_id), adapter_name)
             model_id = own if os.path.isdir(own) else model_id
-        own = [value for key, value in self.state_dict().items() if not is_new and adapter_name in key.split(".")]
+        values = [value for key, value in self.state_dict().items() if not is_new and adapter_name in key.split(".")]
         try:
-            with all_or_nothing(self, own):
+            with all_or_nothing(self, values):
                 return load(self, model_id, adapter_name, *args, **kwargs)
         except Exception as error:
             config = self.peft_config.get(adapter_name)

@@ -28,6 +28,7 @@ from ..labels import Objective, Rows
 from ..modules import eval_mode
 from ..tuner.heads import Encoded
 from ..tuner.hooks import reminder
+from ..tuner.moves import Tentative
 from .output_shortcut import Terminal, find_terminal
 
 
@@ -293,17 +294,13 @@ class FitProblem:
 
     @torch.no_grad()
     def write(self, table: Tensor) -> None:
-        """Put weights `[K, out_features]`, in the order of `LRegLayer.table`, into the model, in place."""
+        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
+        on none."""
         weights = self.layer.output_weights(self.adapter)
-        parts = table.split([weight.numel() // self.out_features for weight in weights])
-        before = [weight.clone() for weight in weights]
-        try:
-            for weight, part in zip(weights, parts, strict=True):
-                weight.copy_(part.view_as(weight))
-        except BaseException:  # an interruption
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
-            raise
+        with Tentative(weights) as trial:
+            with together():
+                _copy_rows(table, weights)
+            trial.keep()
 
     def _remark_on_precision(self) -> str:
         dtype = self._place.dtype
@@ -313,6 +310,12 @@ class FitProblem:
             f" The figures are those of the stored weights in fp32 and fp64; the model computes in {dtype}, whose "
             "rounding comes on top in the loss that it reports."
         )
+
+
+def _copy_rows(table: Tensor, weights: list[nn.Parameter]) -> None:
+    parts = table.split([weight.numel() // table.shape[1] for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.copy_(part.view_as(weight))
 
 
 def check_yes_or_no(objective: Objective, targets: Tensor) -> None:

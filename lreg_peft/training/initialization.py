@@ -25,6 +25,7 @@ from ..labels import IGNORE_INDEX
 from ..modules import eval_mode
 from ..tuner.config import DATA_STARTS
 from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.moves import Tentative
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
@@ -108,8 +109,7 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         projection, bias, nodes = map(tensor_from_main, start)
         starts[name] = projection, bias, nodes
-    with together():
-        _put_in_place(layers, adapter_name, starts)
+    _put_in_place(layers, adapter_name, starts)
 
 
 def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool) -> None:
@@ -170,20 +170,18 @@ def _start(
 def _put_in_place(
     layers: Mapping[str, LRegLayer], adapter_name: str, starts: Mapping[str, tuple[Tensor, Tensor, Tensor]]
 ) -> None:
-    tensors = [value for layer in layers.values() for value in _encoder(layer, adapter_name)]
-    before = [tensor.detach().clone() for tensor in tensors]
-    owed = [adapter_name in layer.start_is_owed for layer in layers.values()]
-    try:
-        for name, layer in layers.items():
-            layer.set_encoder(adapter_name, *starts[name])
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        for layer, was_owed in zip(layers.values(), owed, strict=True):
-            if was_owed:
+    """Give all layers their starts, on all processes, or none on any."""
+    owing = [layer for layer in layers.values() if adapter_name in layer.start_is_owed]
+    with Tentative(tensor for layer in layers.values() for tensor in _encoder(layer, adapter_name)) as trial:
+        try:
+            with together():
+                for name, layer in layers.items():
+                    layer.set_encoder(adapter_name, *starts[name])
+        except BaseException:
+            for layer in owing:
                 layer.start_is_owed.add(adapter_name)
-        raise
+            raise
+        trial.keep()
 
 
 def _encoder(layer: LRegLayer, adapter_name: str) -> list[Tensor]:

@@ -70,11 +70,15 @@ _check_doors(
         "dense_is_faster": {},
         "design_matrix": _MESH,
         "evaluate": {},
-        "evaluate_factored": {},
+        "evaluate_factored": {"profile": "...", "direction": "..."},
         "evaluate_profile": {**_MESH, "profile": "components dof"},
         "expand_basis": {"element": "int64 ... components", "local": "... components"},
         "hat_basis": {},
-        "interpolate": {},
+        "interpolate": {
+            "nodes_old": "components dof_old",
+            "nodes_new": "components_new dof_new",
+            "values": "...",
+        },
         "locate": {},
         "project": {
             "features": "... in_features",

@@ -235,9 +235,9 @@ class _Layout:
 
 
 def _rule_of(annotation: Any, given: Rule | None) -> Rule | None:
-    if given is anything:
-        return None
     kind = kind_of(annotation)
+    if given is anything:
+        return _plain_choice(kind) if kind is not None and kind.is_choice else None
     if kind is None:
         return given
     optional = kind.accepts(None)
@@ -252,6 +252,16 @@ def _rule_of(annotation: Any, given: Rule | None) -> Rule | None:
             given(name, value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}.")
+
+    return rule
+
+
+def _plain_choice(kind: _Kind) -> Rule:
+    """For a choice that the function checks: refuses what cannot even be compared with the options."""
+
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise ValueError(f"{name} must be {kind.words}, got {show(value)}.")
 
     return rule
 

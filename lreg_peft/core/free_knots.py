@@ -130,9 +130,9 @@ def fit_piecewise_linear(
         raise ValueError("x and y must be finite, got NaN or infinite values.")
     if strategy not in get_args(FitStrategy):
         raise ValueError(f"strategy must be one of {get_args(FitStrategy)}, got {strategy!r}.")
-    if n_rounds < 0 or not ridge >= 0 or not knot_cost >= 1:
+    if n_rounds < 0 or not 0 <= ridge < math.inf or not 1 <= knot_cost < math.inf:
         raise ValueError(
-            f"n_rounds and ridge must be at least 0 and knot_cost at least 1, got n_rounds={n_rounds}, "
+            f"n_rounds and ridge must be at least 0 and knot_cost at least 1, and finite, got n_rounds={n_rounds}, "
             f"ridge={ridge}, knot_cost={knot_cost}."
         )
     n_hard = max(1, len(x) // 10) if n_hard_samples is None else n_hard_samples

@@ -90,7 +90,7 @@ def uniform_nodes(
     if not low < high:
         raise ValueError(f"low must be below high, got low={low}, high={high}.")
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"nodes are kept in float32 or float64, got {dtype}.")
+        raise ValueError(f"dtype must be float32 or float64: nodes are kept in float32 or float64, got {dtype}.")
     nodes = torch.linspace(low, high, dof, dtype=dtype, device=device)
     if nodes.device.type != "meta" and not (nodes.diff() > 0).all():
         raise ValueError(

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import anything, checked, number, real, whole
 from ..core.distributed import together
 from ..core.mesh import locate
 from ..labels import Objective
@@ -70,7 +70,7 @@ class MeshFit:
 
 @checked(
     stage=together,
-    ridge=anything,
+    ridge=real,
     tolerance=number(above=0),
     max_moves=whole(0),
     strategy=anything,

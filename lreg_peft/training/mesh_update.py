@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import anything, checked, number, show, whole
 from ..core.distributed import (
     communication_device,
     rank_and_world,
@@ -140,6 +140,8 @@ def update_meshes(
     """
     # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
     with together():
+        if not (optimizer is None or hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer")):
+            raise TypeError(f"optimizer must be a torch optimizer, a wrapper of one, or None, got {show(optimizer)}.")
         check_strategy(strategy)
         own = _gathered(movable_sites(model, adapter_name))
     options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}

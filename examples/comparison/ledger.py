@@ -99,7 +99,12 @@ class Ledger:
                 file.truncate(len(complete) + len(end))
         try:
             # Not splitlines(), which also cuts at what JSON may hold as it is.
-            return [json.loads(line) for line in complete.decode("utf-8").split("\n") if line]
+            lines = [json.loads(line) for line in complete.decode("utf-8").split("\n") if line]
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("a line is no object")
+            if lines and "settings" not in lines[0]:
+                raise ValueError("its first line holds no settings")
+            return lines
         except ValueError as error:
             raise UserError(
                 f"The file '{self._path}' is damaged ({error}); delete it to start anew, or the line to lose one run."

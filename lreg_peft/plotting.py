@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .core.checks import checked, whole
 from .modules import eval_mode
 from .tuner.sites import Site, all_sites
 
@@ -47,6 +48,7 @@ class MeshSnapshot:
     coords: Tensor | None
 
 
+@checked()
 @torch.no_grad()
 def snapshot_meshes(
     model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, *, adapter_name: str | None = None
@@ -87,6 +89,7 @@ def snapshot_meshes(
     }
 
 
+@checked(max_components=whole(1))
 def plot_meshes(
     model: nn.Module,
     modules: Sequence[str] | None = None,

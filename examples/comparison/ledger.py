@@ -1,6 +1,7 @@
 """The finished runs of a comparison, one line of JSON each, so that an interruption costs only the run it hits."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,20 @@ class Ledger:
     def _lines(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        text = self._path.read_text(encoding="utf-8")
-        # What follows the last line end was cut off in the middle of writing.
-        complete, _, torn = text.rpartition("\n")
+        content = self._path.read_bytes()
+        # What follows the last line end was cut off in the middle of writing, perhaps in the middle of a character.
+        complete, end, torn = content.rpartition(b"\n")
         if torn and self._is_main:
-            self._path.write_text(complete + "\n" if complete else "", encoding="utf-8")
+            with self._path.open("r+b") as file:
+                file.truncate(len(complete) + len(end))
         try:
-            return [json.loads(line) for line in complete.splitlines()]
+            # Not splitlines(), which also cuts at what JSON may hold as it is.
+            lines = [json.loads(line) for line in complete.decode("utf-8").split("\n") if line]
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("a line is no object")
+            if lines and "settings" not in lines[0]:
+                raise ValueError("its first line holds no settings")
+            return lines
         except ValueError as error:
             raise UserError(
                 f"The file '{self._path}' is damaged ({error}); delete it to start anew, or the line to lose one run."
@@ -138,11 +146,12 @@ class Ledger:
     def _write(self, line: dict[str, Any]) -> None:
         if not self._is_main:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            if self._settings is not None:
-                file.write(json.dumps({"settings": self._settings}, ensure_ascii=False) + "\n")
-                self._settings = None
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = [line] if self._settings is None else [{"settings": self._settings}, line]
+        with self._path.open("ab") as file:
+            file.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._settings = None
 
 
 def _show(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -157,8 +158,8 @@ def fill(arguments: Any, **defaults: Any) -> None:
 def require_at_least(**limits: tuple[float | None, float]) -> None:
     """Refuse numbers that mean nothing, before any work is done: `name=(value, least)`."""
     for name, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}.")
+        if value is not None and not least <= value < math.inf:  # NaN is in no range
+            raise UserError(f"--{name} must be at least {least}, and finite, got {value}.")
 
 
 def check(comparison: ComparisonArguments, run: RunArguments) -> None:
@@ -180,9 +181,9 @@ def check(comparison: ComparisonArguments, run: RunArguments) -> None:
     )
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
         raise UserError(f"--seeds needs at least one value and each only once, got {comparison.seeds}.")
-    if comparison.lr_ratio <= 1.0:
-        raise UserError(f"--lr_ratio must be above 1, got {comparison.lr_ratio}.")
-    if comparison.head_learning_rate is not None and not comparison.head_learning_rate > 0.0:
-        raise UserError(f"--head_learning_rate must be above 0, got {comparison.head_learning_rate}.")
+    if not 1.0 < comparison.lr_ratio < math.inf:
+        raise UserError(f"--lr_ratio must be above 1, and finite, got {comparison.lr_ratio}.")
+    if comparison.head_learning_rate is not None and not 0.0 < comparison.head_learning_rate < math.inf:
+        raise UserError(f"--head_learning_rate must be above 0, and finite, got {comparison.head_learning_rate}.")
     if comparison.patience is not None and comparison.eval_steps is None:
         raise UserError("--patience counts evaluations during training: give --eval_steps too.")

@@ -13,6 +13,7 @@ from .basis import (
     hat_basis,
     weighted_rows,
 )
+from .checks import check_doors as _check_doors
 from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
 from .mesh import active_nodes, check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
@@ -55,3 +56,36 @@ __all__ = [
     "uniform_nodes",
     "weighted_rows",
 ]
+
+# Inside this package, and in every training step, these are called with what has been checked already.
+_MESH = {"coords": "... components", "nodes": "components dof"}
+_check_doors(
+    globals(),
+    {
+        "active_nodes": {"element": "int64 ... components", "local": "... components"},
+        "add_basis": {"hidden": "... out_features", **_MESH, "table": "K out_features"},
+        "add_product": {"hidden": "... out_features", "design": "... K", "table": "K out_features"},
+        "check_nodes": {},
+        "curvature_penalty": {"nodes": "components dof"},
+        "dense_is_faster": {},
+        "design_matrix": _MESH,
+        "evaluate": {},
+        "evaluate_factored": {"profile": "...", "direction": "..."},
+        "evaluate_profile": {**_MESH, "profile": "components dof"},
+        "expand_basis": {"element": "int64 ... components", "local": "... components"},
+        "hat_basis": {},
+        "interpolate": {
+            "nodes_old": "components dof_old",
+            "nodes_new": "components_new dof_new",
+            "values": "...",
+        },
+        "locate": {},
+        "project": {
+            "features": "... in_features",
+            "projection": "components in_features",
+            "bias": "components",
+        },
+        "separate_nodes": {"nodes": "components dof"},
+        "weighted_rows": {"rows": "int64 ... m", "weights": "... m", "table": "K out_features"},
+    },
+)

@@ -16,7 +16,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -96,6 +96,12 @@ def named(what: str = "a name") -> Rule:
     return rule
 
 
+def real(name: str, value: Any) -> None:
+    """A number, whatever its value: for arguments whose range the function checks."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {show(value)}.")
+
+
 def anything(name: str, value: Any) -> None:
     """For arguments that the function itself checks."""
 
@@ -117,11 +123,16 @@ def show(value: Any) -> str:
 
 
 def checked(
-    *, stage: Callable[[], AbstractContextManager[None]] | None = None, **rules: Rule
+    *,
+    stage: Callable[[], AbstractContextManager[None]] | None = None,
+    shapes: Mapping[str, str] | None = None,
+    **rules: Rule,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check the arguments of a function before it begins; see the head of this file.
 
     Args:
+        shapes: of tensors, by name: the sizes with blanks between, the same word for the same size, "..." in front for
+            any further ones ("... components"). The tensor must be floating point, or int64 if "int64" stands first.
         stage: what the checks run in: for functions that several processes call together, what makes the error of
             one the error of all.
         rules: ranges of arguments, by name; for None in place of a value of an optional argument they are not asked.
@@ -130,12 +141,15 @@ def checked(
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         checks = _checks(function, rules)
+        layout = _Layout(function, shapes) if shapes else None
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not torch.compiler.is_compiling():
                 if stage is None:
                     _run(checks, args, kwargs)
+                    if layout is not None:
+                        layout.check(args, kwargs)
                 else:
                     with stage():
                         _run(checks, args, kwargs)
@@ -171,10 +185,59 @@ def _run(checks: list[tuple[int, str, Rule]], args: tuple[Any, ...], kwargs: dic
             rule(name, kwargs[name])
 
 
+def check_doors(namespace: dict[str, Any], shapes: Mapping[str, Mapping[str, str]]) -> None:
+    """Put checked functions in place of those that a package hands on: its own modules call each other unchecked.
+
+    Args:
+        namespace: `globals()` of the package.
+        shapes: for every function the `shapes` of `checked`.
+    """
+    for name, layout in shapes.items():
+        namespace[name] = checked(shapes=layout)(namespace[name])
+
+
+class _Layout:
+    """The shapes of some arguments, and which sizes they share."""
+
+    def __init__(self, function: Callable[..., Any], shapes: Mapping[str, str]) -> None:
+        places = list(inspect.signature(function).parameters)
+        self._entries = []
+        for name, text in shapes.items():
+            words = text.split()
+            is_whole = words[0] == "int64"
+            words = words[is_whole:]
+            self._entries.append((places.index(name), name, is_whole, words[0] == "...", words))
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise a `ValueError` that names the first tensor that does not fit."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for place, name, is_whole, is_open, words in self._entries:
+            tensor = args[place] if place < len(args) else kwargs.get(name)
+            if tensor is None:
+                continue
+            named = words[1:] if is_open else words
+            shape = tensor.shape[tensor.ndim - len(named) :] if is_open else tensor.shape
+            fits = len(shape) == len(named) and (
+                tensor.dtype == torch.int64 if is_whole else tensor.is_floating_point()
+            )
+            if not fits:
+                kind = "int64" if is_whole else "floating point"
+                raise ValueError(
+                    f"{name} must be {kind} [{', '.join(words)}], got {tensor.dtype} {tuple(tensor.shape)}."
+                )
+            for word, size in zip(named, shape, strict=True):
+                known, first = sizes.setdefault(word, (size, name))
+                if size != known:
+                    raise ValueError(
+                        f"{name} must have shape [{', '.join(words)}] with {word}={known} as {first} has it, got "
+                        f"{tuple(tensor.shape)}."
+                    )
+
+
 def _rule_of(annotation: Any, given: Rule | None) -> Rule | None:
-    if given is anything:
-        return None
     kind = kind_of(annotation)
+    if given is anything:
+        return _plain_choice(kind) if kind is not None and kind.is_choice else None
     if kind is None:
         return given
     optional = kind.accepts(None)
@@ -189,6 +252,16 @@ def _rule_of(annotation: Any, given: Rule | None) -> Rule | None:
             given(name, value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}.")
+
+    return rule
+
+
+def _plain_choice(kind: _Kind) -> Rule:
+    """For a choice that the function checks: refuses what cannot even be compared with the options."""
+
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise ValueError(f"{name} must be {kind.words}, got {show(value)}.")
 
     return rule
 

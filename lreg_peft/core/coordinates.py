@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import checked, whole
 from .mesh import coordinate_dtype, quantile_nodes
 
 #: sigmoid(1.702 z) is within 0.0095 of the normal distribution function at z (Camilli 1994, "Origin of the scaling
@@ -36,6 +37,7 @@ def project_linear(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor
     return F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype))
 
 
+@checked(n_components=whole(1), in_features=whole(1))
 def initial_projection(
     n_components: int,
     in_features: int,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .adapt.exchange import MAX_SHIFT, remove
 from .adapt.indicators import element_sums, removal_cost
 from .adapt.move import adapt_mesh
+from .checks import anything, checked, real, whole
 from .mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]
@@ -77,6 +78,7 @@ class _Solved:
     local: Tensor  # [n_samples, components]
 
 
+@checked(strategy=anything, dof=whole(), n_rounds=whole(), ridge=real, knot_cost=real)
 def fit_piecewise_linear(
     x: Tensor,
     y: Tensor,
@@ -128,9 +130,9 @@ def fit_piecewise_linear(
         raise ValueError("x and y must be finite, got NaN or infinite values.")
     if strategy not in get_args(FitStrategy):
         raise ValueError(f"strategy must be one of {get_args(FitStrategy)}, got {strategy!r}.")
-    if n_rounds < 0 or not ridge >= 0 or not knot_cost >= 1:
+    if n_rounds < 0 or not 0 <= ridge < math.inf or not 1 <= knot_cost < math.inf:
         raise ValueError(
-            f"n_rounds and ridge must be at least 0 and knot_cost at least 1, got n_rounds={n_rounds}, "
+            f"n_rounds and ridge must be at least 0 and knot_cost at least 1, and finite, got n_rounds={n_rounds}, "
             f"ridge={ridge}, knot_cost={knot_cost}."
         )
     n_hard = max(1, len(x) // 10) if n_hard_samples is None else n_hard_samples

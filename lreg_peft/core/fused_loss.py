@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import checked, real, whole
+
 # Rows per chunk on a CPU: enough for GEMMs at full speed, few enough for the logits of a chunk to stay near the cache.
 _CPU_ROWS = 128
 # GEMM and softmax over a row length that fills whole vector registers run up to twice as fast.
@@ -27,6 +29,7 @@ Base = Callable[[Tensor], Tensor]
 Watcher = tuple[slice, Callable[[Tensor], None]]
 
 
+@checked(label_smoothing=real, rows_per_chunk=whole(1))
 def fused_cross_entropy(
     base: Base,
     features: Tensor,

@@ -7,6 +7,8 @@ fp32 or fp64: neighbouring nodes of an adapted mesh are often closer than a bf16
 import torch
 from torch import Tensor
 
+from .checks import checked, number, whole
+
 #: Smallest element, relative to the length of the mesh, that the constructors in this package create. In fp32 it
 #: leaves a local coordinate inside such an element about 2**-24 / 1e-5 = 0.6 % of rounding error.
 MIN_RELATIVE_ELEMENT = 1e-5
@@ -64,6 +66,7 @@ def check_coords(coords: Tensor, nodes: Tensor) -> None:
         raise ValueError(f"coords must not be NaN, got NaN at index {where}.")
 
 
+@checked(n_components=whole(), dof=whole(), low=number(), high=number())
 def uniform_nodes(
     n_components: int,
     dof: int,
@@ -79,18 +82,25 @@ def uniform_nodes(
         `[n_components, dof]` in `dtype` (fp32 or fp64); the first node is exactly `low`, the last exactly `high`.
 
     Raises:
-        ValueError: if `dof < 2`, `n_components < 1`, `low >= high` or `dtype` is neither fp32 nor fp64.
+        ValueError: if `dof < 2`, `n_components < 1`, `low >= high`, `dtype` is neither fp32 nor fp64, or its precision
+            does not tell the nodes apart.
     """
     if dof < 2 or n_components < 1:
         raise ValueError(f"a mesh needs n_components >= 1 and dof >= 2, got n_components={n_components}, dof={dof}.")
     if not low < high:
         raise ValueError(f"low must be below high, got low={low}, high={high}.")
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"nodes are kept in float32 or float64, got {dtype}.")
+        raise ValueError(f"dtype must be float32 or float64: nodes are kept in float32 or float64, got {dtype}.")
     nodes = torch.linspace(low, high, dof, dtype=dtype, device=device)
+    if nodes.device.type != "meta" and not (nodes.diff() > 0).all():
+        raise ValueError(
+            f"dof={dof} nodes between low={low} and high={high} are not all distinct in {dtype}: take fewer, widen the "
+            "range or take float64."
+        )
     return nodes.expand(n_components, dof).clone()
 
 
+@checked()
 def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: float | None = 1.0) -> Tensor:
     """Nodes at the empirical quantiles of `samples`, so that every element holds the same share of them.
 
@@ -113,6 +123,8 @@ def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: 
         raise ValueError(f"a mesh needs dof >= 2, got dof={dof}.")
     if samples.ndim != 2 or samples.shape[0] < 1 or samples.shape[1] < 1:
         raise ValueError(f"samples must have shape [n_samples >= 1, components >= 1], got {tuple(samples.shape)}.")
+    if not samples.is_floating_point():
+        raise ValueError(f"samples must be floating point, got {samples.dtype}.")
     dtype = coordinate_dtype(samples)
     # Sorted once in fp64: `torch.quantile` refuses more than 2**24 elements, a size a real pass over data exceeds.
     ordered = samples.detach().double().sort(dim=0).values  # [n_samples, components]

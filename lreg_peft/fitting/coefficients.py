@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import checked, number, real, whole
 from ..core.distributed import (
     AllProcesses,
     gather_objects,
@@ -72,7 +72,7 @@ class CoefficientFit(Certificate):
     n_rows: int
 
 
-@checked(stage=together, ridge=anything, tolerance=number(above=0), max_passes=whole(3))
+@checked(stage=together, ridge=real, tolerance=number(above=0), max_passes=whole(3))
 def fit_coefficients(
     model: nn.Module,
     data: Data,
@@ -294,9 +294,11 @@ class FitProblem:
 
     @torch.no_grad()
     def write(self, table: Tensor) -> None:
-        """Put weights `[K, out_features]`, in the order of `LRegLayer.table`, into the model, in place."""
-        with Tentative(self.layer.output_weights(self.adapter)) as trial:  # an interruption leaves all as it was
-            self.layer.set_table(self.adapter, table)
+        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
+        on none."""
+        with Tentative(self.layer.output_weights(self.adapter)) as trial:
+            with together():
+                self.layer.set_table(self.adapter, table)
             trial.keep()
 
     def _remark_on_precision(self) -> str:

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from ..core.checks import checked, whole
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
 from ..labels import (
@@ -115,6 +116,7 @@ class Refinement:
         return _ADVICE[self.status]
 
 
+@checked(n_rounds=whole(1), columns_at_once=whole(1))
 def refine_linearized(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import anything, checked, number, real, whole
 from ..core.distributed import together
 from ..core.mesh import locate
 from ..labels import Objective
@@ -70,7 +70,7 @@ class MeshFit:
 
 @checked(
     stage=together,
-    ridge=anything,
+    ridge=real,
     tolerance=number(above=0),
     max_moves=whole(0),
     strategy=anything,
@@ -157,7 +157,8 @@ def _alternate(
         if torch.equal(mesh.nodes, mesh.old_nodes):
             break
         with _changed(site) as move:
-            Move(site, mesh, (site.parameter.detach(),)).apply()
+            with together():
+                Move(site, mesh, (site.parameter.detach(),)).apply()
             trial = _fitted(problem, tolerance, max_passes)
             passes += trial.passes
             if better := trial.objective < fits[-1].objective - fits[-1].gap:
@@ -196,7 +197,7 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
     slopes = (coefficients.diff(dim=1) / nodes.diff(dim=1).unsqueeze(-1)).flatten(0, 1)
     first = torch.arange(components, device=nodes.device) * (dof - 1)
     sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
-    with eval_mode(problem.terminal.model):
+    with together(), eval_mode(problem.terminal.model):
         for coords, chunk in problem.coords_and_chunks():
             residual = _residual(problem.objective, chunk, table)  # [n, out]
             element, local = locate(coords, nodes, validate=False)  # [n, components]
@@ -207,16 +208,17 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             sums[2] += node_gradient(element, local, in_coords, dof - 1)
     energy, moments, gradient = (problem.processes.total(tensor) for tensor in sums)
     exchange = strategy == "exchange"
-    mesh = adapt_mesh(
-        nodes,
-        coefficients,
-        energy,
-        strategy=strategy,
-        n_refine=n_refine,
-        moments=moments.view(components, dof - 1, 3) if exchange else None,
-        node_gradient=gradient if exchange else None,
-        size=size,
-    )
+    with together():
+        mesh = adapt_mesh(
+            nodes,
+            coefficients,
+            energy,
+            strategy=strategy,
+            n_refine=n_refine,
+            moments=moments.view(components, dof - 1, 3) if exchange else None,
+            node_gradient=gradient if exchange else None,
+            size=size,
+        )
     return agreed(mesh)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import anything, checked, number, show, whole
 from ..core.distributed import (
     communication_device,
     rank_and_world,
@@ -140,6 +140,8 @@ def update_meshes(
     """
     # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
     with together():
+        if not (optimizer is None or hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer")):
+            raise TypeError(f"optimizer must be a torch optimizer, a wrapper of one, or None, got {show(optimizer)}.")
         check_strategy(strategy)
         own = _gathered(movable_sites(model, adapter_name))
     options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
@@ -221,6 +223,13 @@ def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) ->
             "Call count_hard_samples(model, losses, k) in every training step, or let the layers count them: "
             "track_statistics(model, n_hard_samples=k)."
         )
+    for site, _ in own:
+        if not torch.isfinite(site.parameter).all():
+            raise RuntimeError(
+                f"the coefficients of {site.module} (adapter {site.adapter!r}) are NaN or infinite: the training has "
+                "diverged, and no statistics come from it. Lower the learning rate; weights in torch.float16 need an "
+                "optimiser made for them: train in bfloat16, or in float32 with autocast."
+            )
     raise RuntimeError(
         "no statistics were gathered since the last update. They come from training passes (train mode, gradients on) "
         "that are followed by a step of an optimiser that holds the coefficients; steps that a gradient scaler skips "

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from ..core.checks import flag, show, whole
 from .registration import METHOD, upstream_has_lreg
 
 
@@ -148,19 +149,18 @@ class LRegConfig(PeftConfig):
                 "or install an earlier PEFT."
             )
         self.peft_type = PeftType[METHOD.upper()]
-        _check_count("n_components", self.n_components, 1)
-        _check_count("dof", self.dof, 2)
-        if self.head not in HEADS:
+        whole(1)("n_components", self.n_components)
+        whole(2)("dof", self.dof)
+        if not isinstance(self.head, str) or self.head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
         self._check_targets()
         self._check_patterns()
-        if self.init_weights not in (True, False, *DATA_STARTS):
+        if not isinstance(self.init_weights, (bool, str)) or self.init_weights not in (True, False, *DATA_STARTS):
             raise ValueError(
                 f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
             )
-        for name in ("linear_term", "train_projection", "backbone_eval", "fused_loss"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name in ("linear_term", "train_projection", "backbone_eval", "fused_loss", "inference_mode"):
+            flag(name, getattr(self, name))
         self._check_profile()
         self._check_curvature_weight()
         self._check_grades()
@@ -185,28 +185,46 @@ class LRegConfig(PeftConfig):
                     f"{both} stand in both target_modules and modules_to_save. A module either keeps its weights and "
                     "gets a shortcut (target_modules) or is trained in full (modules_to_save): remove it from one."
                 )
+        self._check_layers()
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 "layers_to_transform needs target_modules as a list of names, got "
                 f"target_modules={self.target_modules!r}. Give a list, or put the layer numbers into the expression."
             )
+        if isinstance(self.layers_pattern, str):
+            _check_expression("layers_pattern", self.layers_pattern)
+        elif self.layers_pattern is not None:
+            self.layers_pattern = _as_names("layers_pattern", self.layers_pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} only has an effect together with layers_to_transform."
             )
 
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        if not isinstance(layers, (list, tuple, set, frozenset, range)):
+            whole(0)("layers_to_transform", layers)
+            return
+        self.layers_to_transform = sorted(layers) if isinstance(layers, (set, frozenset)) else list(layers)
+        for layer in self.layers_to_transform:
+            whole(0)("layers_to_transform", layer)
+        if not self.layers_to_transform:
+            raise ValueError("layers_to_transform must name a layer at least, got []. None adapts all layers.")
+
     def _check_patterns(self) -> None:
         for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
-            for key, value in getattr(self, name).items():
+            for key, value in _items(name, getattr(self, name)):
                 _check_expression(f"{name} key", key)
-                _check_count(f"{name}[{key!r}]", value, lowest)
+                whole(lowest)(f"{name}[{key!r}]", value)
         sizes = {}
-        for key, value in self.feature_sizes.items():
+        for key, value in _items("feature_sizes", self.feature_sizes):
             _check_expression("feature_sizes key", key)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"feature_sizes[{key!r}] must be a pair (in_features, out_features), got {value!r}.")
             for part, size in zip(("in_features", "out_features"), value, strict=True):
-                _check_count(f"feature_sizes[{key!r}] {part}", size, 1)
+                whole(1)(f"feature_sizes[{key!r}] {part}", size)
             sizes[key] = (value[0], value[1])
         self.feature_sizes = sizes
 
@@ -222,7 +240,7 @@ class LRegConfig(PeftConfig):
                 f"got head={self.head!r}."
             )
         means = {"profile_mean": self.profile_mean}
-        for key, value in self.profile_mean_pattern.items():
+        for key, value in _items("profile_mean_pattern", self.profile_mean_pattern):
             _check_expression("profile_mean_pattern key", key)
             means[f"profile_mean_pattern[{key!r}]"] = value
         for name, value in means.items():
@@ -234,7 +252,7 @@ class LRegConfig(PeftConfig):
     def _check_curvature_weight(self) -> None:
         weight = self.curvature_weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"curvature_weight must be a number, got {weight!r}.")
+            raise TypeError(f"curvature_weight must be a number, got {show(weight)}.")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"curvature_weight must be finite and not negative, got {weight}.")
         if weight > 0 and max([self.dof, *self.dof_pattern.values()]) == 2:
@@ -256,16 +274,15 @@ class LRegConfig(PeftConfig):
             )
 
 
-def _check_count(name: str, value: Any, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < lowest:
-        raise ValueError(f"{name} must be at least {lowest}, got {value}.")
+def _items(name: str, value: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dictionary with names or expressions as keys, got {show(value)}.")
+    return list(value.items())
 
 
 def _check_expression(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a non-empty string, got {value!r}.")
+        raise ValueError(f"{name} must be a non-empty string, got {show(value)}.")
     try:
         re.compile(value)
     except re.error as error:
@@ -274,11 +291,10 @@ def _check_expression(name: str, value: Any) -> None:
 
 def _as_names(name: str, value: Any) -> list[str]:
     if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"{name} must be a list of module names, got {value!r}.")
-    names = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-    if not all(isinstance(item, str) and item for item in names):
-        raise ValueError(f"{name} must hold non-empty module names, got {value!r}.")
-    return names
+        raise TypeError(f"{name} must be a list of module names, got {show(value)}.")
+    if not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} must hold non-empty module names, got {show(value)}.")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
 def _names(value: list[str] | str | None) -> list[str]:

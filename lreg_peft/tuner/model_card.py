@@ -6,6 +6,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from ..core.checks import checked, named
+
 TAG = "lreg"
 _IMPORT = "import lreg_peft"
 _USAGE = f"""## How to load this adapter
@@ -38,6 +40,7 @@ def add_usage_to_card(path: str | Path, model: nn.Module) -> None:
         card.save(path)
 
 
+@checked(repo_id=named(), revision=named())
 def push_model_card(
     model: nn.Module, repo_id: str, *, token: str | bool | None = None, revision: str | None = None
 ) -> str:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..core.checks import checked
 from ..modules import unwrap
 from .config import LRegConfig
 from .heads import HEADS
@@ -113,6 +114,7 @@ class TargetReport:
         )
 
 
+@checked()
 def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     """Show what a configuration will adapt, before anything is wrapped.
 

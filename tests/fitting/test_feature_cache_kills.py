@@ -41,7 +41,7 @@ def expected(tmp_path_factory):
     return rows(build(folder / "one")), rows(build(folder / "other", seed=1))
 
 
-EVERY = pytest.param(1000, marks=pytest.mark.benchmark)
+EVERY = pytest.param(1000, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("at_most", [20, EVERY])

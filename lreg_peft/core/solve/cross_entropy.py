@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import anything, checked, real, whole
 from .problem import (
     Chunk,
     Chunks,
@@ -135,8 +136,8 @@ class _Objective:
 
     def _pieces(self, device: torch.device) -> Iterator[Chunk]:
         """One pass, a bounded number of samples at a time."""
-        for whole in self._samples:
-            yield from slices(whole, rows_at_once(self.shape[1], device))
+        for chunk in self._samples:
+            yield from slices(chunk, rows_at_once(self.shape[1], device))
 
     def _without_shift(self, product: Tensor) -> Tensor:
         """Take out, in place, what only rounding can leave: probabilities sum to one, so their changes sum to zero.
@@ -250,6 +251,7 @@ class _History:
         return q.neg_()
 
 
+@checked(ridge=real, targets=anything, tolerance=real, scale=real, max_passes=whole(3))
 def solve_cross_entropy(
     chunks: Chunks,
     start: Tensor,

@@ -1,0 +1,330 @@
+"""More than 500 malformed inputs: each is met by one sentence that names the argument, and leaves the model as it was.
+
+The inputs to public functions come off their signatures: for every argument whatever its annotation does not allow,
+and numbers that no range of this package holds. Those of the configuration, of adapter files and of the examples are
+lists.
+"""
+
+import inspect
+import math
+import typing
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import lreg_peft
+from lreg_peft import LRegConfig, core
+from lreg_peft.core.checks import kind_of
+
+# Of every kind something that is no number, name, tensor, model, function or sequence where one is asked for.
+WRONG = {
+    "a string": "often",
+    "a float": 2.5,
+    "a whole number": 3,
+    "True": True,
+    "a list": [1.5],
+    "a dictionary": {1: 2},
+    "a tensor": torch.ones(2, 3, 4, 5),
+    "a module": nn.Identity(),
+    "an object": object(),
+    "bytes": b"x",
+    "None": None,
+}
+NOT_FINITE = {"NaN": math.nan, "infinity": math.inf, "minus infinity": -math.inf}
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(tiny.gpt2(), LRegConfig(dof=3))
+
+
+MODEL = adapted()
+IDS = torch.randint(3, tiny.VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"input_ids": IDS, "labels": IDS}]
+NODES = torch.tensor([[0.0, 0.4, 1.0], [0.0, 0.5, 1.0]])
+COORDS = torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
+ELEMENT, LOCAL = core.locate(COORDS, NODES)
+ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+CHUNKS = lambda: [core.Chunk(ROWS, torch.tensor([0, 1, 0, 1, 1]))]  # noqa: E731
+# Arguments that are right, for everything that is public and can be called.
+RIGHT: dict[str, dict] = {
+    "cache_features": {"model": MODEL, "data": BATCHES, "path": "never"},
+    "add_grade": {"model": MODEL},
+    "count_hard_samples": {"model": MODEL, "losses": torch.rand(2), "n_hard_samples": 1},
+    "fused_cross_entropy": {"base": nn.Linear(3, 4), "features": ROWS, "targets": torch.zeros(5, dtype=torch.long)},
+    "fit_coefficients": {"model": MODEL, "data": BATCHES},
+    "fit_meshes": {"model": MODEL, "data": BATCHES},
+    "initialize_lreg_weights": {"model": MODEL, "dataloader": BATCHES},
+    "inspect_targets": {"model": MODEL, "config": LRegConfig()},
+    "load_grades": {"model": MODEL, "path": "never"},
+    "plot_meshes": {"model": MODEL},
+    "push_model_card": {"model": MODEL, "repo_id": "a/b"},
+    "refine_linearized": {"model": MODEL, "dataloader": BATCHES},
+    "snapshot_meshes": {"model": MODEL},
+    "track_statistics": {"model": MODEL},
+    "update_meshes": {"model": MODEL},
+    "LRegCallback": {},
+    "FeatureCache": {"path": "never"},
+    "active_nodes": {"element": ELEMENT, "local": LOCAL, "dof": 3},
+    "adapt_mesh": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4), "indicator": torch.ones(2, 2)},
+    "add_basis": {"hidden": torch.ones(5, 4), "coords": COORDS, "nodes": NODES, "table": torch.ones(6, 4)},
+    "add_product": {"hidden": torch.ones(5, 4), "design": ROWS, "table": torch.ones(3, 4)},
+    "check_nodes": {"nodes": NODES},
+    "curvature_penalty": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
+    "dense_is_faster": {"dof": 3, "device": torch.device("cpu")},
+    "design_matrix": {"coords": COORDS, "nodes": NODES},
+    "evaluate": {"coords": COORDS, "nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
+    "evaluate_factored": {"coords": COORDS, "nodes": NODES, "profile": NODES, "direction": torch.ones(2, 4)},
+    "evaluate_profile": {"coords": COORDS, "nodes": NODES, "profile": NODES},
+    "expand_basis": {"element": ELEMENT, "local": LOCAL, "dof": 3},
+    "fit_piecewise_linear": {"x": COORDS, "y": ROWS, "dof": 2},
+    "hat_basis": {"coords": COORDS, "nodes": NODES},
+    "initial_projection": {"n_components": 2, "in_features": 3},
+    "interpolate": {"nodes_old": NODES, "nodes_new": NODES, "values": torch.ones(2, 3, 4)},
+    "locate": {"coords": COORDS, "nodes": NODES},
+    "project": {"features": ROWS, "projection": torch.ones(2, 3), "bias": torch.ones(2)},
+    "quantile_nodes": {"samples": COORDS, "dof": 3},
+    "separate_nodes": {"nodes": NODES},
+    "solve_cross_entropy": {"chunks": CHUNKS, "start": torch.zeros(3, 2), "ridge": 0.1},
+    "solve_least_squares": {"chunks": CHUNKS, "start": torch.zeros(3, 2)},
+    "uniform_nodes": {"n_components": 2, "dof": 3},
+    "weighted_rows": {"rows": ELEMENT, "weights": LOCAL, "table": torch.ones(6, 4)},
+}
+# Tensors whose shape is told by another argument, or that may have any.
+ANY_SHAPE = {("fit_piecewise_linear", "y"), ("count_hard_samples", "losses")}
+
+
+def public() -> dict:
+    """Functions, and classes that users make."""
+    found = {}
+    for place in (lreg_peft, core):
+        for name in place.__all__:
+            thing = getattr(place, name)
+            if inspect.isfunction(thing) or name in ("LRegCallback", "FeatureCache"):
+                found[name] = thing
+    return found
+
+
+def parameters(thing) -> list[inspect.Parameter]:
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p for p in inspect.signature(function).parameters.values() if p.kind not in kinds and p.name != "self"]
+
+
+def wrong_values(name: str, parameter: inspect.Parameter):
+    """Values that an argument must not have, with the class of the error."""
+    kind = kind_of(parameter.annotation)
+    if kind is None:
+        return
+    for label, value in WRONG.items():
+        if not kind.accepts(value):
+            yield label, value, (TypeError, ValueError)
+    if kind.accepts(1.5):
+        for label, value in NOT_FINITE.items():
+            yield label, value, ValueError
+    if parameter.annotation is torch.Tensor and (name, parameter.name) not in ANY_SHAPE:
+        yield "a scalar", torch.tensor(1.0), ValueError
+        yield "complex numbers", torch.ones(2, 3, dtype=torch.complex64), ValueError
+
+
+CASES = {
+    (name, parameter.name): list(wrong_values(name, parameter))
+    for name, thing in public().items()
+    for parameter in parameters(thing)
+}
+
+
+def test_everything_public_is_tried():
+    assert public().keys() == RIGHT.keys()
+    assert sum(map(len, CASES.values())) + len(CONFIGURATIONS) + len(OUT_OF_RANGE) >= 2000
+    for name, thing in public().items():
+        annotated = [p.name for p in parameters(thing) if kind_of(p.annotation) is not None]
+        open_ = {("solve_cross_entropy", "processes"), ("solve_least_squares", "processes")}
+        assert len(annotated) + len(open_) >= len(parameters(thing)), name
+
+
+@pytest.fixture(scope="module")
+def before():
+    return tiny.state(MODEL), [type(module) for module in MODEL.modules()]
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_public_functions(name, argument, before):
+    for label, value, error in CASES[name, argument]:
+        with pytest.raises(error) as caught:
+            public()[name](**{**RIGHT[name], argument: value})
+        text = str(caught.value)
+        assert argument.lower() in text.lower().replace(" ", "_"), (label, text)
+        assert "\n" not in text and len(text) < 500
+    assert tiny.same_state(before[0], tiny.state(MODEL))
+    assert before[1] == [type(module) for module in MODEL.modules()]
+
+
+OUT_OF_RANGE = [
+    ("cache_features", "batch_size", 0),
+    ("cache_features", "dtype", torch.int8),
+    ("cache_features", "adapter_name", "other"),
+    ("add_grade", "form", "nested"),
+    ("add_grade", "name", ""),
+    ("add_grade", "name", "default"),
+    ("count_hard_samples", "n_hard_samples", 0),
+    ("fused_cross_entropy", "label_smoothing", 1.0),
+    ("fused_cross_entropy", "label_smoothing", -0.1),
+    ("fused_cross_entropy", "rows_per_chunk", 0),
+    ("fit_coefficients", "ridge", -1.0),
+    ("fit_coefficients", "ridge", 0.0),
+    ("fit_coefficients", "tolerance", 0.0),
+    ("fit_coefficients", "tolerance", -1e-6),
+    ("fit_coefficients", "max_passes", 2),
+    ("fit_coefficients", "max_passes", -5),
+    ("fit_coefficients", "adapter_name", "other"),
+    ("fit_meshes", "max_moves", -1),
+    ("fit_meshes", "strategy", "none"),
+    ("fit_meshes", "tolerance", 0.0),
+    ("fit_meshes", "max_passes", 0),
+    ("initialize_lreg_weights", "method", "random"),
+    ("initialize_lreg_weights", "n_batches", 0),
+    ("initialize_lreg_weights", "max_samples", -3),
+    ("initialize_lreg_weights", "adapter_name", "other"),
+    ("plot_meshes", "max_components", 0),
+    ("plot_meshes", "channels", [1000]),
+    ("plot_meshes", "modules", ["nowhere"]),
+    ("plot_meshes", "adapter_name", "other"),
+    ("refine_linearized", "rank", 0),
+    ("refine_linearized", "rank", []),
+    ("refine_linearized", "ridge", -1.0),
+    ("refine_linearized", "ridge", []),
+    ("refine_linearized", "n_rounds", 0),
+    ("refine_linearized", "columns_at_once", 0),
+    ("snapshot_meshes", "adapter_name", "other"),
+    ("track_statistics", "n_rows", 0),
+    ("track_statistics", "n_hard_samples", 0),
+    ("update_meshes", "strategy", "none"),
+    ("update_meshes", "tolerance", -1.0),
+    ("LRegCallback", "every", 0),
+    ("LRegCallback", "unit", "hours"),
+    ("LRegCallback", "start", -0.1),
+    ("LRegCallback", "start", 0.9),
+    ("LRegCallback", "stop", 1.5),
+    ("LRegCallback", "strategy", "none"),
+    ("LRegCallback", "size", 0.0),
+    ("LRegCallback", "size", 1.1),
+    ("LRegCallback", "n_check_batches", -1),
+    ("adapt_mesh", "strategy", "none"),
+    ("adapt_mesh", "n_refine", -1),
+    ("adapt_mesh", "pseudocount", -1.0),
+    ("adapt_mesh", "size", 0.0),
+    ("adapt_mesh", "indicator", -torch.ones(2, 2)),
+    ("adapt_mesh", "indicator", torch.ones(2, 3)),
+    ("adapt_mesh", "coefficients", torch.ones(2, 4, 4)),
+    ("adapt_mesh", "nodes", NODES.flip(1)),
+    ("check_nodes", "nodes", NODES / 0),
+    ("check_nodes", "nodes", NODES[:, :1]),
+    ("add_basis", "hidden", torch.ones(5, 3)),
+    ("add_product", "table", torch.ones(4, 4)),
+    ("design_matrix", "coords", torch.ones(5, 3)),
+    ("evaluate", "coords", torch.ones(5, 3)),
+    ("evaluate", "coords", COORDS * torch.nan),
+    ("evaluate", "form", "sparse"),
+    ("evaluate_factored", "direction", torch.ones(3, 4)),
+    ("evaluate_profile", "profile", torch.ones(2, 4)),
+    ("fit_piecewise_linear", "dof", 1),
+    ("fit_piecewise_linear", "ridge", -1.0),
+    ("fit_piecewise_linear", "knot_cost", 0.5),
+    ("fit_piecewise_linear", "n_rounds", -1),
+    ("fit_piecewise_linear", "n_hard_samples", 0),
+    ("fit_piecewise_linear", "strategy", "mcr"),
+    ("fit_piecewise_linear", "x", COORDS * torch.nan),
+    ("fit_piecewise_linear", "start", NODES),
+    ("initial_projection", "n_components", 0),
+    ("initial_projection", "in_features", -1),
+    ("interpolate", "values", torch.ones(2, 4)),
+    ("locate", "coords", COORDS * torch.nan),
+    ("project", "projection", torch.ones(2, 4)),
+    ("project", "bias", torch.ones(3)),
+    ("quantile_nodes", "dof", 1),
+    ("quantile_nodes", "samples", COORDS * torch.inf),
+    ("solve_cross_entropy", "ridge", 0.0),
+    ("solve_cross_entropy", "ridge", -1.0),
+    ("solve_cross_entropy", "targets", "values"),
+    ("solve_cross_entropy", "scale", 0.0),
+    ("solve_cross_entropy", "tolerance", 0.0),
+    ("solve_cross_entropy", "max_passes", 2),
+    ("solve_cross_entropy", "start", torch.zeros(3, 2) / 0),
+    ("solve_cross_entropy", "start", torch.zeros(3, 0)),
+    ("solve_least_squares", "ridge", -1.0),
+    ("solve_least_squares", "scale", -1.0),
+    ("solve_least_squares", "max_passes", 1),
+    ("uniform_nodes", "dof", 1),
+    ("uniform_nodes", "n_components", 0),
+    ("uniform_nodes", "low", 1.0),
+    ("uniform_nodes", "dtype", torch.float16),
+    ("weighted_rows", "weights", torch.ones(5, 3)),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), OUT_OF_RANGE)
+def test_values_out_of_range(name, argument, value, before):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        public()[name](**{**RIGHT[name], argument: value})
+    text = str(caught.value)
+    words = {"adapter_name": "other", "name": "called", "form": "form", "modules": "nowhere"}.get(argument, argument)
+    assert words in text or argument in text, text
+    assert tiny.same_state(before[0], tiny.state(MODEL))
+
+
+def test_nodes_that_their_precision_does_not_tell_apart():
+    with pytest.raises(ValueError, match=r"dof=5 nodes between low=100000000\.0 and high=100000001\.0"):
+        core.uniform_nodes(1, 5, low=1e8, high=1e8 + 1)
+    assert (core.uniform_nodes(1, 5, low=1e8, high=1e8 + 1, dtype=torch.float64).diff() > 0).all()
+
+
+_COUNTS = {"n_components": 1, "dof": 2}
+_FLAGS = ("train_projection", "backbone_eval", "fused_loss", "inference_mode", "linear_term")
+CONFIGURATIONS = [
+    *((name, value) for name in _COUNTS for value in ("2", 2.0, True, None, [2], torch.ones(2), math.nan)),
+    *((name, lowest - 1) for name, lowest in _COUNTS.items()),
+    *((name, -3) for name in _COUNTS),
+    *((name, value) for name in _FLAGS for value in (1, 0, "yes", None, [True], 0.5)),
+    *(("head", value) for value in ("fulll", "", None, 1, ["full"], {"full": 1})),
+    *(("target_modules", value) for value in (3, True, {"a": 1}, [1], [""], "", "(", 2.5, ["a", None])),
+    *(("exclude_modules", value) for value in (3, [None], "", "(", {"a": 1})),
+    *(("layers_to_transform", value) for value in (True, "a", [], [True], [1.5], -1, [-1], 0.5, {"a": 1}, ["0"])),
+    *(("layers_pattern", value) for value in (3, [1], "(", {"a": 1}, "h")),
+    *(("modules_to_save", value) for value in ("head", 3, [1], [""], {"a": 1})),
+    *(
+        (name, value)
+        for name in ("component_pattern", "dof_pattern")
+        for value in (3, "x", [1], None, {"(": 3}, {1: 3}, {"": 3}, {"a": 0}, {"a": "3"}, {"a": 2.5}, {"a": True})
+    ),
+    *(
+        ("feature_sizes", value)
+        for value in (3, "x", [1], None, {"(": (1, 2)}, {"a": 3}, {"a": (1,)}, {"a": (0, 2)}, {"a": ("1", 2)})
+    ),
+    *(("init_weights", value) for value in ("svd", None, 1, 0, 2.5, ["pca"], "")),
+    *(("curvature_weight", value) for value in ("1", None, True, -1.0, math.nan, math.inf, [1.0])),
+    *(("curvature_weight", value) for value in (0.5,)),  # dof 2 has no interior node
+    *(("previous_grades", value) for value in ("a", 3, [1], [""], ["a", "a"], {"a": 1})),
+    *(("grade_form", value) for value in ("nested", None, 3, "composed", ["additive"])),
+    *(("profile_mean", value) for value in ("1", None, math.nan, True, 2.0)),
+    *(("profile_mean_pattern", value) for value in (3, "x", [1], {"(": 1.0}, {"a": "b"}, {"a": math.inf})),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CONFIGURATIONS)
+def test_configurations(name, value):
+    options = {"layers_to_transform": 1} if name == "layers_pattern" and value != "h" else {}
+    with pytest.raises((ValueError, TypeError), match=name) as caught:
+        LRegConfig(**{"target_modules": ["mlp"], **options, name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_annotations_are_understood():
+    """What `kind_of` cannot read is not checked."""
+    for name, thing in public().items():
+        for parameter in parameters(thing):
+            kind = kind_of(parameter.annotation)
+            assert kind is not None or typing.Any in typing.get_args(parameter.annotation), (name, parameter)

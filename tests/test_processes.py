@@ -1,0 +1,279 @@
+"""Every function that processes call together, with one of them failing at each of its stages.
+
+All processes end with the same error, within seconds, and with the models they had. One pair of processes goes through
+all of it: starting one takes longer than the rest.
+"""
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from processes import run_on_two
+from torch import nn
+
+import lreg_peft.fitting.cache_files as files_module
+import lreg_peft.fitting.coefficients as coefficients_module
+import lreg_peft.fitting.feature_cache as cache_module
+import lreg_peft.fitting.meshes as meshes_module
+import lreg_peft.training.initialization as start_module
+from lreg_peft import (
+    LRegConfig,
+    cache_features,
+    fit_coefficients,
+    fit_meshes,
+    initialize_lreg_weights,
+    track_statistics,
+    update_meshes,
+)
+
+SECONDS = 10.0
+
+
+class Failure(Exception):
+    """What one process meets."""
+
+
+def at_head(seed: int = 1, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return get_peft_model(tiny.gpt2(), LRegConfig(dof=3, **options))
+
+
+def inside(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["c_attn", "mlp"], dof=4))
+
+
+def batches(rank: int, n: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(rank)
+    ids = [torch.randint(3, tiny.VOCABULARY, (2, 7), generator=generator) for _ in range(n)]
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    return [{name: value[0] for name, value in batch.items()} for batch in batches(0, 6)]
+
+
+class Breaking:
+    """Batches of which the second raises, on one process only."""
+
+    def __init__(self, data, rank):
+        self.data, self.rank = data, rank
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        if self.rank == 1 and i == 1:
+            raise Failure("the disk of process 1")
+        if i >= len(self.data):
+            raise IndexError
+        return self.data[i]
+
+
+def failing(rank, where, name, at=1):
+    """Let a function of a module or class fail on process 1, when it is called for the `at`-th time."""
+    own, calls = getattr(where, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if rank == 1 and len(calls) == at:
+            raise Failure(f"{name} of process 1")
+        return own(*args, **kwargs)
+
+    return where, name, call
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = inside()
+    track_statistics(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for batch in batches(0):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def _accept(rank, at):
+    calls = []
+
+    def accept():
+        calls.append(1)
+        if rank == 1 and len(calls) == at:
+            raise Failure("accept of process 1")
+        return 1.0 / len(calls)
+
+    return accept
+
+
+def scenarios(rank: int, folder: Path):
+    """Name, what to call with a model, the model, what the error says, and a patch."""
+    quiet = {"show_progress": False}
+    nan = inside()
+    if rank == 1:
+        nan.get_base_model().transformer.h[1].ln_1.bias.data.fill_(torch.nan)
+    base = at_head()
+    if rank == 1:
+        base.get_base_model().transformer.h[0].mlp.c_fc.bias.data.add_(1e-3)
+
+    def start(model, data=None, **options):
+        initialize_lreg_weights(model, batches(rank) if data is None else data, **quiet, **options)
+
+    def fit(model, data=None, **options):
+        fit_coefficients(model, batches(rank) if data is None else data, **quiet, **options)
+
+    def meshes(model, data=None, **options):
+        fit_meshes(model, batches(rank) if data is None else data, max_moves=2, **quiet, **options)
+
+    def cache(model, data=None, path="c", **options):
+        cache_features(model, samples() if data is None else data, folder / path, batch_size=1, **quiet, **options)
+
+    yield "start: other options", lambda m: start(m, n_batches=2 + rank), inside(), "'n_batches' of process 1", None
+    yield "start: wrong option", lambda m: start(m, n_batches=3 - 3 * rank), inside(), "n_batches must be at", None
+    yield "start: wrong type", lambda m: start(m, seed="1" if rank else 1), inside(), "seed must be a whole", None
+    yield "start: no adapter", lambda m: start(m, adapter_name=["default", "x"][rank]), inside(), "called 'x'", None
+    yield "start: other weights", start, nan, "h.1.ln_1.bias' of process 1", None
+    yield "start: data", lambda m: start(m, Breaking(batches(rank), rank)), inside(), "the disk of process 1", None
+    yield "start: no batch", lambda m: start(m, [1] if rank else batches(0)), inside(), "a batch must be a dict", None
+    for at in (1, 2, 3):
+        patch = failing(rank, start_module, "_start", at)
+        yield f"start: module {at}", start, inside(), "_start of process 1", patch
+    for at in (1, 4):
+        patch = failing(rank, start_module.LRegLayer, "set_encoder", at)
+        yield f"start: at the end {at}", start, inside(), "set_encoder of process 1", patch
+    patch = failing(rank, start_module, "_backward", 2)
+    yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "_backward of process 1", patch
+
+    for kind, call in (("fit", fit), ("meshes", meshes)):
+        yield f"{kind}: other projections", call, at_head(seed=rank), "lreg_projection", None
+        yield f"{kind}: other base", call, copy.deepcopy(base), "h.0.mlp.c_fc.bias' of process 1", None
+        yield f"{kind}: other ridge", lambda m, c=call: c(m, ridge=1e-3 * (1 + rank)), at_head(), "'ridge'", None
+        yield f"{kind}: wrong passes", lambda m, c=call: c(m, max_passes=3 - rank), at_head(), "max_passes must", None
+        yield f"{kind}: nothing to fit", call, inside() if rank else at_head(), "inside the network", None
+        yield f"{kind}: data", lambda m, c=call: c(m, Breaking(batches(rank), rank)), at_head(), "the disk", None
+        nothing = [{"input_ids": b["input_ids"], "labels": torch.full_like(b["labels"], -100)} for b in batches(0)]
+        yield f"{kind}: no labels", lambda m, c=call, n=nothing: c(m, n), at_head(), "no labels to fit", None
+        for at in (1, 2, 5):
+            patch = failing(rank, coefficients_module.FitProblem, "_passes", at)
+            yield f"{kind}: pass {at}", call, at_head(), "_passes of process 1", patch
+        patch = failing(rank, coefficients_module, "_copy_rows", 1 if kind == "fit" else 2)
+        yield f"{kind}: writing", call, at_head(), "_copy_rows of process 1", patch
+    patch = failing(rank, meshes_module, "adapt_mesh")
+    yield "meshes: proposal", meshes, at_head(), "adapt_mesh of process 1", patch
+    patch = failing(rank, meshes_module, "_residual", 2)
+    yield "meshes: residuals", meshes, at_head(), "_residual of process 1", patch
+
+    yield (
+        "cache: other dtype",
+        lambda m: cache(m, dtype=[torch.bfloat16, torch.float32][rank]),
+        at_head(),
+        "dtype",
+        None,
+    )
+    yield "cache: other weights", cache, copy.deepcopy(base), "h.0.mlp.c_fc.bias' of process 1", None
+    yield "cache: data", lambda m: cache(m, Breaking(samples(), 1)), at_head(), "the disk of process 1", None
+    yield "cache: one's data", lambda m: cache(m, _late(rank)), at_head(), "late on process 1", None
+    for name, where in (("replace_file", files_module), ("write_all", files_module)):
+        for at in (1, 2):
+            patch = failing(rank, where, name, at)
+            yield (
+                f"cache: {name} {at}",
+                lambda m, a=at: cache(m, path=f"w{a}"),
+                at_head(),
+                f"{name} of process 1",
+                patch,
+            )
+    patch = failing(1 - rank, cache_module.Building, "begin")  # what the main process does
+    yield "cache: begin", cache, at_head(), "process 0 stopped: begin", patch
+    patch = failing(1 - rank, cache_module, "_put_in_place")
+    yield "cache: end", cache, at_head(), "process 0 stopped: _put_in_place", patch
+
+    model, optimizer = trained()
+    for at in (1, 2):
+        accept = _accept(rank, at)
+        yield (
+            f"moves: accept {at}",
+            lambda m, a=accept, o=optimizer: update_meshes(m, o, accept=a),
+            model,
+            "accept of",
+            None,
+        )
+
+
+def _late(rank):
+    """Samples that can be read once, for the fingerprint, and then fail on process 1."""
+
+    class Late(list):
+        reads = 0
+
+        def __getitem__(self, i):
+            Late.reads += 1
+            if rank == 1 and Late.reads > 4:
+                raise Failure("late on process 1")
+            return super().__getitem__(i)
+
+    return Late(samples())
+
+
+def _run(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results = {}
+    for name, call, model, words, patch in scenarios(rank, folder):
+        before = tiny.state(model)
+        if patch is not None:
+            where, attribute, replacement = patch
+            own = where.__dict__[attribute]
+            setattr(where, attribute, replacement)
+        began = time.monotonic()
+        try:
+            call(model)
+            outcome = "no error"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        finally:
+            if patch is not None:
+                setattr(where, attribute, own)
+        after = tiny.state(model)
+        same = all(torch.equal(value.nan_to_num(), after[key].nan_to_num()) for key, value in before.items())
+        results[name] = (outcome, words, time.monotonic() - began, same)
+        dist.barrier()
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    run_on_two(__file__, folder)
+    assert sorted(path.name for path in folder.iterdir() if "partial" not in path.name) == ["0.pt", "1.pt"]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_all_processes_end_with_the_same_error(results):
+    first, second = results
+    assert first.keys() == second.keys() and len(first) > 40
+    for name, (outcome, words, _, _) in first.items():
+        assert outcome == second[name][0], name
+        assert words in outcome, (name, outcome)
+
+
+def test_within_seconds(results):
+    slow = {name: seconds for each in results for name, (_, _, seconds, _) in each.items() if seconds > SECONDS}
+    assert not slow
+
+
+def test_with_the_models_they_had(results):
+    changed = [name for each in results for name, (_, _, _, same) in each.items() if not same]
+    assert not changed
+
+
+if __name__ == "__main__":
+    _run(Path(sys.argv[1]))

@@ -1,11 +1,13 @@
 """Which modules a configuration adapts, and their feature sizes."""
 
 import copy
+import dataclasses
 import difflib
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
@@ -20,8 +22,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import LRegConfig
+from .example_run import Seen, Shape, raise_misfits, run_example
 from .heads import HEADS
-from .layer import LRegLayer
+from .image_placements import image_placement
+from .layer import LRegLayer, misfit
+from .layout import Layout, Reading
+from .sizes import feature_sizes, linear_sizes
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -66,6 +72,9 @@ class Target:
     n_components: int
     dof: int
     trainable_parameters: int
+    #: What reaches the shortcut and what leaves the module, if `inspect_targets` had example inputs.
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,8 @@ class TargetReport:
         return len(self.targets)
 
     def __str__(self) -> str:
-        head = ("module", "type", "in", "out", "components", "dof", "trainable")
-        rows = [
+        head: tuple[str, ...] = ("module", "type", "in", "out", "components", "dof", "trainable")
+        rows: list[tuple[str, ...]] = [
             (t.name, t.module_type)
             + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
             for t in self.targets
@@ -95,6 +104,10 @@ class TargetReport:
         rows.append(
             (f"{len(self)} module{'s' * (len(self) != 1)}", "", "", "", "", "", f"{self.trainable_parameters:,}")
         )
+        if any(t.input_shape for t in self.targets):
+            head += ("takes", "gives")
+            shapes = [tuple(str(list(s)) if s else "" for s in (t.input_shape, t.output_shape)) for t in self.targets]
+            rows = [row + shape for row, shape in zip(rows, [*shapes, ("", "")], strict=True)]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         return "\n".join(
             "  ".join(
@@ -105,7 +118,7 @@ class TargetReport:
         )
 
 
-def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
+def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = None) -> TargetReport:
     """Show what a configuration will adapt, before anything is wrapped.
 
     Neither `model` nor `config` is changed.
@@ -113,13 +126,18 @@ def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     Args:
         model: the base model, or a model that already carries adapters.
         config: as for `get_peft_model`.
+        example_inputs: what the model is called with: a dictionary, a tuple, or a tensor. With these the model runs
+            once, in eval mode and without gradients, and every module is compared with the tensors that reach and
+            leave it; without them a module that cannot be adapted may show only when the adapted model runs.
 
     Returns:
-        One entry per module, with feature sizes and trainable parameters; `print` it for a table.
+        One entry per module, with feature sizes and trainable parameters; `print` it for a table. With example inputs
+        also the shapes that were seen.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches.
-        ValueError, TypeError: as `get_peft_model` would raise for this configuration.
+        ValueError, TypeError: as `get_peft_model` would raise for this configuration; with example inputs one
+            ValueError that names every module that does not fit, its shapes and what to change.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -127,7 +145,63 @@ def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     if config.target_modules is None:
         config.target_modules = default_targets(model, config)
     release_targeted_heads(config)
-    return TargetReport(tuple(resolve_targets(model, config)))
+    if example_inputs is None:
+        return TargetReport(tuple(resolve_targets(model, config)))
+    shapes = _seen_shapes(model, config, example_inputs)
+    targets = resolve_targets(model, config)
+    return TargetReport(
+        tuple(
+            dataclasses.replace(target, input_shape=shapes[target.name][0], output_shape=shapes[target.name][1])
+            for target in targets
+        )
+    )
+
+
+def _seen_shapes(model: nn.Module, config: LRegConfig, inputs: Any) -> dict[str, tuple[Shape, Shape]]:
+    """Shapes at every target in a forward pass; raises if a shortcut does not fit between some of them."""
+    modules = {}
+    for name in _matched_names(model, config):
+        module = model.get_submodule(name)
+        modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_supported(name, modules[name])
+    sources = {name: source for name in modules if (source := source_of(model, name, config))}
+    seen = run_example(model, modules, sources, inputs)
+    raise_misfits(
+        text
+        for name, module in modules.items()
+        if (text := _misfit(model, config, name, module, seen[name], sources.get(name))) is not None
+    )
+    return {name: note.shapes[0] for name, note in seen.items()}
+
+
+def _misfit(
+    model: nn.Module, config: LRegConfig, name: str, module: nn.Module, seen: Seen, source: str | None
+) -> str | None:
+    """Why a shortcut around a module does not fit what was seen; None if it does."""
+    kind = type(module).__name__
+    if seen.n_early:
+        return (
+            f"{name!r}: its feature_source {source!r} has not run before it in the forward pass. Name a module that "
+            "runs once, and before, in every pass."
+        )
+    if seen.error is not None:
+        return f"{name!r}: {seen.error}."
+    if not seen.shapes:
+        return f"{name!r} ({kind}): the model does not call it on these inputs."
+    try:
+        sizes = sizes_of_shortcut(model, name, module, config)
+    except ValueError:
+        (features, output), *_ = seen.shapes
+        return (
+            f"{name!r}: cannot read the feature sizes of this {kind}, which takes {features} to {output}. Give them: "
+            f"LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
+        )
+    for features, output in seen.shapes:
+        try:
+            Layout.of(module, *sizes, features, output, reading_of(name, config))
+        except ValueError as error:
+            return f"{name!r}: {misfit(kind, sizes, features, output, error)}"
+    return None
 
 
 def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
@@ -138,7 +212,8 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_supported(name, base)
-        in_features, out_features = feature_sizes(name, base, config)
+        in_features, out_features = sizes_of_shortcut(model, name, base, config)
+        _check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
         n_components, dof = mesh_size(name, config)
         count = HEADS[config.head_name].n_parameters(n_components, dof, out_features)
         if config.train_projection:
@@ -155,41 +230,70 @@ def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
     )
 
 
+def reading_of(name: str, config: LRegConfig) -> Reading:
+    """How the module `name` is read, as far as the configuration says."""
+    words: list[str | None] = []
+    for option in (config.layout, config.readout):
+        words.append(option.get(get_pattern_key(option, name)) if isinstance(option, dict) else option)
+    return Reading(words[0], words[1])
+
+
+def source_of(model: nn.Module, name: str, config: LRegConfig) -> str | None:
+    """Full name of the module whose output the shortcut around `name` reads; None if it reads the input of `name`.
+
+    Raises:
+        ValueError: if the model has no such module, or several, or one that cannot have run by then.
+    """
+    wanted = config.feature_source.get(get_pattern_key(config.feature_source, name))
+    if wanted is None:
+        return None
+    # A block that carries a shortcut answers to the names of what lies inside it.
+    names = list(dict.fromkeys(path.replace(".base_layer", "") for path, _ in model.named_modules() if path))
+    found = [path for path in names if path == wanted] or [path for path in names if path.endswith(f".{wanted}")]
+    if len(found) != 1:
+        close = difflib.get_close_matches(wanted, names, n=3)
+        raise ValueError(
+            f"feature_source of {name!r} must name one module, and {wanted!r} names "
+            + (f"{len(found)}: {', '.join(map(repr, found[:4]))}." if found else "none.")
+            + (f" Did you mean {', '.join(map(repr, close))}?" if close and not found else "")
+        )
+    if name == found[0] or name.startswith(f"{found[0]}."):
+        raise ValueError(
+            f"feature_source of {name!r} is {found[0]!r}, which has not run before it: it contains it. Name a module "
+            "that is over when it begins."
+        )
+    return found[0]
+
+
+def sizes_of_shortcut(model: nn.Module, name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
+    """`(in_features, out_features)` of the shortcut around a module, whose input may be another module's output."""
+    source = source_of(model, name, config)
+    if source is None or config.feature_sizes.get(get_pattern_key(config.feature_sizes, name)) is not None:
+        return feature_sizes(name, module, config)
+    other = model.get_submodule(source)
+    if isinstance(other, BaseTunerLayer):
+        other = other.get_base_layer()
+    return feature_sizes(source, other, config)[1], feature_sizes(name, module, config)[1]
+
+
+def _check_same_reading(module: nn.Module, name: str, sizes: tuple[int, int], source: str | None) -> None:
+    """Adapters of one module share its sizes and what they read."""
+    if not isinstance(module, LRegLayer) or not module.lreg_nodes.keys():
+        return
+    own = (module.in_features, module.out_features), module.source and module.source.name
+    if own != (sizes, source):
+        there = ", ".join(map(repr, module.lreg_nodes.keys()))
+        raise ValueError(
+            f"{name!r} has the adapters {there}, which read {own[1] or 'its own input'} with sizes {own[0]}; another "
+            f"one cannot read {source or 'its own input'} with sizes {sizes}. Give it the feature_source and "
+            "feature_sizes of the others."
+        )
+
+
 def profile_mean(name: str, config: LRegConfig) -> float:
     """`profile_mean` of the module `name`, patterns considered."""
     pattern = config.profile_mean_pattern
     return pattern.get(get_pattern_key(pattern, name), config.profile_mean)
-
-
-def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
-    """`(in_features, out_features)` of a module, from the configuration or read off the module.
-
-    A block of several linear layers takes its input size from the first and its output size from the last of them in
-    the order of registration, which holds for the attention, feed-forward and head modules of Transformers.
-
-    Raises:
-        ValueError: if they are neither given nor readable.
-    """
-    given = config.feature_sizes.get(get_pattern_key(config.feature_sizes, name))
-    if given is not None:
-        return given
-    linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]
-    if not linear:
-        raise ValueError(
-            f"cannot read the feature sizes of {name!r} ({type(module).__name__}): it holds no linear or convolution "
-            f"layer. Give them: LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
-        )
-    return linear[0][0], linear[-1][1]
-
-
-def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    for names in (("in_features", "out_features"), ("in_channels", "out_channels")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in sizes):  # quantised layers too: they keep these attributes
-            return sizes  # type: ignore[return-value]
-    return None
 
 
 def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> int:
@@ -228,8 +332,8 @@ def _check_supported(name: str, module: nn.Module) -> None:
 def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
     """The placement of the paper for the task of `config`, or of the model's class if it names none.
 
-    Language models: the whole head that ends in the output embedding. Classification: the attention query and key
-    projections.
+    Language models: the whole head that ends in the output embedding. Classification of text: the attention query and
+    key projections. Image models: see `image_placements`; `config` gets the feature source that belongs to one.
 
     Raises:
         ValueError: if there is no default for this model; the message lists module names that could be given.
@@ -245,6 +349,11 @@ def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
         if head is not None:
             return [head]
     elif task in _CLASSIFICATION_TASKS:
+        trains_head = config.task_type in ("SEQ_CLS", "TOKEN_CLS") or bool(config.modules_to_save)
+        if (placement := image_placement(model, trains_head)) is not None:
+            names, sources = placement
+            config.feature_source = config.feature_source or sources
+            return names
         model_type = str(getattr(getattr(model, "config", None), "model_type", None))
         there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         projections = [name for name in _ATTENTION_PROJECTIONS.get(model_type, ()) if name in there]
@@ -291,7 +400,7 @@ def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
     """Distinct last parts of the names of the modules that can be targeted without further information."""
     endings: dict[str, None] = {}
     for name, module in model.named_modules():
-        if name and _linear_sizes(module) is not None:
+        if name and linear_sizes(module) is not None:
             ending = name.rpartition(".")[2]
             endings[name if ending.isdigit() else ending] = None
     return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
@@ -349,9 +458,20 @@ def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
         idle = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if idle:
             warnings.warn(f"target_modules {idle} match no module and have no effect.", stacklevel=2)
-    for option in ("component_pattern", "dof_pattern", "profile_mean_pattern", "feature_sizes"):
+    for option in (
+        "component_pattern",
+        "dof_pattern",
+        "profile_mean_pattern",
+        "feature_sizes",
+        "feature_source",
+        "layout",
+        "readout",
+    ):
+        value = getattr(config, option)
         idle = [
-            key for key in getattr(config, option) if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+            key
+            for key in (value if isinstance(value, dict) else ())
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
         ]
         if idle:
             warnings.warn(

@@ -207,8 +207,8 @@ def kind_of(annotation: Any) -> _Kind | None:
         known = [kind for kind in kinds if kind is not None]
         if len(known) < len(kinds):
             return None
-        words = " or ".join(dict.fromkeys(kind.words for kind in known))
         choices = all(kind.is_choice or kind.words == "None" for kind in known)
+        words = " or ".join(dict.fromkeys(kind.words for kind in known if not (choices and kind.words == "None")))
         return _Kind(words, lambda value: any(kind.accepts(value) for kind in known), choices)
     if origin is not None:
         return _container(origin, inner)
@@ -266,7 +266,7 @@ def _container(origin: Any, inner: tuple[Any, ...]) -> _Kind | None:
     return _Kind(words, accepts)
 
 
-def _all_are(kind: _Kind | None, values: Iterable[Any]) -> bool:
+def _all_are(kind: _Kind | None, values: Any) -> bool:
     return kind is None or all(map(kind.accepts, values))
 
 

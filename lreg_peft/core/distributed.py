@@ -6,7 +6,7 @@ waits for a process that has gone. What all must have alike is compared by `requ
 """
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -168,15 +168,22 @@ def require_equal(values: Mapping[str, Any], advice: str = "") -> None:
             )
 
 
-def require_equal_models(model: nn.Module, advice: str) -> None:
+def require_equal_models(model: nn.Module, advice: str, without: Iterable[Tensor] = ()) -> None:
     """Make sure that all processes have the same weights, as everything that is computed by all of them takes for
     granted; not for sharded ones, which the processes hold parts of.
+
+    Args:
+        model: the model; its parameters and persistent buffers are compared.
+        advice: what to change, one sentence.
+        without: tensors of the model that may differ, since they are about to be replaced.
 
     Raises:
         ValueError: on every process, with the name of the first tensor that differs.
     """
     if rank_and_world()[1] > 1 and not any(gather_objects(is_sharded(model))):
-        require_equal(model.state_dict(), advice)
+        left_out = {tensor.data_ptr() for tensor in without}
+        tensors = model.state_dict().items()
+        require_equal({name: tensor for name, tensor in tensors if tensor.data_ptr() not in left_out}, advice)
 
 
 class AllProcesses(Processes):

@@ -181,7 +181,8 @@ class FitProblem:
                 self._add(rows)
         n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))]))
         self.n_rows = int(sum(n_rows))
-        kinds = [kind for kind in dict.fromkeys(gather_objects(self.objective)) if kind is not None]
+        found: list[Objective | None] = gather_objects(self.objective)
+        kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
         if len(kinds) > 1:
             raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
         self.objective = kinds[0] if kinds else None  # a process without rows does not know

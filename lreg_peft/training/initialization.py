@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.checks import checked, named, whole
 from ..core.coordinates import leading_axes, principal_axes, standardised_start
-from ..core.distributed import gather_objects, rank_and_world, sum_over_processes, tensor_from_main
+from ..core.distributed import (
+    gather_objects,
+    rank_and_world,
+    require_equal,
+    require_equal_models,
+    sum_over_processes,
+    tensor_from_main,
+    together,
+)
+from ..labels import IGNORE_INDEX
 from ..modules import eval_mode
 from ..tuner.config import DATA_STARTS
 from ..tuner.layer import LRegLayer, layers_with_adapter
@@ -20,6 +30,7 @@ from ..tuner.layer import LRegLayer, layers_with_adapter
 _SKETCH_SIZE = 128
 
 
+@checked(stage=together, adapter_name=named(), n_batches=whole(1), max_samples=whole(1))
 def initialize_lreg_weights(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
@@ -58,53 +69,124 @@ def initialize_lreg_weights(
         show_progress: show a progress bar on the main process.
 
     Raises:
-        ValueError: if there is no such adapter, it has been trained already, the batches give no rows, or the model
-            returns no loss for the method "gradient".
+        ValueError: if there is no such adapter, it has been trained already, the batches give no rows, the inputs of a
+            module or their gradients are not finite, no label counts for the method "gradient", or processes differ in
+            model or options. The model is then as it was.
         TypeError: if a batch is not a dictionary.
+
+        What one process raises, all raise.
     """
-    layers = _layers_at_their_start(model, adapter_name)
-    if method is None:
-        promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
-        method = promised if promised in DATA_STARTS else "pca"
-    if method not in DATA_STARTS:
-        raise ValueError(f"method must be {' or '.join(map(repr, DATA_STARTS))}, got {method!r}.")
-    for name, value in (("n_batches", n_batches), ("max_samples", max_samples)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
+        model = model.module
+    with together():
+        layers = _layers_at_their_start(model, adapter_name)
+        if method is None:
+            promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
+            method = promised if promised in DATA_STARTS else "pca"
+    options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
+    require_equal({**options, "seed": seed}, "Give every process the same options.")
+    own = [tensor for layer in layers.values() for tensor in _encoder(layer, adapter_name)]
+    require_equal_models(model, "Load the same model on every process.", without=own)
 
     rank, world = rank_and_world()
     main = rank == 0 and show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
-    device = next(model.parameters()).device
-    with collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
+    with together(), collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"a batch must be a dictionary of model inputs, got {type(batch).__name__}.")
-            collector.attention_mask = batch.get("attention_mask")
-            output = model(
-                **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            )
-            if with_gradient:
-                _backward(output, layers.values(), adapter_name)
+            _run(model, batch, collector, with_gradient)
 
+    starts = {}
     for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=not main):
-        rows = _gather(collector.rows[name], world)
-        if rows.shape[0] < 2:
-            raise ValueError(
-                f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
-                "its attention_mask hides everything, or the forward pass does not reach this module."
-            )
-        n_components, dof = layer.lreg_nodes[adapter_name].shape
+        rows = _gather(collector.rows[name], layer.lreg_nodes[adapter_name].device, world)
+        sketch = None
         if with_gradient:
-            (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0))])
-            axes = leading_axes(sketch.to(rows.dtype), n_components)
-        else:
-            axes = principal_axes(rows, n_components)
-        start = standardised_start(rows, axes, n_components, dof)
+            (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0) if len(rows) else None)])
+        with together():
+            start = _start(name, layer, adapter_name, rows, sketch)
         # The main process's on every process: the same rows need not give the same bits on other hardware.
-        layer.set_encoder(adapter_name, *map(tensor_from_main, start))
+        starts[name] = tuple(map(tensor_from_main, start))
+    with together():
+        _put_in_place(layers, adapter_name, starts)
+
+
+def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool) -> None:
+    """One batch through the model."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dictionary of model inputs, got {type(batch).__name__}.")
+    device = next(model.parameters()).device
+    collector.attention_mask = batch.get("attention_mask")
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    output = model(**inputs)
+    labels = inputs.get("labels")
+    if with_gradient and not (_is_classes(labels) and (labels == IGNORE_INDEX).all()):  # the mean over no label is NaN
+        _backward(output, collector.layers.values(), collector.adapter_name)
+
+
+def _is_classes(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and not labels.is_floating_point()
+
+
+def _start(
+    name: str, layer: LRegLayer, adapter_name: str, rows: Tensor, sketch: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection, bias and nodes of one module."""
+    if rows.shape[0] < 2:
+        raise ValueError(
+            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
+            "its attention_mask hides everything, or the forward pass does not reach this module."
+        )
+    if not torch.isfinite(rows).all():
+        raise ValueError(
+            f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
+            "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
+        )
+    n_components, dof = layer.lreg_nodes[adapter_name].shape
+    if sketch is None:
+        axes = principal_axes(rows, n_components)
+    else:
+        if not torch.isfinite(sketch).all():
+            raise ValueError(
+                f"the gradients of the loss in the output of {name!r} must be finite, got NaN or infinite values: look "
+                "at the loss of the batches, or use method='pca'."
+            )
+        if not sketch.any():
+            raise ValueError(
+                f"the loss has no gradient in the output of {name!r}, so there are no directions to take from it: all "
+                "labels of the batches are ignored (-100), or this module does not reach the loss. Give batches with "
+                "labels that count, or use method='pca'."
+            )
+        axes = leading_axes(sketch.to(rows.dtype), n_components)
+    try:
+        return standardised_start(rows, axes, n_components, dof)
+    except (ValueError, RuntimeError) as error:  # of linear algebra, too
+        raise ValueError(f"there is no start for {name!r}: {error}") from error
+
+
+def _put_in_place(
+    layers: Mapping[str, LRegLayer], adapter_name: str, starts: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    tensors = [value for layer in layers.values() for value in _encoder(layer, adapter_name)]
+    before = [tensor.detach().clone() for tensor in tensors]
+    owed = [adapter_name in layer.start_is_owed for layer in layers.values()]
+    try:
+        for name, layer in layers.items():
+            layer.set_encoder(adapter_name, *starts[name])
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        for layer, was_owed in zip(layers.values(), owed, strict=True):
+            if was_owed:
+                layer.start_is_owed.add(adapter_name)
+        raise
+
+
+def _encoder(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
+    """What `set_encoder` may change."""
+    stores = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes)
+    return [*(store[adapter_name] for store in stores), *layer.weights(adapter_name).values()]
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
@@ -128,6 +210,8 @@ def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> No
     weights = [weight for layer in layers for weight in layer.output_weights(adapter_name) if weight.requires_grad]
     if not weights:
         raise ValueError(f"the adapter {adapter_name!r} is frozen: activate it with set_adapter before initialising.")
+    if not torch.isfinite(loss).all():
+        raise ValueError(f"the loss of the batches must be finite, got {float(loss)}.")
     torch.autograd.grad(loss, weights, allow_unused=True)
 
 
@@ -140,8 +224,8 @@ class _Collector(ExitStack):
         super().__init__()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.attention_mask: Tensor | None = None
-        self._layers = layers
-        self._adapter_name = adapter_name
+        self.layers = layers
+        self.adapter_name = adapter_name
         self._quota = quota
         self._generator = torch.Generator().manual_seed(seed)
         self._with_gradient = with_gradient
@@ -150,10 +234,10 @@ class _Collector(ExitStack):
         self._compress: dict[str, Tensor] = {}
 
     def __enter__(self) -> "_Collector":
-        for name, layer in self._layers.items():
-            self.callback(layer.register_input_hook(partial(self._keep, name), self._adapter_name))
+        for name, layer in self.layers.items():
+            self.callback(layer.register_input_hook(partial(self._keep, name), self.adapter_name))
             if self._with_gradient:
-                self.callback(layer.register_gradient_hook(partial(self._multiply, name), self._adapter_name))
+                self.callback(layer.register_gradient_hook(partial(self._multiply, name), self.adapter_name))
         return self
 
     def _keep(self, name: str, features: Tensor) -> None:
@@ -163,7 +247,7 @@ class _Collector(ExitStack):
         if mask is not None and mask.ndim == 2 and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
         chosen = torch.randperm(rows.shape[0], generator=self._generator)[: self._quota]
-        self.rows[name].append(self._layers[name].encoder_input(self._adapter_name, rows[chosen.to(rows.device)]))
+        self.rows[name].append(self.layers[name].encoder_input(self.adapter_name, rows[chosen.to(rows.device)]))
 
     @torch.no_grad()
     def _multiply(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
@@ -179,15 +263,23 @@ class _Collector(ExitStack):
         product, total = self._products.get(name, (0, 0))
         self._products[name] = (product + small.T @ x, total + small.sum(dim=0))
 
-    def sketch(self, name: str, mean: Tensor) -> Tensor:
-        """sum (S^T g) (x - mean)^T: `[sketch, in_features]`, whose row space is that of the full matrix up to S."""
+    def sketch(self, name: str, mean: Tensor | None) -> Tensor:
+        """sum (S^T g) (x - mean)^T: `[sketch, in_features]`, whose row space is that of the full matrix up to S.
+
+        Zero for a process that saw no gradients; `mean` is None if no process saw rows.
+        """
+        layer = self.layers[name]
+        width = layer.lreg_projection[self.adapter_name].shape[1]
+        if mean is None or name not in self._products:
+            place = layer.lreg_nodes[self.adapter_name].device
+            return torch.zeros(min(_SKETCH_SIZE, layer.out_features), width, device=place)
         product, total = self._products[name]
         return product - torch.outer(total, mean.to(total))
 
 
-def _gather(rows: list[Tensor], world: int) -> Tensor:
-    """Rows of all processes in the order of their ranks: `[n, in_features]`, fp32 or fp64."""
-    own = torch.cat(rows) if rows else torch.empty(0, 0)
+def _gather(rows: list[Tensor], device: torch.device, world: int) -> Tensor:
+    """Rows of all processes in the order of their ranks: `[n, in_features]`, fp32 or fp64; all get the same."""
+    own = torch.cat(rows) if rows else torch.empty(0, 0, device=device)
     own = own if own.dtype == torch.float64 else own.float()
     if world == 1:
         return own

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import nn
 
 from .layout import LAYOUTS, READOUTS
 from .registration import METHOD, upstream_has_lreg
@@ -25,6 +26,17 @@ HEADS: tuple[str, ...] = get_args(Head)
 GradeForm = Literal["additive", "composed"]
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise unless an adapter can be called so: its name becomes that of a module or parameter."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r}.")
+    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}: its name must not be empty, contain a dot, be '__base__', or be an "
+            "attribute of torch's modules ('keys', 'type', ...). Choose another adapter_name."
+        )
 
 
 @dataclass
@@ -202,7 +214,10 @@ class LRegConfig(PeftConfig):
         if self.modules_to_save is not None:
             self.modules_to_save = _as_names("modules_to_save", self.modules_to_save)
             both = sorted(set(self.modules_to_save) & set(_names(self.target_modules)))
-            if both:
+            if both and self.inference_mode:
+                # A saved configuration, perhaps one in which PEFT wrote down "all-linear": it passes these over.
+                self.target_modules = [name for name in _names(self.target_modules) if name not in both]
+            elif both:
                 raise ValueError(
                     f"{both} stand in both target_modules and modules_to_save. A module either keeps its weights and "
                     "gets a shortcut (target_modules) or is trained in full (modules_to_save): remove it from one."

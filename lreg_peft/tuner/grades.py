@@ -18,14 +18,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .config import GradeForm, LRegConfig
+from ..core.checks import anything, checked, named
+from .config import GradeForm, LRegConfig, check_adapter_name
 from .layer import LRegLayer
 from .targets import inspect_targets
+from .transaction import all_or_nothing
 
 _CONFIG_FILE = "adapter_config.json"
 _HUB_OPTIONS = ("revision", "token")
 
 
+@checked(config=anything, form=anything, name=named())
 def add_grade(
     model: nn.Module, config: LRegConfig | None = None, *, form: GradeForm = "additive", name: str | None = None
 ) -> str:
@@ -56,18 +59,20 @@ def add_grade(
         TypeError: if `config` is not an `LRegConfig`.
     """
     previous = _stack(model)
-    name = name or _free_name(model, len(previous) + 1)
+    name = _free_name(model, len(previous) + 1) if name is None else name
+    check_adapter_name(name)
     if name in model.peft_config:  # type: ignore[operator]
         raise ValueError(f"there is an adapter {name!r} already: give the grade another name.")
     config = _grade_config(model, config, form, previous)
     inspect_targets(model, config)  # raises before anything is changed
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-        model.set_adapter(name)
-        return name
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # that is what a stack is
-        model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    with all_or_nothing(model):
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            model.set_adapter(name)
+            return name
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # that is what a stack is
+            model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
     return name
 
 
@@ -118,6 +123,7 @@ def _grade_config(model: nn.Module, config: LRegConfig | None, form: GradeForm, 
     return config
 
 
+@checked(name=named())
 def load_grades(
     model: nn.Module, path: str | os.PathLike, name: str | None = None, *, is_trainable: bool = False, **options: Any
 ) -> PeftModel:
@@ -134,7 +140,8 @@ def load_grades(
         The `PeftModel`.
 
     Raises:
-        ValueError: if there are no such adapters, they are not one stack, or names are taken.
+        ValueError: if there are no such adapters, they are not one stack, names are taken, or a file is damaged. The
+            model is then as it was.
     """
     path = os.fspath(path)
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
@@ -153,14 +160,15 @@ def load_grades(
     taken = [grade for grade in stack if grade in getattr(model, "peft_config", {})]
     if taken:
         raise ValueError(f"the model has adapters called {taken} already: load the grades into the base model.")
-    for grade in stack:
-        here = {**options, "subfolder": folders[grade], "is_trainable": is_trainable and grade == stack[-1]}
-        if isinstance(model, PeftModel):
-            model.load_adapter(path, grade, **here)
-        else:
-            model = PeftModel.from_pretrained(model, path, adapter_name=grade, **here)  # type: ignore[arg-type]
-    assert isinstance(model, PeftModel)
-    model.set_adapter(stack[-1], inference_mode=not is_trainable)
+    with all_or_nothing(model):
+        for grade in stack:
+            here = {**options, "subfolder": folders[grade], "is_trainable": is_trainable and grade == stack[-1]}
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, grade, **here)
+            else:
+                model = PeftModel.from_pretrained(model, path, adapter_name=grade, **here)  # type: ignore[arg-type]
+        assert isinstance(model, PeftModel)
+        model.set_adapter(stack[-1], inference_mode=not is_trainable)
     return model
 
 

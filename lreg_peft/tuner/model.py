@@ -12,22 +12,25 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import DATA_STARTS, LRegConfig
+from ..modules import unwrap
+from .config import DATA_STARTS, LRegConfig, check_adapter_name
 from .hooks import backbone, head_loss, output_head, reminder, spans
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
+from .names import plain_name
+from .reading import reading_of, sizes_of_shortcut, source_of
 from .source import FeatureSource
 from .targets import (
-    default_targets,
+    is_target,
     mesh_size,
     profile_mean,
-    reading_of,
-    release_targeted_heads,
     resolve_targets,
-    sizes_of_shortcut,
-    source_of,
+    settle_targets,
 )
+from .transaction import all_or_nothing
+
+_PREFIX = "base_model.model."
 
 # A parameter's name in the model, adapter name removed.
 _WEIGHT_KEY = re.compile(r"(\.lreg_[a-z_]+)\.weight$")
@@ -49,9 +52,7 @@ class LRegModel(BaseTuner):
     # Injection
 
     def _prepare_adapter_config(self, peft_config: LRegConfig, model_config: dict[str, Any]) -> LRegConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, peft_config)
-        release_targeted_heads(peft_config)
+        settle_targets(self.model, peft_config)
         if peft_config.previous_grades:
             # For classification PEFT adds its head names unasked. A grade stands on the head of the grades before it.
             peft_config.modules_to_save = None
@@ -63,6 +64,10 @@ class LRegModel(BaseTuner):
     def _check_tied_modules(self, model: nn.Module, peft_config: LRegConfig) -> None:
         """Nothing to warn of: a shortcut leaves the tied weight alone, and cannot be merged into it."""
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: LRegConfig, key: str) -> Any:
+        return is_target(peft_config, key)
+
     def _create_and_replace(
         self,
         peft_config: LRegConfig,
@@ -73,6 +78,7 @@ class LRegModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = plain_name(current_key)
         layer = target
         if not isinstance(layer, LRegLayer) or not layer.lreg_nodes.keys():
             base = layer.get_base_layer() if isinstance(layer, LRegLayer) else target
@@ -115,17 +121,20 @@ class LRegModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, then adjust what a wrapped output head, a frozen backbone and a stack of grades ask for."""
+        check_adapter_name(adapter_name)
         self._check_grade(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._record_grades()
-        backbone.install(model)
-        output_head.install(model)
-        head_loss.install(model)
-        spans.install(model)
-        if self.peft_config[adapter_name].init_weights in DATA_STARTS:
-            reminder.install(model)
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags([TAG])  # type: ignore[operator]
+        with all_or_nothing(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._record_grades()
+            model = unwrap(model)  # what compiles is this model, and so are its hooks
+            backbone.install(model)
+            output_head.install(model)
+            head_loss.install(model)
+            spans.install(model)
+            if self.peft_config[adapter_name].init_weights in DATA_STARTS:
+                reminder.install(model)
+            if hasattr(model, "add_model_tags"):
+                model.add_model_tags([TAG])  # type: ignore[operator]
 
     # Training
 
@@ -231,27 +240,31 @@ class LRegModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
         model = self.model
-        release_all(model)
+        release_all(unwrap(model))
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
         super().unload()
-        output_head.restore_tied_keys(model)
+        output_head.restore_tied_keys(unwrap(model))
         return model
 
     # Saving and loading
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As in PEFT, and without the `.weight` of parameters: the keys of files are those they always had."""
-        return _WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name))
+        """As in PEFT, by plain names and without the `.weight` of parameters: files keep the keys they always had."""
+        return plain_name(_WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LRegConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        own = model.state_dict()
+        state_dict = {key if key in own else plain_name(key): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        compiled = {plain_name(key): key for key in own if plain_name(key) != key}
+        remapped = {compiled.get(key, key): value for key, value in remapped.items()}  # a saved embedding, say
         _check_saved_adapter(model, adapter_name, remapped)
         for module in model.modules():
             if isinstance(module, LRegLayer):
@@ -274,28 +287,93 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _check_saved_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a file that does not fit or is damaged, before any of it reaches the model."""
-    prefix = "base_model.model."
-    saved = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    """Refuse a file that does not fit or is damaged, before any of it reaches the model; drop what changes nothing."""
+    saved = {key.removeprefix(_PREFIX): key for key in state_dict}
+    state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
     missing = []
-    for key, own in model.state_dict().items():
+    for key, own in state.items():
         path, _, owner = key.removesuffix(".weight").rpartition(".")
         if owner != adapter_name or not path.rpartition(".")[2].startswith(LRegModel.prefix):
             continue
-        value = saved.get(key.removeprefix(prefix))
-        if value is None:
-            missing.append(path.removeprefix(prefix))
-        elif not value.is_floating_point() or not torch.isfinite(value).all():
-            raise ValueError(f"the adapter file is damaged: {path} holds values that are not finite numbers.")
-        elif value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
+        if key not in saved:
+            missing.append(path)
+            continue
+        value = state_dict[saved.pop(key)]
+        _check_values(path, value, own)
+        if value.shape != own.shape and own.numel():  # a parameter that is partitioned over processes looks empty
             raise ValueError(
                 f"size mismatch for {path}: the model and the configuration ask for {tuple(own.shape)}, the adapter "
                 f"file holds {tuple(value.shape)}. It was saved for another model or another configuration."
             )
-        elif path.endswith("lreg_nodes"):
-            check_saved_nodes(path, value)
+        if path.endswith("lreg_nodes"):
+            check_saved_nodes(path, value.to(own.dtype))
     if missing:
         raise ValueError(
             f"the adapter file lacks {len(missing)} tensors of this configuration, the first is {missing[0]!r}. "
             "It was saved for other target modules or is damaged."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for key in module.adapter_state_dict_load_map(adapter_name).values():
+                full = f"{name}.{key}".removeprefix(_PREFIX)
+                if full in saved:
+                    _check_values(full, state_dict[saved.pop(full)], state[full])
+    _check_the_rest(model, saved, state, state_dict)
+
+
+def _check_values(name: str, value: Tensor, own: Tensor) -> None:
+    if (not value.is_floating_point() and own.is_floating_point()) or not torch.isfinite(value).all():
+        raise ValueError(f"the adapter file is damaged: {name} holds values that are not finite numbers.")
+    if own.is_floating_point() and not torch.isfinite(value.to(own.dtype)).all():
+        raise ValueError(
+            f"{name} of the adapter file reaches {float(value.abs().max()):.4g}, and {own.dtype}, its dtype in the "
+            f"model, ends at {torch.finfo(own.dtype).max:.4g}. Load it into a model of a wider dtype, or mend the file."
+        )
+
+
+def _check_the_rest(
+    model: nn.Module, saved: dict[str, str], state: dict[str, Tensor], state_dict: dict[str, Tensor]
+) -> None:
+    """Refuse what is not of this adapter: it would change the base model, with every other adapter on it, or be lost.
+
+    PEFT writes the embeddings next to an adapter if the vocabulary was enlarged. As far as the base model has them
+    already they are let go; rows that stand behind all of those are new, and taken.
+    """
+    embeddings = _embeddings(model)
+    for name, key in saved.items():
+        value = state_dict[key]
+        own = state.get(name)
+        if own is None:
+            raise ValueError(
+                f"the adapter file holds {len(saved)} tensors that the configuration does not ask for, the first is "
+                f"{name!r}, which would be lost. It was saved with another configuration or for another model."
+            )
+        same = own.shape == value.shape and not own.is_meta
+        if same and torch.equal(own, value.to(own)):
+            del state_dict[key]
+        elif not (same and own.data_ptr() in embeddings and _only_new_rows(own, value.to(own))):
+            raise ValueError(
+                f"the adapter file holds {name!r}, a weight of the base model, with other values than the model has: "
+                "loading it would change the base model and every other adapter on it. Take it out of the file; what "
+                "is to be trained in full and saved with an adapter belongs into modules_to_save."
+            )
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Where the weights of the input and output embeddings lie."""
+    found = set()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            found.add(weight.data_ptr())
+    return found
+
+
+def _only_new_rows(own: Tensor, value: Tensor) -> bool:
+    differ = (own != value).flatten(1).any(dim=1) if own.ndim > 1 else own != value
+    first = int(differ.int().argmax())
+    return first > 0 and bool(differ[first:].all())

@@ -75,6 +75,7 @@ def register(config_class: type, model_class: type) -> bool:
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     _extend_model_cards(peft_type)
     _extend_loading(peft_type)
+    _extend_weights(peft_type)
     _extend_native_loading(peft_type)
     return True
 
@@ -115,7 +116,7 @@ def _extend_model_cards(peft_type: Any) -> None:
 
 
 def _extend_loading(peft_type: Any) -> None:
-    """Have PEFT take an LReg adapter back out if its file turns out to be damaged, which it adds before it reads.
+    """Have PEFT give a model back as it was if loading fails: it adds an adapter before it reads the file.
 
     And have it find the file of a grade: `Trainer` asks for the best weights of any adapter in the root of a
     checkpoint, where those of "default" are.
@@ -123,7 +124,10 @@ def _extend_loading(peft_type: Any) -> None:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from .transaction import all_or_nothing
+
     load = _original(PeftModel.load_adapter)
+    open_ = _original(PeftModel.from_pretrained.__func__)
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -131,22 +135,53 @@ def _extend_loading(peft_type: Any) -> None:
         if not is_new and getattr(self.peft_config[adapter_name], "previous_grades", None):
             own = os.path.join(str(model_id), adapter_name)
             model_id = own if os.path.isdir(own) else model_id
+        own = [value for key, value in self.state_dict().items() if not is_new and adapter_name in key.split(".")]
         try:
-            return load(self, model_id, adapter_name, *args, **kwargs)
+            with all_or_nothing(self, own):
+                return load(self, model_id, adapter_name, *args, **kwargs)
         except Exception as error:
             config = self.peft_config.get(adapter_name)
-            if config is None or config.peft_type != peft_type:
-                raise
-            if is_new:
-                self.delete_adapter(adapter_name)
-            if isinstance(error, SafetensorError):
+            if isinstance(error, SafetensorError) and (config is None or config.peft_type == peft_type):
                 raise ValueError(
                     f"the adapter file in {model_id!r} is damaged or incomplete ({error}). Copy or download it again."
                 ) from error
             raise
 
+    @functools.wraps(open_)
+    def from_pretrained(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(model):
+            return open_(cls, model, *args, **kwargs)
+
     setattr(load_adapter, _ORIGINAL, load)
+    setattr(from_pretrained, _ORIGINAL, open_)
     PeftModel.load_adapter = load_adapter
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _extend_weights(peft_type: Any) -> None:
+    """Have PEFT find the weights of `modules_to_save` in a model with `torch.compile` inside.
+
+    The tuner is asked for its names only after these were looked up under the names that the compiled model has.
+    """
+    import peft
+    from peft import functional, peft_model, utils
+    from peft.utils import save_and_load
+
+    from .names import restore_compiled_names
+
+    load = _original(save_and_load.set_peft_model_state_dict)
+
+    @functools.wraps(load)
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        if model.peft_config[adapter_name].peft_type == peft_type:
+            peft_model_state_dict = restore_compiled_names(model, peft_model_state_dict, adapter_name)
+        return load(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+
+    setattr(set_peft_model_state_dict, _ORIGINAL, load)
+    for place in (peft, functional, peft_model, utils, save_and_load):
+        place.set_peft_model_state_dict = set_peft_model_state_dict
 
 
 def _extend_native_loading(peft_type: Any) -> None:

@@ -1,10 +1,10 @@
 """The feature sizes of a module, read off the module."""
 
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import LRegConfig
+from .patterns import by_pattern
 
 # Attributes in which modules keep their sizes. Quantised layers keep them too.
 _PAIRS = (("in_features", "out_features"), ("in_channels", "out_channels"))
@@ -22,7 +22,7 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     Raises:
         ValueError: if they are neither given nor readable.
     """
-    given = config.feature_sizes.get(get_pattern_key(config.feature_sizes, name))
+    given: tuple[int, int] | None = by_pattern("feature_sizes", name, config, None)
     if given is not None:
         return given
     found = readable_sizes(module)

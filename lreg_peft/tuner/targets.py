@@ -15,19 +15,22 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..modules import unwrap
 from .config import LRegConfig
-from .example_run import Seen, Shape, raise_misfits, run_example
+from .example_run import raise_misfits, run_example
 from .heads import HEADS
 from .image_placements import image_placement
-from .layer import LRegLayer, misfit
-from .layout import Layout, Reading
-from .sizes import feature_sizes, linear_sizes
+from .layer import LRegLayer
+from .names import is_compiled_inside, plain_name
+from .patterns import by_pattern
+from .reading import check_same_reading, misfits, sizes_of_shortcut, source_of
+from .sizes import linear_sizes
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -142,78 +145,46 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = copy.deepcopy(config)
-    if config.target_modules is None:
-        config.target_modules = default_targets(model, config)
-    release_targeted_heads(config)
+    settle_targets(model, config)
     if example_inputs is None:
         return TargetReport(tuple(resolve_targets(model, config)))
-    shapes = _seen_shapes(model, config, example_inputs)
-    targets = resolve_targets(model, config)
-    return TargetReport(
-        tuple(
-            dataclasses.replace(target, input_shape=shapes[target.name][0], output_shape=shapes[target.name][1])
-            for target in targets
-        )
-    )
-
-
-def _seen_shapes(model: nn.Module, config: LRegConfig, inputs: Any) -> dict[str, tuple[Shape, Shape]]:
-    """Shapes at every target in a forward pass; raises if a shortcut does not fit between some of them."""
     modules = {}
-    for name in _matched_names(model, config):
-        module = model.get_submodule(name)
+    for path in _matched_names(model, config):
+        module, name = model.get_submodule(path), plain_name(path)
         modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_supported(name, modules[name])
     sources = {name: source for name in modules if (source := source_of(model, name, config))}
-    seen = run_example(model, modules, sources, inputs)
-    raise_misfits(
-        text
-        for name, module in modules.items()
-        if (text := _misfit(model, config, name, module, seen[name], sources.get(name))) is not None
+    seen = run_example(model, modules, sources, example_inputs)
+    raise_misfits(misfits(model, config, modules, seen))
+    return TargetReport(
+        tuple(
+            dataclasses.replace(target, input_shape=shapes[0], output_shape=shapes[1])
+            for target in resolve_targets(model, config)
+            for shapes in seen[target.name].shapes[:1]
+        )
     )
-    return {name: note.shapes[0] for name, note in seen.items()}
 
 
-def _misfit(
-    model: nn.Module, config: LRegConfig, name: str, module: nn.Module, seen: Seen, source: str | None
-) -> str | None:
-    """Why a shortcut around a module does not fit what was seen; None if it does."""
-    kind = type(module).__name__
-    if seen.n_early:
-        return (
-            f"{name!r}: its feature_source {source!r} has not run before it in the forward pass. Name a module that "
-            "runs once, and before, in every pass."
-        )
-    if seen.error is not None:
-        return f"{name!r}: {seen.error}."
-    if not seen.shapes:
-        return f"{name!r} ({kind}): the model does not call it on these inputs."
-    try:
-        sizes = sizes_of_shortcut(model, name, module, config)
-    except ValueError:
-        (features, output), *_ = seen.shapes
-        return (
-            f"{name!r}: cannot read the feature sizes of this {kind}, which takes {features} to {output}. Give them: "
-            f"LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
-        )
-    for features, output in seen.shapes:
-        try:
-            Layout.of(module, *sizes, features, output, reading_of(name, config))
-        except ValueError as error:
-            return f"{name!r}: {misfit(kind, sizes, features, output, error)}"
-    return None
+def settle_targets(model: nn.Module, config: LRegConfig) -> None:
+    """Write down which modules `config` adapts in `model`: the default, or the names that "all-linear" stands for."""
+    if config.target_modules is None:
+        config.target_modules = default_targets(unwrap(model), config)
+    _release_targeted_heads(config)
+    _expand_all_linear(model, config)
 
 
 def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
     """Match, size and check every module of `config`, whose `target_modules` is set; changes nothing."""
-    _warn_of_unmatched_keys(config, names := _matched_names(model, config))
+    paths = _matched_names(model, config)
+    _warn_of_unmatched_keys(config, [plain_name(path) for path in paths])
     targets = []
-    for name in names:
-        module = model.get_submodule(name)
+    for path in paths:
+        name = plain_name(path)
+        module = model.get_submodule(path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_supported(name, base)
         in_features, out_features = sizes_of_shortcut(model, name, base, config)
-        _check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
+        check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
         n_components, dof = mesh_size(name, config)
         count = HEADS[config.head_name].n_parameters(n_components, dof, out_features)
         if config.train_projection:
@@ -225,75 +196,14 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
 def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
     """`(n_components, dof)` of the module `name`, patterns considered."""
     return (
-        config.component_pattern.get(get_pattern_key(config.component_pattern, name), config.n_components),
-        config.dof_pattern.get(get_pattern_key(config.dof_pattern, name), config.dof),
+        by_pattern("component_pattern", name, config, config.n_components),
+        by_pattern("dof_pattern", name, config, config.dof),
     )
-
-
-def reading_of(name: str, config: LRegConfig) -> Reading:
-    """How the module `name` is read, as far as the configuration says."""
-    words: list[str | None] = []
-    for option in (config.layout, config.readout):
-        words.append(option.get(get_pattern_key(option, name)) if isinstance(option, dict) else option)
-    return Reading(words[0], words[1])
-
-
-def source_of(model: nn.Module, name: str, config: LRegConfig) -> str | None:
-    """Full name of the module whose output the shortcut around `name` reads; None if it reads the input of `name`.
-
-    Raises:
-        ValueError: if the model has no such module, or several, or one that cannot have run by then.
-    """
-    wanted = config.feature_source.get(get_pattern_key(config.feature_source, name))
-    if wanted is None:
-        return None
-    # A block that carries a shortcut answers to the names of what lies inside it.
-    names = list(dict.fromkeys(path.replace(".base_layer", "") for path, _ in model.named_modules() if path))
-    found = [path for path in names if path == wanted] or [path for path in names if path.endswith(f".{wanted}")]
-    if len(found) != 1:
-        close = difflib.get_close_matches(wanted, names, n=3)
-        raise ValueError(
-            f"feature_source of {name!r} must name one module, and {wanted!r} names "
-            + (f"{len(found)}: {', '.join(map(repr, found[:4]))}." if found else "none.")
-            + (f" Did you mean {', '.join(map(repr, close))}?" if close and not found else "")
-        )
-    if name == found[0] or name.startswith(f"{found[0]}."):
-        raise ValueError(
-            f"feature_source of {name!r} is {found[0]!r}, which has not run before it: it contains it. Name a module "
-            "that is over when it begins."
-        )
-    return found[0]
-
-
-def sizes_of_shortcut(model: nn.Module, name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
-    """`(in_features, out_features)` of the shortcut around a module, whose input may be another module's output."""
-    source = source_of(model, name, config)
-    if source is None or config.feature_sizes.get(get_pattern_key(config.feature_sizes, name)) is not None:
-        return feature_sizes(name, module, config)
-    other = model.get_submodule(source)
-    if isinstance(other, BaseTunerLayer):
-        other = other.get_base_layer()
-    return feature_sizes(source, other, config)[1], feature_sizes(name, module, config)[1]
-
-
-def _check_same_reading(module: nn.Module, name: str, sizes: tuple[int, int], source: str | None) -> None:
-    """Adapters of one module share its sizes and what they read."""
-    if not isinstance(module, LRegLayer) or not module.lreg_nodes.keys():
-        return
-    own = (module.in_features, module.out_features), module.source and module.source.name
-    if own != (sizes, source):
-        there = ", ".join(map(repr, module.lreg_nodes.keys()))
-        raise ValueError(
-            f"{name!r} has the adapters {there}, which read {own[1] or 'its own input'} with sizes {own[0]}; another "
-            f"one cannot read {source or 'its own input'} with sizes {sizes}. Give it the feature_source and "
-            "feature_sizes of the others."
-        )
 
 
 def profile_mean(name: str, config: LRegConfig) -> float:
     """`profile_mean` of the module `name`, patterns considered."""
-    pattern = config.profile_mean_pattern
-    return pattern.get(get_pattern_key(pattern, name), config.profile_mean)
+    return by_pattern("profile_mean_pattern", name, config, config.profile_mean)  # type: ignore[no-any-return]
 
 
 def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> int:
@@ -388,12 +298,14 @@ def output_head_name(model: nn.Module) -> str | None:
     The child rather than the embedding itself: the masked language model head of RoBERTa or BERT is a block (dense,
     norm, decoder), and the shortcut runs parallel to all of it.
     """
-    if not isinstance(model, PreTrainedModel):
-        return None
-    embedding = model.get_output_embeddings()
+    embedding = _output_embedding(model)
     if embedding is None:
         return None
     return next((name for name, child in model.named_children() if embedding in set(child.modules())), None)
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
@@ -406,7 +318,7 @@ def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
     return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
 
 
-def release_targeted_heads(config: LRegConfig) -> None:
+def _release_targeted_heads(config: LRegConfig) -> None:
     """Take heads that are targets out of `modules_to_save`.
 
     For classification PEFT adds its head names to `modules_to_save` unasked. A head that is named as a target keeps
@@ -420,17 +332,37 @@ def release_targeted_heads(config: LRegConfig) -> None:
     config.modules_to_save = kept or None
 
 
+def is_target(config: LRegConfig, path: str) -> Any:
+    """Whether the module at `path` is one that `config`, with "all-linear" expanded, adapts: truthy if so.
+
+    Names are compared without `torch.compile`; of a compiled module it is the wrapper that is adapted.
+    """
+    return not is_compiled_inside(path) and check_target_module_exists(config, plain_name(path))
+
+
+def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
+    """Replace "all-linear" by the names it stands for, as PEFT would, but only of modules that are adapted.
+
+    PEFT also writes down the names in `modules_to_save` and in `exclude_modules`, which it then passes over.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    model = unwrap(model)  # output heads are told by the class of the model
+    _maybe_include_all_linear_layers(config, model)
+    # PEFT leaves the output head out, but not what a compiled one has inside.
+    heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
+    named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
+    config.target_modules = [name for name in named if name not in heads]
+    config.target_modules = [name for name in config.target_modules if check_target_module_exists(config, name)]
+
+
 def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:
-    config = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
     inside = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(tuple(inside)) and check_target_module_exists(config, name)
-    ]
+    matched = [name for name, _ in model.named_modules() if name and is_target(config, name)]
+    names = [name for name in matched if not name.startswith(tuple(inside))]
     if names:
         return names
-    hidden = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    hidden = [name for name in matched if name.startswith(tuple(inside))]
     if hidden:
         raise NoMatchingPeftModuleError(
             f"{hidden[0]!r} lies inside a block that already carries a shortcut, where PEFT cannot add one. Add the "

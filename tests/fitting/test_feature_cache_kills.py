@@ -1,0 +1,94 @@
+"""A feature cache after SIGKILL between any two operations on files: the same command goes on."""
+
+from pathlib import Path
+
+import kills
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+
+import lreg_peft.fitting.feature_cache as cache_module
+from lreg_peft import FeatureCache, LRegConfig, cache_features
+
+pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="kills forked children")
+
+
+def data(seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, tiny.VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+MODEL = get_peft_model(tiny.gpt2(), LRegConfig())
+
+
+def build(path: Path, seed: int = 0, **options) -> FeatureCache:
+    return cache_features(MODEL, data(seed), path, batch_size=2, show_progress=False, **options)
+
+
+def rows(cache: FeatureCache) -> torch.Tensor:
+    return torch.cat([cache[i]["features"] for i in range(len(cache))])
+
+
+@pytest.fixture(autouse=True)
+def checkpoints_after_every_batch(monkeypatch):
+    monkeypatch.setattr(cache_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("expected")
+    return rows(build(folder / "one")), rows(build(folder / "other", seed=1))
+
+
+EVERY = pytest.param(1000, marks=pytest.mark.benchmark)
+
+
+@pytest.mark.parametrize("at_most", [20, EVERY])
+def test_a_kill_at_any_instant_costs_the_work_since_the_last_checkpoint(tmp_path, expected, at_most):
+    total = kills.count_operations(lambda: build(tmp_path / "count" / "c"), tmp_path / "count")
+    assert total > 40
+    for instant in kills.instants(total, at_most):
+        folder = tmp_path / str(instant)
+        assert kills.kill_at(lambda folder=folder: build(folder / "c"), folder, instant)
+        if (folder / "c").exists():  # then it is complete
+            assert torch.equal(rows(FeatureCache(folder / "c")), expected[0])
+        assert torch.equal(rows(build(folder / "c")), expected[0])
+        left = sorted(file.name for file in (folder / "c").iterdir())
+        assert left == ["features-0.bin", "offsets-0.npy", "stamp.json", "targets-0.bin"]
+        assert [file.name for file in folder.iterdir()] == ["c"]
+
+
+def test_checkpoints_are_used(tmp_path, expected, monkeypatch):
+    """Killed in the third batch of three, the second run computes no more than that one."""
+    ran = []
+    own = cache_module._rows_by_sample
+    total = kills.count_operations(lambda: build(tmp_path / "count" / "c"), tmp_path / "count")
+    assert kills.kill_at(lambda: build(tmp_path / "k" / "c"), tmp_path / "k", total * 3 // 4)
+    monkeypatch.setattr(cache_module, "_rows_by_sample", lambda t, b: ran.append(1) or own(t, b))
+    assert torch.equal(rows(build(tmp_path / "k" / "c")), expected[0])
+    assert len(ran) <= 1
+
+
+@pytest.mark.parametrize("at_most", [12, EVERY])
+def test_a_kill_while_another_cache_is_replaced(tmp_path, expected, at_most):
+    """There is the old cache, or what becomes the new one; and the same command leads to the new one."""
+    (tmp_path / "count").mkdir()
+    build(tmp_path / "count" / "c", seed=1)
+    total = kills.count_operations(lambda: build(tmp_path / "count" / "c", overwrite=True), tmp_path / "count")
+    for instant in kills.instants(total, at_most, seed=1):
+        folder = tmp_path / str(instant)
+        build(folder / "c", seed=1)
+        assert kills.kill_at(lambda folder=folder: build(folder / "c", overwrite=True), folder, instant)
+        if (folder / "c").exists():
+            found = rows(FeatureCache(folder / "c"))
+            assert torch.equal(found, expected[0]) or torch.equal(found, expected[1])
+        assert torch.equal(rows(build(folder / "c", overwrite=True)), expected[0])
+        assert [file.name for file in folder.iterdir()] == ["c"]
+
+
+def test_killed_again_and_again(tmp_path, expected):
+    instants = kills.instants(30, at_most=8, seed=2)
+    for instant in instants:
+        kills.kill_at(lambda: build(tmp_path / "c"), tmp_path, instant)
+    assert torch.equal(rows(build(tmp_path / "c")), expected[0])

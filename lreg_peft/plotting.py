@@ -71,7 +71,9 @@ def snapshot_meshes(
     for site in all_sites(model, adapter_name):
         sites.setdefault(site.module, site)
     seen: dict[str, list[Tensor]] = {path: [] for path in sites}
-    removers = [site.layer.register_input_hook(_CoordinateNote(site, seen[path])) for path, site in sites.items()]
+    removers = [
+        site.layer.register_input_hook(_CoordinateNote(site, seen[path]), site.adapter) for path, site in sites.items()
+    ]
     try:
         with eval_mode(model):
             for batch in batches or ():

@@ -24,6 +24,7 @@ import lreg_peft.fitting.meshes as meshes_module
 import lreg_peft.training.initialization as start_module
 from lreg_peft import (
     LRegConfig,
+    LRegLayer,
     cache_features,
     fit_coefficients,
     fit_meshes,
@@ -163,8 +164,8 @@ def scenarios(rank: int, folder: Path):
         for at in (1, 2, 5):
             patch = failing(rank, coefficients_module.FitProblem, "_passes", at)
             yield f"{kind}: pass {at}", call, at_head(), "_passes of process 1", patch
-        patch = failing(rank, coefficients_module, "_copy_rows", 1 if kind == "fit" else 2)
-        yield f"{kind}: writing", call, at_head(), "_copy_rows of process 1", patch
+        patch = failing(rank, LRegLayer, "set_table", 1 if kind == "fit" else 2)
+        yield f"{kind}: writing", call, at_head(), "set_table of process 1", patch
     patch = failing(rank, meshes_module, "adapt_mesh")
     yield "meshes: proposal", meshes, at_head(), "adapt_mesh of process 1", patch
     patch = failing(rank, meshes_module, "_residual", 2)

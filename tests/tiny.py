@@ -83,6 +83,39 @@ SIZES = {
     },
     "xlm-roberta": _SIZES,
 }
+_STAGES = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "num_labels": 5}
+_ENCODER = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+#: Image models: configuration, and height and width of their input.
+IMAGE_MODELS = {
+    "resnet": ({**_STAGES, "embedding_size": 8, "layer_type": "basic"}, 64),
+    "regnet": ({**_STAGES, "embedding_size": 8, "groups_width": 4}, 64),
+    "convnext": (_STAGES, 64),
+    "convnextv2": (_STAGES, 64),
+    "mobilenet_v2": ({"depth_multiplier": 0.1, "min_depth": 8, "depth_divisible_by": 8, "num_labels": 5}, 64),
+    "efficientnet": ({"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "num_labels": 5}, 64),
+    "swin": (
+        {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+        | {"num_labels": 5},
+        32,
+    ),
+    "segformer": (
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+        | {"num_labels": 5, "decoder_hidden_size": 16},
+        64,
+    ),
+    "vit": (_ENCODER, 8),
+    "deit": ({**_ENCODER, "architectures": ["DeiTForImageClassification"]}, 8),
+    "dinov2": (_ENCODER, 8),
+    "beit": (_ENCODER, 8),
+}
 AUTO_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -105,6 +138,24 @@ def build(model_type: str, task: str, **options):
             if parameter.ndim > 1:
                 parameter.data.normal_(std=0.3)
     return model.eval()
+
+
+def image_model(model_type: str, **options):
+    """A classifier of images in eval mode, whose batch norms have seen data, and a batch with labels for it."""
+    sizes, side = IMAGE_MODELS[model_type]
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **options})
+    generator = torch.Generator().manual_seed(5)
+    batch = {
+        "pixel_values": torch.randn(6, 3, side, side, generator=generator),
+        "labels": torch.arange(6) % config.num_labels,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForImageClassification.from_config(config).train()
+        with torch.no_grad():
+            for _ in range(20):
+                model(pixel_values=batch["pixel_values"])
+    return model.eval(), batch
 
 
 def gpt2(**options):

@@ -31,7 +31,7 @@ from ..labels import (
 from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.hooks.head_loss import defer_logits
 from ..tuner.layer import LRegLayer, layers_with_adapter
-from ..tuner.layout import first_tensor
+from ..tuner.layout import UNSAID, Layout, first_tensor
 
 # Difference between a model's own logits and those computed from its rows that rounding explains.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -146,7 +146,7 @@ class Terminal:
 
     def _some_logits(self, layer: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Logits of ordinary size that cost nothing; the same on every call."""
-        features = layer._features(args, kwargs)
+        features = self._one_row(layer.seen_features(args, kwargs))
         if self.reads_sequences and features.ndim == 3:
             features = features[:, 0]
         generator = torch.Generator().manual_seed(0)
@@ -194,7 +194,10 @@ class Terminal:
         """
         without = (self.adapter_name,) if without is None else without
         # Through whatever lies between, such as an adapter of another method.
-        output, _ = first_tensor(self.layer.base_layer(features.unsqueeze(1) if self.reads_sequences else features))
+        inputs = features.unsqueeze(1) if self.reads_sequences else features
+        if self._reads_images:
+            inputs = features[:, :, None, None]
+        output, _ = first_tensor(self.layer.base_layer(inputs))
         if output.data_ptr() == features.data_ptr():
             output = output.clone()
         for name in self.layer.stacked_adapters:
@@ -207,6 +210,24 @@ class Terminal:
         """Whether the module takes `[batch, length, features]` where its output is one vector per sample."""
         # The classification heads of RoBERTa's kin take [batch, length, features] and look at the first position.
         return "ClassificationHead" in type(self.layer.get_base_layer()).__name__
+
+    @property
+    def _reads_images(self) -> bool:
+        """Whether the module takes `[batch, features, height, width]`: the classifiers of convolutional networks do,
+        which flatten or average it."""
+        own = self.layer.get_base_layer().modules()
+        return any(isinstance(module, (nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d)) for module in own)
+
+    def _one_row(self, features: Tensor) -> Tensor:
+        """Features of an image `[batch, features, height, width]` as the one row that the shortcut reads."""
+        if features.ndim < 4 or features.shape[1] != self.layer.in_features:
+            return features
+        reading = self.layer.readings.get(self.adapter_name, UNSAID)
+        shape = len(features), self.layer.out_features
+        layout = Layout.of(
+            self.layer.get_base_layer(), self.layer.in_features, self.layer.out_features, features.shape, shape, reading
+        )
+        return layout.rows(features)
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(batch, Mapping):
@@ -228,7 +249,7 @@ class Terminal:
         seen: list[Tensor] = []
 
         def capture(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(self.layer._features(args, kwargs))
+            seen.append(self._one_row(self.layer.seen_features(args, kwargs)))
             if stop:
                 raise _Reached
 
@@ -259,6 +280,8 @@ class Terminal:
 
     def _pool(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The position that a sample is classified by, of `[batch, length, width]`."""
+        if self.layer.readings.get(self.adapter_name, UNSAID).readout == "mean":
+            return values.mean(dim=1)
         if self.reads_sequences:
             return values[:, 0]
         ids, pad = inputs.get("input_ids"), getattr(getattr(self.model, "config", None), "pad_token_id", None)

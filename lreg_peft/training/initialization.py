@@ -256,9 +256,9 @@ class _Collector(ExitStack):
 
     def __enter__(self) -> "_Collector":
         for name, layer in self.layers.items():
-            self.callback(layer.register_input_hook(partial(self._keep, name)))
+            self.callback(layer.register_input_hook(partial(self._keep, name), self.adapter_name))
             if self._with_gradient:
-                self.callback(layer.register_gradient_hook(partial(self._multiply, name)))
+                self.callback(layer.register_gradient_hook(partial(self._multiply, name), self.adapter_name))
         return self
 
     def _keep(self, name: str, features: Tensor) -> None:
@@ -271,14 +271,11 @@ class _Collector(ExitStack):
         self.rows[name].append(self.layers[name].encoder_input(self.adapter_name, rows[chosen.to(rows.device)]))
 
     @torch.no_grad()
-    def _multiply(self, name: str, features: Tensor, gradient: Tensor) -> None:
-        """Add one backward pass to the sketch; padding has no gradient."""
-        x = self.layers[name].encoder_input(self.adapter_name, features.reshape(-1, features.shape[-1])).float()
+    def _multiply(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        """Add one backward pass to the sketch, from encoder inputs and gradients `[..., width]` in the same positions;
+        padding has no gradient."""
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
         g = gradient.reshape(-1, gradient.shape[-1]).float()
-        if len(x) != len(g):
-            raise ValueError(
-                f"{name!r} changes the number of rows, so its inputs have no gradients of their own: use 'pca'."
-            )
         if name not in self._compress:
             draw = torch.Generator().manual_seed(0)
             matrix = torch.randn(g.shape[1], min(_SKETCH_SIZE, g.shape[1]), generator=draw)

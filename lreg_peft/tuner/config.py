@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..core.checks import flag, show, whole
+from .layout import LAYOUTS, READOUTS
 from .registration import METHOD, upstream_has_lreg
 
 
@@ -99,6 +100,25 @@ class LRegConfig(PeftConfig):
         "Sizes (in_features, out_features) of modules they cannot be read off: name, name ending or regular "
         "expression -> pair.",
     )
+    layout: dict[str, str] | str | None = _option(
+        None,
+        "How input and output of the adapted modules are laid out: 'channels_first' [batch, features, *space], "
+        "'tokens' [..., features], 'grid' (tokens of a square image or channels first, of whatever number: the "
+        "shortcut is averaged over the image), 'vector' [batch, features]. One word for all modules, or a dictionary "
+        "from name, name ending or regular expression to word. None infers it from the shapes of each forward pass.",
+    )
+    readout: dict[str, str] | str | None = _option(
+        None,
+        "What a shortcut reads of an input with several positions if the module makes one vector of them: 'first' (the "
+        "class token) or 'mean' (the mean of the features over all positions, padding included). One word for all "
+        "modules, or a dictionary as for `layout`. None: the first token; for images it must be said.",
+    )
+    feature_source: dict[str, str] = _option(
+        {},
+        "Another module whose output a shortcut reads in place of its own module's input: name, name ending or regular "
+        "expression of the adapted module -> name of the other one, which must run before it in every forward pass. "
+        "All adapters of a module have one source.",
+    )
     init_weights: bool | Literal["pca", "gradient"] = _option(
         True,
         "True: zero coefficients, so that the adapted model starts exactly as the base model, a random projection and "
@@ -142,6 +162,11 @@ class LRegConfig(PeftConfig):
     trainable_token_indices = {}  # type: ignore[var-annotated]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        if self.task_type is not None and "IMAGE" in str(self.task_type).upper():
+            raise ValueError(
+                f"PEFT knows no task_type {self.task_type!r}. For an image classifier leave task_type out, and name a "
+                "new classification head that is to be trained in full: LRegConfig(modules_to_save=['classifier'])."
+            )
         super().__post_init__()
         if upstream_has_lreg():
             raise RuntimeError(
@@ -214,6 +239,9 @@ class LRegConfig(PeftConfig):
             raise ValueError("layers_to_transform must name a layer at least, got []. None adapts all layers.")
 
     def _check_patterns(self) -> None:
+        for name in ("component_pattern", "dof_pattern", "profile_mean_pattern", "feature_sizes", "feature_source"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise TypeError(f"{name} must be a dictionary with a key for each module, got {value!r}.")
         for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
             for key, value in _items(name, getattr(self, name)):
                 _check_expression(f"{name} key", key)
@@ -227,6 +255,12 @@ class LRegConfig(PeftConfig):
                 whole(1)(f"feature_sizes[{key!r}] {part}", size)
             sizes[key] = (value[0], value[1])
         self.feature_sizes = sizes
+        for name, words in (("layout", LAYOUTS), ("readout", READOUTS)):
+            _check_words(name, getattr(self, name), words)
+        for key, source in self.feature_source.items():
+            _check_expression("feature_source key", key)
+            if not isinstance(source, str) or not source:
+                raise ValueError(f"feature_source[{key!r}] must be the name of a module, got {source!r}.")
 
     @property
     def head_name(self) -> str:
@@ -278,6 +312,18 @@ def _items(name: str, value: Any) -> list[tuple[Any, Any]]:
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be a dictionary with names or expressions as keys, got {show(value)}.")
     return list(value.items())
+
+
+def _check_words(name: str, value: Any, words: tuple[str, ...]) -> None:
+    """One of some words, a dictionary of them by expression, or None."""
+    for key, word in value.items() if isinstance(value, dict) else [("", value)]:
+        where = f"{name}[{key!r}]" if isinstance(value, dict) else name
+        if isinstance(value, dict):
+            _check_expression(f"{name} key", key)
+        elif word is None:
+            continue
+        if word not in words:
+            raise ValueError(f"{where} must be one of {', '.join(words)}, got {word!r}.")
 
 
 def _check_expression(name: str, value: Any) -> None:

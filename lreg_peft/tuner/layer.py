@@ -16,7 +16,8 @@ from ..core.fused_loss import fused_cross_entropy
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
 from .heads import HEADS, Encoded, Head
-from .layout import Layout, first_input, first_tensor
+from .layout import ROW_BY_ROW, UNSAID, Layout, Reading, first_input, first_tensor
+from .source import FeatureSource
 from .storage import NodeDict, WeightDict
 
 MERGE_REFUSED = (
@@ -35,7 +36,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     f is any module whose first input is a float tensor with the features in its last dimension (or, channels first,
     in dimension 1) and whose output is such a tensor, or a tuple or ModelOutput that begins with one; the shortcut is
     added to that one. If a channels-first module changes the spatial size, the shortcut is average-pooled to it. If f
-    turns a sequence into one vector, as the classification heads of encoders do, it reads the first position.
+    turns a sequence into one vector, as the classification heads of encoders do, it reads the first position, or the
+    mean of all of them (`layout.Layout`, and `layout` and `readout` of the configuration). With a `feature_source` x is
+    not the input of f but the output of another module.
 
     Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
     `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
@@ -59,7 +62,15 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         "lreg_profile",
         "lreg_direction",
     )
-    other_param_names = ("lreg_nodes", "heads", "profile_mean", "curvature_weight", "lreg_statistics", "composed_on")
+    other_param_names = (
+        "lreg_nodes",
+        "heads",
+        "profile_mean",
+        "curvature_weight",
+        "lreg_statistics",
+        "composed_on",
+        "readings",
+    )
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -78,6 +89,10 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         #: Mean of the profiles of a factored head at its start.
         self.profile_mean: dict[str, float] = {}
         self.curvature_weight: dict[str, float] = {}
+        #: How each adapter reads the module, as far as its configuration says.
+        self.readings: dict[str, Reading] = {}
+        #: The module whose output is read in place of this one's input.
+        self.source: FeatureSource | None = None
         #: The adapter whose basis functions the encoder of a composed grade reads.
         self.composed_on: dict[str, str] = {}
         #: The adapters that a grade stands on, first grade first, for the grades of the whole model.
@@ -109,6 +124,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         *,
         profile_mean: float = 1.0,
         nodes: Tensor | None = None,
+        reading: Reading = UNSAID,
     ) -> None:
         """Add an adapter, or replace the one of that name; on given nodes `[components, dof]` or uniform ones."""
         self.composed_on.pop(adapter_name, None)
@@ -121,6 +137,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                 del weights[adapter_name]
         self.heads[adapter_name] = head = HEADS[config.head_name]
         self.profile_mean[adapter_name] = profile_mean
+        self.readings[adapter_name] = reading
         self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
         self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
         self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone()
@@ -218,25 +235,33 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             own[name].copy_(start)
         self.start_is_owed.discard(adapter_name)
 
-    def register_input_hook(self, hook: Callable[[Tensor], None]) -> Callable[[], None]:
-        """Call `hook` with the features `[..., in_features]` of every forward pass; returns what removes it."""
+    def register_input_hook(
+        self, hook: Callable[[Tensor], None], adapter_name: str | None = None
+    ) -> Callable[[], None]:
+        """Call `hook` with the features `[..., in_features]` of every forward pass, as an adapter reads them (None: as
+        the shapes say); returns what removes it."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            features = self._features(args, kwargs)
-            hook(self._layout(features, first_tensor(output)[0]).rows(features))
+            features = self.seen_features(args, kwargs)
+            hook(self._layout(adapter_name, features, first_tensor(output)[0]).rows(features))
 
         return self.register_forward_hook(call, with_kwargs=True).remove
 
-    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
-        """Call `hook` in every backward pass with the features `[..., in_features]` and the gradient of the loss in the
-        module's output `[..., out_features]`; returns what removes it."""
+    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None], adapter_name: str) -> Callable[[], None]:
+        """Call `hook` in every backward pass with what P of an adapter multiplies, `[..., width]`, and the gradient of
+        the loss in the module's output, `[..., out_features]`; returns what removes it.
+
+        Both are in the positions of the output: where the module has fewer of these than its input, the former is
+        averaged, so that the sum of their products is that over all positions of the input.
+        """
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             hidden = first_tensor(output)[0]
             if hidden.requires_grad:
-                features = self._features(args, kwargs)
-                layout = self._layout(features, hidden)
-                rows = layout.rows(features).detach()
+                features = self.seen_features(args, kwargs)
+                layout = self._layout(adapter_name, features, hidden)
+                with torch.no_grad():
+                    rows = layout.pool(self.encoder_input(adapter_name, layout.rows(features)))
                 hidden.register_hook(lambda gradient: hook(rows, layout.output_rows(gradient)))
 
         return self.register_forward_hook(call, with_kwargs=True).remove
@@ -267,7 +292,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             *features.shape[:-1],
             self.out_features,
         )
-        if not row_by_row or self._layout(features, hidden).channels_first or not head.design_is_faster(nodes):
+        plain = row_by_row and head.design_is_faster(nodes) and self._layout(name, features, hidden) == ROW_BY_ROW
+        if not plain:
             return hidden + self.shortcut(name, features, hidden)
         # These two return a new tensor. What other modules return may be their input or something they keep.
         is_new = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
@@ -288,18 +314,21 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor of the shape and dtype of `like`.
         """
-        layout = self._layout(features, like)
+        layout = self._layout(adapter_name, features, like)
         rows = layout.rows(features)
-        if rows.shape[-1] != self.in_features:
-            raise self._misfit(features, like)
         with torch.autocast(features.device.type, enabled=False):
             code = self.encode(adapter_name, rows)  # [..., components]
-            value = self._value(adapter_name, code, like.dtype)  # [..., out_features]
-        self._observe(adapter_name, code, value)
-        value = layout.restore(value, like)
-        if value.shape != like.shape:
-            raise self._misfit(features, like)
-        return value
+            value = self._value_in(layout, adapter_name, code, like.dtype)  # [..., out_features]
+        self._observe(adapter_name, code, value, layout)
+        return layout.restore(value)
+
+    def _value_in(self, layout: Layout, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
+        """The value at the positions of the output."""
+        if layout.shrinks:
+            design = self.design(name, code)  # [batch, *space, K]
+            if design.shape[-1] <= self.out_features:  # averaging is linear: the narrower of the two is averaged
+                return layout.pool(design).to(dtype) @ self.table(name).to(dtype)
+        return layout.pool(self._value(name, code, dtype))
 
     def fused_loss(
         self,
@@ -390,11 +419,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
         return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, dtype)
 
-    def _observe(self, name: str, code: Encoded, output: Tensor | None = None) -> statistics.Observation | None:
+    def _observe(
+        self, name: str, code: Encoded, output: Tensor | None = None, layout: Layout = ROW_BY_ROW
+    ) -> statistics.Observation | None:
         """In training, note down the statistics that somebody asked for.
 
-        `output` is the shortcut's value `[..., out_features]` or a sum it is part of; without one the caller tells the
-        observation what the backward pass sees.
+        `output` is the shortcut's value `[..., out_features]` or a sum it is part of, in the positions of the output;
+        without one the caller tells the observation what the backward pass sees.
         """
         observer = self.lreg_statistics.get(name)
         if observer is None or not (self.training and torch.is_grad_enabled()):
@@ -402,7 +433,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         head = partial(self._value_of_coords, name)
         observation = observer.observe(code.coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
         if observation is not None and output is not None:
-            observation.follow(output)
+            observation.follow(output, layout.spread if layout.pools else None)
         return observation
 
     def _value_of_coords(self, name: str, coords: Tensor) -> Tensor:
@@ -453,17 +484,26 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the shortcuts read in the forward pass that is running."""
+        if self.source is not None:
+            return self.source.read(keep=self.training or torch.is_grad_enabled() or bool(self._forward_hooks))
+        return self._own_input(args, kwargs)
+
+    def seen_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the shortcuts read, for hooks of this module."""
+        return self._own_input(args, kwargs) if self.source is None else self.source.peek()
+
+    def _own_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return first_input(args, kwargs, self._input_name, type(self.get_base_layer()).__name__)
 
-    def _layout(self, features: Tensor, output: Tensor) -> Layout:
-        return Layout.of(self.get_base_layer(), self.in_features, self.out_features, features, output)
-
-    def _misfit(self, features: Tensor, output: Tensor) -> ValueError:
-        return ValueError(
-            f"a shortcut from {self.in_features} to {self.out_features} features does not fit around this "
-            f"{type(self.get_base_layer()).__name__}, which takes {tuple(features.shape)} to {tuple(output.shape)}. "
-            "Set the sizes in LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input."
-        )
+    def _layout(self, adapter_name: str | None, features: Tensor, output: Tensor) -> Layout:
+        base, reading = self.get_base_layer(), self.readings.get(adapter_name or "", UNSAID)
+        try:
+            return Layout.of(base, self.in_features, self.out_features, features.shape, output.shape, reading)
+        except ValueError as error:
+            raise ValueError(
+                misfit(type(base).__name__, (self.in_features, self.out_features), features.shape, output.shape, error)
+            ) from None
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
@@ -523,6 +563,14 @@ class LRegLinear(LRegLayer):
 
     PEFT recognises adapted linear layers by "Linear" in the class name when a further adapter says "all-linear".
     """
+
+
+def misfit(kind: str, sizes: tuple[int, int], features: Sequence[int], output: Sequence[int], reason: object) -> str:
+    """Why a shortcut does not fit: the sizes it has, the shapes that were seen, the reason from `Layout.of`."""
+    return (
+        f"a shortcut from {sizes[0]} to {sizes[1]} features does not fit around this {kind}, which takes "
+        f"{tuple(features)} to {tuple(output)}: {reason}."
+    )
 
 
 def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool) -> LRegLayer:

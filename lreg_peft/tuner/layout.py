@@ -1,15 +1,36 @@
 """How the input and output of a module are laid out, and the way from one to the other.
 
-A shortcut works on rows `[..., features]`. A module may keep its channels in dimension 1 (convolutions, stages), change
-the spatial size, or turn a sequence into one vector.
+A shortcut works on rows `[..., features]`. A module may keep its channels in dimension 1 (convolutions, stages), hold
+one row per token, change the number of positions, or turn all positions into one vector.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LayoutName = Literal["channels_first", "tokens", "grid", "vector"]
+LAYOUTS: tuple[str, ...] = get_args(LayoutName)
+Readout = Literal["mean", "first"]
+READOUTS: tuple[str, ...] = get_args(Readout)
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a configuration says of how a module is read; None leaves it to the shapes."""
+
+    layout: str | None = None
+    readout: str | None = None
+
+
+#: Nothing is said.
+UNSAID = Reading()
 
 
 @dataclass(frozen=True)
@@ -17,59 +38,203 @@ class Layout:
     """The layouts of one forward pass.
 
     Attributes:
-        channels_first: whether the channels are in dimension 1 of input and output.
-        first_position: whether a sequence `[batch, length, features]` becomes a vector, which is read off its first
-            position: the token that the classification heads of encoders take.
+        channels_first: whether the input `[batch, channels, *space]` has its channels in dimension 1.
+        output_channels_first: the same of the output.
+        readout: how all positions of the input become the one vector that the output is: "first" or "mean"; "flatten"
+            where there is one position only.
+        space: positions of the input in space, where they are not those of the output: `[batch, *space]` rows.
+        output_space: positions of the output then.
     """
 
     channels_first: bool = False
-    first_position: bool = False
+    output_channels_first: bool = False
+    readout: str | None = None
+    space: tuple[int, ...] | None = None
+    output_space: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, module: nn.Module, in_features: int, out_features: int, features: Tensor, output: Tensor) -> "Layout":
+    def of(
+        cls,
+        module: nn.Module,
+        in_features: int,
+        out_features: int,
+        features: Sequence[int],
+        output: Sequence[int],
+        reading: Reading = UNSAID,
+    ) -> "Layout":
         """Read the layout off the shapes of the tensors that reach and leave a module.
 
         Args:
             module: the base module: a convolution settles what shapes leave open.
             in_features: channels of the input.
             out_features: channels of the output.
-            features: input.
-            output: output.
+            features: shape of the input.
+            output: shape of the output.
+            reading: what the configuration says.
+
+        Raises:
+            ValueError: if no shortcut of these sizes fits between these shapes; says what would.
         """
-        if features.ndim == 3 and output.ndim == 2:
-            return cls(first_position=True)
-        if features.ndim < 3 or features.shape[1] != in_features or output.shape[1] != out_features:
-            return cls()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return cls(channels_first=True)
-        return cls(channels_first=not (features.shape[-1] == in_features and output.shape[-1] == out_features))
+        if len(output) == 2 and len(features) > 2:
+            return cls._to_vector(in_features, out_features, features, output, reading)
+        if reading.readout is not None and len(features) > 2:
+            raise ValueError(
+                f"readout={reading.readout!r} makes one vector of all positions, and the output is not one vector per "
+                "sample: leave readout out"
+            )
+        if reading.layout == "vector" and not len(features) == len(output) == 2:
+            raise ValueError("layout='vector' is for outputs [batch, features]")
+        if reading.layout == "grid":
+            return cls._on_grids(in_features, out_features, features, output)
+        first = reading.layout == "channels_first" or (
+            reading.layout is None and _is_channels_first(module, in_features, out_features, features, output)
+        )
+        if first:
+            return cls._channels_first(in_features, out_features, features, output)
+        if tuple(output) != (*features[:-1], out_features) or not features or features[-1] != in_features:
+            raise ValueError(_advice(in_features, out_features, features, output))
+        return cls()
+
+    @classmethod
+    def _to_vector(
+        cls, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int], reading: Reading
+    ) -> "Layout":
+        if tuple(output) != (features[0], out_features):
+            raise ValueError(f"the output must be [batch, {out_features}]")
+        first = reading.layout == "channels_first" or (
+            reading.layout != "tokens"
+            and features[1] == in_features
+            and (len(features) > 3 or features[-1] != in_features)
+        )
+        if (features[1] if first else features[-1]) != in_features:
+            raise ValueError(f"the input has no dimension of {in_features} features where they are expected")
+        positions = math.prod(features[2:] if first else features[1:-1])
+        if reading.readout is not None:
+            return cls(channels_first=first, readout=reading.readout)
+        if positions == 1:
+            return cls(channels_first=first, readout="flatten")
+        if len(features) == 3 and not first:
+            return cls(readout="first")  # the token that the classification heads of encoders take
+        raise ValueError(
+            f"its output is one vector and its input has {positions} positions: say how they become one, "
+            "readout='mean' or 'first'"
+        )
+
+    @classmethod
+    def _channels_first(
+        cls, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]
+    ) -> "Layout":
+        if len(features) < 3 or features[1] != in_features or len(output) != len(features) or output[1] != out_features:
+            raise ValueError(
+                f"channels first, the input must be [batch, {in_features}, *space] and the output "
+                f"[batch, {out_features}, *space]"
+            )
+        space, output_space = tuple(features[2:]), tuple(output[2:])
+        if space == output_space:
+            return cls(channels_first=True, output_channels_first=True)
+        return cls(channels_first=True, output_channels_first=True, space=space, output_space=output_space)
+
+    @classmethod
+    def _on_grids(cls, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]) -> "Layout":
+        spaces = []
+        for what, shape, width in (("input", features, in_features), ("output", output, out_features)):
+            if len(shape) == 4 and shape[1] == width:
+                spaces.append(tuple(shape[2:]))
+            elif len(shape) == 3 and shape[-1] == width and math.isqrt(shape[1]) ** 2 == shape[1]:
+                spaces.append((math.isqrt(shape[1]),) * 2)
+            else:
+                raise ValueError(
+                    f"for layout='grid' the {what} must be [batch, {width}, height, width] or [batch, tokens, {width}] "
+                    "with the tokens of a square image and no others"
+                )
+        return cls(len(features) == 4, len(output) == 4, space=spaces[0], output_space=spaces[1])
 
     def rows(self, features: Tensor) -> Tensor:
-        """The input as `[..., in_features]`."""
-        if self.first_position:
-            return features[:, 0]
-        return features.movedim(1, -1) if self.channels_first else features
+        """The input as `[..., in_features]`: `[batch, *space, in_features]`, or one row per sample with a readout."""
+        rows = features.movedim(1, -1) if self.channels_first else features
+        if self.readout == "mean":
+            return rows.flatten(1, -2).mean(dim=1)
+        if self.readout is not None:
+            return rows.flatten(1, -2)[:, 0]
+        return rows
+
+    @property
+    def pools(self) -> bool:
+        """Whether the output has other positions than the input."""
+        return self.space is not None
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether it has fewer."""
+        return self.space is not None and math.prod(self.output_space or ()) < math.prod(self.space)
+
+    def pool(self, rows: Tensor) -> Tensor:
+        """Values at the positions of the input `[batch, *space, width]`, averaged to those of the output."""
+        if self.space is None or self.output_space is None:
+            return rows
+        value = rows.reshape(len(rows), *self.space, rows.shape[-1]).movedim(-1, 1)
+        value = _average_pool(value, self.output_space).movedim(1, -1)
+        return value if self.output_channels_first else value.flatten(1, -2)
+
+    def spread(self, gradient: Tensor) -> Tensor:
+        """The transpose of `pool`: the gradient in the input's positions `[..., width]` from that in the output's."""
+        if self.space is None or self.output_space is None:
+            return gradient
+        value = gradient.reshape(len(gradient), *self.output_space, gradient.shape[-1])
+        for axis, (size, fine) in enumerate(zip(self.output_space, self.space, strict=True), start=1):
+            value = torch.tensordot(value, _pool_matrix(fine, size, value), dims=([axis], [0])).movedim(-1, axis)
+        return value if self.channels_first else value.flatten(1, -2)
 
     def output_rows(self, output: Tensor) -> Tensor:
         """What has the shape of the output as `[..., out_features]`."""
-        return output.movedim(1, -1) if self.channels_first else output
+        return output.movedim(1, -1) if self.output_channels_first else output
 
-    def restore(self, value: Tensor, like: Tensor) -> Tensor:
-        """Rows `[..., out_features]` in the layout and spatial size of the output `like`."""
-        if not self.channels_first:
-            return value
-        value = value.movedim(-1, 1)
-        return value if value.shape[2:] == like.shape[2:] else _average_pool(value, like.shape[2:])
+    def restore(self, value: Tensor) -> Tensor:
+        """Rows `[..., out_features]`, one per position of the output, in its layout."""
+        return value.movedim(-1, 1) if self.output_channels_first else value
+
+
+#: One row of the input for each of the output, features last.
+ROW_BY_ROW = Layout()
+
+
+def _is_channels_first(
+    module: nn.Module, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]
+) -> bool:
+    if len(features) < 3 or len(output) < 3 or features[1] != in_features or output[1] != out_features:
+        return False
+    return isinstance(module, _CONVOLUTIONS) or not (features[-1] == in_features and output[-1] == out_features)
+
+
+def _advice(in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]) -> str:
+    """What would make it fit, where the shapes tell."""
+    by_width = len(features) > 2 and len(output) > 2 and in_features in (features[1], features[-1])
+    if by_width and out_features in (output[1], output[-1]) and features[0] == output[0]:
+        if {len(features), len(output)} <= {3, 4}:
+            return (
+                "the number of tokens changes: if they are those of a square image, say layout='grid', which averages "
+                "over the image"
+            )
+        return "its positions change in a way that a shortcut cannot follow"
+    return "Set the sizes in LRegConfig(feature_sizes=...), or target a module that keeps the layout of its input"
 
 
 def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
     """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
+    if tuple(value.shape[2:]) == tuple(size):
+        return value
     pools: dict[int, Callable[..., Tensor]] = {
         1: F.adaptive_avg_pool1d,
         2: F.adaptive_avg_pool2d,
         3: F.adaptive_avg_pool3d,
     }
     return pools[len(size)](value, list(size))
+
+
+def _pool_matrix(fine: int, size: int, like: Tensor) -> Tensor:
+    """Adaptive average pooling of one axis as a matrix `[size, fine]`."""
+    identity = torch.eye(fine, dtype=like.dtype, device=like.device)
+    return F.adaptive_avg_pool1d(identity, size).T
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None, kind: str) -> Tensor:

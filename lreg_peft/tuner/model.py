@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.mesh import spread_rounded
 from ..modules import unwrap
 from .config import DATA_STARTS, LRegConfig
-from .hooks import backbone, head_loss, native_transformer, output_head, reminder
+from .hooks import backbone, head_loss, native_transformer, output_head, reminder, spans
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
 from .names import check_adapter_name, plain_name
+from .reading import reading_of, sizes_of_shortcut, source_of
+from .source import FeatureSource
 from .targets import (
-    feature_sizes,
     is_target,
     mesh_size,
     profile_mean,
@@ -80,9 +81,14 @@ class LRegModel(BaseTuner):
     ) -> None:
         current_key = plain_name(current_key)
         layer = target
-        if not isinstance(layer, LRegLayer):
-            sizes = feature_sizes(current_key, target, peft_config)
-            layer = wrap(target, *sizes, linear=_is_linear(target))
+        if not isinstance(layer, LRegLayer) or not layer.lreg_nodes.keys():
+            base = layer.get_base_layer() if isinstance(layer, LRegLayer) else target
+            sizes = sizes_of_shortcut(self.model, current_key, base, peft_config)
+            source = source_of(self.model, current_key, peft_config)
+            if not isinstance(layer, LRegLayer):
+                layer = wrap(target, *sizes, linear=_is_linear(target))
+            layer.in_features, layer.out_features = sizes
+            layer.source = FeatureSource(source, current_key, self.model) if source else None
             self._replace_module(parent, target_name, layer, target)
         n_components, dof = mesh_size(current_key, peft_config)
         layer.update_layer(
@@ -93,6 +99,7 @@ class LRegModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
             profile_mean=profile_mean(current_key, peft_config),
             nodes=self._nodes_of_the_same(layer, adapter_name, peft_config),
+            reading=reading_of(current_key, peft_config),
         )
         if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
             layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
@@ -126,6 +133,7 @@ class LRegModel(BaseTuner):
                 output_head.install(inner)
                 head_loss.install(inner)
                 native_transformer.install(inner)
+                spans.install(inner)
                 if self.peft_config[adapter_name].init_weights in DATA_STARTS:
                     reminder.install(inner)
                 if hasattr(inner, "add_model_tags"):

@@ -17,7 +17,8 @@ from ..core.checks import checked, whole
 from .config import LRegConfig
 from .heads import HEADS
 from .layer import LRegLayer
-from .targets import _LANGUAGE_MODEL_TASKS, _linear_sizes, _task_of, feature_sizes, output_head_name
+from .sizes import feature_sizes, linear_sizes
+from .targets import _LANGUAGE_MODEL_TASKS, _task_of, output_head_name
 
 # Means of the profiles at the start. A change of domain asks a language model's head for a constant shift above all;
 # inside the network most of what is asked varies with the input.
@@ -104,7 +105,7 @@ def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
     backbone = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     sites = []
     for name, module in model.named_modules():
-        sizes = _linear_sizes(module)
+        sizes = linear_sizes(module)
         if sizes is None or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             continue
         if module is not embedding and name.startswith(backbone) and _is_repeated(name):
@@ -149,7 +150,7 @@ def _parameters(model: nn.Module, budget: int | str | None) -> int | None:
     embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     total = 0
     for name, module in model.named_modules():
-        sizes = _linear_sizes(module)
+        sizes = linear_sizes(module)
         wanted = modules == ["all-linear"] or name.rpartition(".")[2] in modules
         if sizes is not None and wanted and module is not embedding:
             total += int(words[1]) * sum(sizes)

@@ -241,10 +241,16 @@ class Observation:
         if self._slope_comes:
             coords.register_hook(self._note_slope)
 
-    def follow(self, output: Tensor) -> None:
-        """Watch `[..., out_features]`: the shortcut's value, or a sum it is part of."""
+    def follow(self, output: Tensor, spread: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Watch `[..., out_features]`: the shortcut's value, or a sum it is part of.
+
+        Args:
+            output: what is watched.
+            spread: where the output has other positions than the coordinates, what takes the gradient to theirs.
+        """
         if output.requires_grad:
-            output.register_hook(lambda gradient: self.note(_pick(gradient, self.picked)))
+            to_rows = spread or (lambda gradient: gradient)
+            output.register_hook(lambda gradient: self.note(_pick(to_rows(gradient), self.picked)))
 
     def note(self, gradient: Tensor) -> None:
         """Note the gradient of the loss in the picked rows of the output, `[picked, out_features]`."""

@@ -1,6 +1,7 @@
 """Which modules a configuration adapts, and their feature sizes."""
 
 import copy
+import dataclasses
 import difflib
 import inspect
 import re
@@ -18,7 +19,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,9 +26,14 @@ from transformers.pytorch_utils import Conv1D
 from ..core.checks import checked
 from ..modules import unwrap
 from .config import LRegConfig
+from .example_run import raise_misfits, run_example
 from .heads import HEADS
+from .image_placements import image_placement
 from .layer import LRegLayer
 from .names import is_compiled_inside, plain_name
+from .patterns import by_pattern
+from .reading import check_same_reading, misfits, sizes_of_shortcut, source_of
+from .sizes import linear_sizes
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -75,6 +80,9 @@ class Target:
     n_components: int
     dof: int
     trainable_parameters: int
+    #: What reaches the shortcut and what leaves the module, if `inspect_targets` had example inputs.
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ class TargetReport:
         return len(self.targets)
 
     def __str__(self) -> str:
-        head = ("module", "type", "in", "out", "components", "dof", "trainable")
-        rows = [
+        head: tuple[str, ...] = ("module", "type", "in", "out", "components", "dof", "trainable")
+        rows: list[tuple[str, ...]] = [
             (t.name, t.module_type)
             + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
             for t in self.targets
@@ -104,6 +112,10 @@ class TargetReport:
         rows.append(
             (f"{len(self)} module{'s' * (len(self) != 1)}", "", "", "", "", "", f"{self.trainable_parameters:,}")
         )
+        if any(t.input_shape for t in self.targets):
+            head += ("takes", "gives")
+            shapes = [tuple(str(list(s)) if s else "" for s in (t.input_shape, t.output_shape)) for t in self.targets]
+            rows = [row + shape for row, shape in zip(rows, [*shapes, ("", "")], strict=True)]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         return "\n".join(
             "  ".join(
@@ -115,7 +127,7 @@ class TargetReport:
 
 
 @checked()
-def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
+def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = None) -> TargetReport:
     """Show what a configuration will adapt, before anything is wrapped.
 
     Neither `model` nor `config` is changed.
@@ -123,19 +135,40 @@ def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     Args:
         model: the base model, or a model that already carries adapters.
         config: as for `get_peft_model`.
+        example_inputs: what the model is called with: a dictionary, a tuple, or a tensor. With these the model runs
+            once, in eval mode and without gradients, and every module is compared with the tensors that reach and
+            leave it; without them a module that cannot be adapted may show only when the adapted model runs.
 
     Returns:
-        One entry per module, with feature sizes and trainable parameters; `print` it for a table.
+        One entry per module, with feature sizes and trainable parameters; `print` it for a table. With example inputs
+        also the shapes that were seen.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches.
-        ValueError, TypeError: as `get_peft_model` would raise for this configuration.
+        ValueError, TypeError: as `get_peft_model` would raise for this configuration; with example inputs one
+            ValueError that names every module that does not fit, its shapes and what to change.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = copy.deepcopy(config)
     settle_targets(model, config)
-    return TargetReport(tuple(resolve_targets(model, config)))
+    if example_inputs is None:
+        return TargetReport(tuple(resolve_targets(model, config)))
+    modules = {}
+    for path in _matched_names(model, config):
+        module, name = model.get_submodule(path), plain_name(path)
+        modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_supported(name, modules[name])
+    sources = {name: source for name in modules if (source := source_of(model, name, config))}
+    seen = run_example(model, modules, sources, example_inputs)
+    raise_misfits(misfits(model, config, modules, seen))
+    return TargetReport(
+        tuple(
+            dataclasses.replace(target, input_shape=shapes[0], output_shape=shapes[1])
+            for target in resolve_targets(model, config)
+            for shapes in seen[target.name].shapes[:1]
+        )
+    )
 
 
 def settle_targets(model: nn.Module, config: LRegConfig) -> None:
@@ -158,7 +191,8 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_is_called(model, path)
         _check_supported(name, base)
-        in_features, out_features = feature_sizes(name, base, config)
+        in_features, out_features = sizes_of_shortcut(model, name, base, config)
+        check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
         n_components, dof = mesh_size(name, config)
         count = HEADS[config.head_name].n_parameters(n_components, dof, out_features)
         if config.train_projection:
@@ -170,76 +204,14 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
 def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
     """`(n_components, dof)` of the module `name`, patterns considered."""
     return (
-        _by_pattern("component_pattern", name, config, config.n_components),
-        _by_pattern("dof_pattern", name, config, config.dof),
+        by_pattern("component_pattern", name, config, config.n_components),
+        by_pattern("dof_pattern", name, config, config.dof),
     )
 
 
 def profile_mean(name: str, config: LRegConfig) -> float:
     """`profile_mean` of the module `name`, patterns considered."""
-    return _by_pattern("profile_mean_pattern", name, config, config.profile_mean)  # type: ignore[no-any-return]
-
-
-def _by_pattern(option: str, name: str, config: LRegConfig, default: Any) -> Any:
-    """The value of the first key of a pattern that matches, as in PEFT.
-
-    Raises:
-        ValueError: if that is another one in alphabetical order, in which files keep the keys: an adapter could be
-            saved and not be loaded.
-    """
-    pattern = getattr(config, option)
-    first = get_pattern_key(pattern, name)
-    sorted_first = get_pattern_key(sorted(pattern), name)
-    if pattern.get(first) != pattern.get(sorted_first):
-        raise ValueError(
-            f"{option} has two keys for {name!r}, {first!r} and {sorted_first!r}, with different values. Saved files "
-            "keep the keys in alphabetical order, so write expressions that exclude each other."
-        )
-    return pattern.get(first, default)
-
-
-def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
-    """`(in_features, out_features)` of a module, from the configuration or read off the module.
-
-    A block of several linear layers takes its input size from the first and its output size from the last of them in
-    the order of registration, which holds for the attention, feed-forward and head modules of Transformers. A mixture
-    of experts returns what it takes, whatever its routers and shared experts look like.
-
-    Raises:
-        ValueError: if they are neither given nor readable.
-    """
-    given: tuple[int, int] | None = _by_pattern("feature_sizes", name, config, None)
-    if given is not None:
-        return given
-    if (width := _width_of_experts(module)) is not None:
-        return width, width
-    linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]
-    if not linear:
-        raise ValueError(
-            f"cannot read the feature sizes of {name!r} ({type(module).__name__}): it holds no linear or convolution "
-            f"layer. Give them: LRegConfig(feature_sizes={{{name!r}: (in_features, out_features)}})."
-        )
-    return linear[0][0], linear[-1][1]
-
-
-def _width_of_experts(block: nn.Module) -> int | None:
-    """Features of a mixture of experts whose weights are fused: the size that its two stacks of matrices share."""
-    for module in block.modules():
-        stacks = [getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj")]
-        shapes = [set(stack.shape[1:]) for stack in stacks if isinstance(stack, nn.Parameter) and stack.ndim == 3]
-        if len(shapes) > 1 and len(shared := set.intersection(*shapes)) == 1:
-            return int(shared.pop())
-    return None
-
-
-def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    for names in (("in_features", "out_features"), ("in_channels", "out_channels")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in sizes):  # quantised layers too: they keep these attributes
-            return sizes  # type: ignore[return-value]
-    return None
+    return by_pattern("profile_mean_pattern", name, config, config.profile_mean)  # type: ignore[no-any-return]
 
 
 def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> int:
@@ -308,8 +280,8 @@ def _check_supported(name: str, module: nn.Module) -> None:
 def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
     """The placement of the paper for the task of `config`, or of the model's class if it names none.
 
-    Language models: the whole head that ends in the output embedding. Classification: the attention query and key
-    projections.
+    Language models: the whole head that ends in the output embedding. Classification of text: the attention query and
+    key projections. Image models: see `image_placements`; `config` gets the feature source that belongs to one.
 
     Raises:
         ValueError: if there is no default for this model; the message lists module names that could be given.
@@ -325,6 +297,11 @@ def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
         if head is not None:
             return [head]
     elif task in _CLASSIFICATION_TASKS:
+        trains_head = config.task_type in ("SEQ_CLS", "TOKEN_CLS") or bool(config.modules_to_save)
+        if (placement := image_placement(model, trains_head)) is not None:
+            names, sources = placement
+            config.feature_source = config.feature_source or sources
+            return names
         model_type = str(getattr(getattr(model, "config", None), "model_type", None))
         there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         projections = [name for name in _ATTENTION_PROJECTIONS.get(model_type, ()) if name in there]
@@ -385,7 +362,7 @@ def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
     """Distinct last parts of the names of the modules that can be targeted without further information."""
     endings: dict[str, None] = {}
     for name, module in model.named_modules():
-        if name and _linear_sizes(module) is not None:
+        if name and linear_sizes(module) is not None:
             ending = name.rpartition(".")[2]
             endings[name if ending.isdigit() else ending] = None
     return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
@@ -464,7 +441,7 @@ def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
     idle = []
     for path in paths:
         parent, _, child = path.rpartition(".")
-        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):
+        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):  # type: ignore[arg-type]
             idle.append(path)
     if idle:
         warnings.warn(
@@ -492,9 +469,20 @@ def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
         idle = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if idle:
             warnings.warn(f"target_modules {idle} match no module and have no effect.", stacklevel=2)
-    for option in ("component_pattern", "dof_pattern", "profile_mean_pattern", "feature_sizes"):
+    for option in (
+        "component_pattern",
+        "dof_pattern",
+        "profile_mean_pattern",
+        "feature_sizes",
+        "feature_source",
+        "layout",
+        "readout",
+    ):
+        value = getattr(config, option)
         idle = [
-            key for key in getattr(config, option) if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+            key
+            for key in (value if isinstance(value, dict) else ())
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
         ]
         if idle:
             warnings.warn(

@@ -78,6 +78,35 @@ def test_resnet_50_last_stage():
     assert (stage.in_features, stage.out_features) == (1024, 2048)
 
 
+def test_regnet_last_stage_of_the_sizes_of_a_resnext():
+    config = transformers.RegNetConfig(hidden_sizes=[256, 512, 1024, 2048], groups_width=64)
+    model = on_meta(transformers.RegNetForImageClassification, config)
+    adapted = check(model, 135_172, n_components=4, dof=16)
+    (stage,) = layers(adapted)
+    assert (stage.in_features, stage.out_features) == (1024, 2048)
+
+
+def test_mobilenet_v2_from_block_10_to_the_features():
+    """64 -> 1280; around the last convolution alone, 320 -> 1280, it would be 4,096 more."""
+    model = on_meta(transformers.MobileNetV2ForImageClassification, transformers.MobileNetV2Config())
+    adapted = check(model, 328_720, n_components=16, dof=16)
+    (span,) = layers(adapted)
+    assert (span.in_features, span.out_features) == (64, 1280)
+    assert span.source.name == "mobilenet_v2.layer.8"
+    model = on_meta(transformers.MobileNetV2ForImageClassification, transformers.MobileNetV2Config())
+    check(model, 332_816, n_components=16, dof=16, target_modules=["conv_1x1"])
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1280, 296_992), (2048, 321_568)])
+def test_parallel_to_the_classifier(width, expected):
+    """Table A1, d = 32 and n = 8, by the formula; the paper's .298 and .324 M are these and C_in more."""
+    config = transformers.ResNetConfig(hidden_sizes=[256, 512, 1024, width], num_labels=1000)
+    model = on_meta(transformers.ResNetForImageClassification, config)
+    adapted = check(model, expected, n_components=32, dof=8, target_modules=["classifier"])
+    (head,) = layers(adapted)
+    assert (head.in_features, head.out_features) == (width, 1000)
+
+
 def test_vit_parallel_to_the_classification_head():
     model = on_meta(transformers.ViTForImageClassification, transformers.ViTConfig(num_labels=1000))
     check(model, 67_076, n_components=4, dof=16, target_modules=["classifier"])

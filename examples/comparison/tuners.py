@@ -18,7 +18,7 @@ from torch import nn
 
 from comparison.data_starts import start_corda, start_eva, start_gradient, start_lora_ga
 from comparison.method import LANGUAGE_MODELS
-from comparison.site import LINEAR, Site, divisors
+from comparison.site import ATTENTION, EMBEDDING, INPUT, NORMS, Site, divisors
 from comparison.tuner import Tuner, lora, of, prompt
 
 PROMPTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's classes that put tokens before the input
@@ -387,7 +387,7 @@ TUNERS = (
     ),
     # --- scales and biases: no size ---
     Tuner("ia3", "scales of the activations", ia3, 5e-2, None),
-    Tuner("ln-tuning", "the normalisations", layer_norms, 2e-2, None, placements=(LINEAR,)),
+    Tuner("ln-tuning", "the normalisations", layer_norms, 2e-2, None, placements=(NORMS,)),
     Tuner("beft", "biases", of(peft.BeftConfig, None), 3e-2, None),
     # --- tokens ---
     Tuner(
@@ -398,7 +398,7 @@ TUNERS = (
         "tokens",
         sizes=tuned_tokens,
         tasks=LANGUAGE_MODELS,
-        placements=(LINEAR,),
+        placements=(EMBEDDING,),
     ),
     Tuner(
         "prompt-tuning",
@@ -408,7 +408,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=tokens_that_fit,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "p-tuning",
@@ -418,7 +418,7 @@ TUNERS = (
         "encoder_hidden_size",
         sizes=None,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "prefix-tuning",
@@ -428,7 +428,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=tokens_that_fit,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "cartridge",
@@ -438,7 +438,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=lambda site: range(2, site.free_positions + 1),
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "adaption-prompt",
@@ -452,7 +452,7 @@ TUNERS = (
         "adapter_len",
         sizes=None,
         tasks=("CAUSAL_LM",),
-        placements=(LINEAR,),
+        placements=(ATTENTION,),
     ),
 )
 

@@ -76,6 +76,7 @@ class Method:
         start: "gradient" if the adapter wants to see data before training.
         tasks: the task types it exists for.
         needs_block: whether the architecture must have its feed-forward block as one module.
+        beyond_budget: whether a study shows it however many parameters it has, for comparison.
         by_default: whether it is compared where no methods are named.
         placements: where it may go, the preferred place first; the first one where it fits into the budget counts.
         sizes: (model, fit) -> the sizes it can have, in the order of their counts; None for all whole numbers from one.
@@ -94,6 +95,7 @@ class Method:
     start: Literal["gradient"] | None = None
     tasks: tuple[str, ...] = EVERYWHERE
     needs_block: bool = False
+    beyond_budget: bool = False
     by_default: bool = True
     placements: tuple[str, ...] = ("",)
     sizes: Callable[[PreTrainedModel, Fit], Sequence[int]] | None = None

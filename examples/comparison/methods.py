@@ -163,7 +163,7 @@ def _peft_task(fit: Fit) -> str | None:
 METHODS = {
     method.name: method
     for method in (
-        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5, 1e-4)),
+        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5, 1e-4), beyond_budget=True),
         Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",

@@ -14,6 +14,7 @@ from comparison.method import WITH_HEAD, Fit
 from comparison.placements import LinearLayers, layer_sizes, linear_layers, output_embedding_name
 
 LINEAR, ATTENTION = "linear layers", "attention"
+NORMS, EMBEDDING, INPUT = "normalisations", "embedding", "before the input"
 #: From the widest to the narrowest: where LReg's recipe goes, and where a tuner goes that is too large for that.
 ALL_PLACEMENTS = (WITH_HEAD, LINEAR, ATTENTION)
 

@@ -143,7 +143,7 @@ def _one_method(
     """One row, or the reason why there is none: a tuner that breaks must not take the others with it."""
     try:
         size = protocol.sizes.largest(method, cell.budget)
-        if size is None and method.size_name is None and method.name != "ft":
+        if method.size_name is None and not method.beyond_budget:
             least = protocol.sizes.count(method, None)
             if least > cell.budget:
                 raise BudgetTooSmall(method, least)

@@ -18,7 +18,7 @@ from torch import nn
 
 from comparison.data_starts import start_corda, start_eva, start_gradient, start_lora_ga
 from comparison.method import LANGUAGE_MODELS
-from comparison.site import LINEAR, Site, divisors
+from comparison.site import ATTENTION, EMBEDDING, INPUT, NORMS, Site, divisors
 from comparison.tuner import Tuner, lora, of, prompt
 
 PROMPTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's classes that put tokens before the input
@@ -155,14 +155,14 @@ TUNERS = (
         "pissa",
         "LoRA from the principal directions of the weights",
         lora(init_lora_weights="pissa"),
-        5e-3,
+        1.5e-2,
         changes_weights=True,
     ),
     Tuner(
         "olora",
         "LoRA from a QR decomposition of the weights",
         lora(init_lora_weights="olora"),
-        5e-3,
+        1.5e-2,
         changes_weights=True,
     ),
     Tuner(
@@ -176,7 +176,7 @@ TUNERS = (
         "corda",
         "LoRA from weights and inputs",
         lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm")),
-        5e-3,
+        1.5e-2,
         changes_weights=True,
         start=start_corda,
     ),
@@ -184,7 +184,7 @@ TUNERS = (
         "lora-ga",
         "LoRA from the gradients of the weights",
         lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()),
-        5e-3,
+        1.5e-2,
         changes_weights=True,
         start=start_lora_ga,
     ),
@@ -248,7 +248,7 @@ TUNERS = (
         "randlora",
         "full-rank sum of scaled random matrices",
         of(peft.RandLoraConfig, save_projection=False),
-        1e-2,
+        3.33e-3,
         sizes=falling_ranks,
     ),
     Tuner("miss", "one matrix shared by shards of the input", of(peft.MissConfig), 2e-3),
@@ -389,7 +389,7 @@ TUNERS = (
     ),
     # --- scales and biases: no size ---
     Tuner("ia3", "scales of the activations", ia3, 5e-2, None),
-    Tuner("ln-tuning", "the normalisations", layer_norms, 2e-2, None, placements=(LINEAR,)),
+    Tuner("ln-tuning", "the normalisations", layer_norms, 2e-2, None, placements=(NORMS,)),
     Tuner("beft", "biases", of(peft.BeftConfig, None), 3e-2, None),
     # --- tokens ---
     Tuner(
@@ -400,7 +400,7 @@ TUNERS = (
         "tokens",
         sizes=tuned_tokens,
         tasks=LANGUAGE_MODELS,
-        placements=(LINEAR,),
+        placements=(EMBEDDING,),
     ),
     Tuner(
         "prompt-tuning",
@@ -410,7 +410,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=tokens_that_fit,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "p-tuning",
@@ -420,7 +420,7 @@ TUNERS = (
         "encoder_hidden_size",
         sizes=None,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "prefix-tuning",
@@ -430,7 +430,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=tokens_that_fit,
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "cartridge",
@@ -440,7 +440,7 @@ TUNERS = (
         "num_virtual_tokens",
         sizes=lambda site: range(2, site.free_positions + 1),
         tasks=PROMPTED,
-        placements=(LINEAR,),
+        placements=(INPUT,),
     ),
     Tuner(
         "adaption-prompt",
@@ -454,7 +454,7 @@ TUNERS = (
         "adapter_len",
         sizes=None,
         tasks=("CAUSAL_LM",),
-        placements=(LINEAR,),
+        placements=(ATTENTION,),
     ),
 )
 

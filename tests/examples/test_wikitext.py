@@ -354,7 +354,7 @@ def test_paper_presets_have_the_published_counts(
             return kind.from_config(config)
 
     budget = modules("comparison.budget")
-    task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model)
+    task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model, longest_sample=None)
     sizes = budget.Sizes(task, options.comparison.dof)
     methods = modules("comparison.methods").select_methods(options.comparison.methods, task_type, empty_model())
     given = budget.given_sizes(options.comparison.sizes)

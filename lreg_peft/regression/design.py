@@ -192,15 +192,30 @@ def moments(terms: Sequence[Term], X: Array, y: Array, weight: Array) -> Moments
     y_mean = weight @ y / total
     centred = y - y_mean
     gram, product, sums = np.zeros((k, k)), np.zeros((k, y.shape[1])), np.zeros(k)
-    for part, design in chunks(terms, X):
-        weighted = design.multiply(weight[part][:, None]).T.tocsr()
-        gram += (weighted @ design).toarray()
-        product += weighted @ centred[part]
-        sums += np.asarray(weighted.sum(axis=1)).ravel()
+    starts = np.cumsum([0] + [term.n_functions for term in terms])
+    spans = [slice(a, b) for a, b in pairwise(starts)]
+    rows = max(1, min(_ROWS, (1 << 23) // max(sum(2 ** len(term.features) for term in terms), 1)))
+    for begin in range(0, len(X), rows):
+        part = slice(begin, begin + rows)
+        alive = [term.alive(X[part]) for term in terms]
+        w, targets = weight[part], (weight[part, None] * centred[part]).T
+        for a, (term, (index, value)) in enumerate(zip(terms, alive, strict=True)):
+            for i, v in zip(index.T, value.T, strict=True):
+                weighted = w * v
+                sums[spans[a]] += np.bincount(i, weighted, term.n_functions)
+                for o, target in enumerate(targets):
+                    product[spans[a], o] += np.bincount(i, target * v, term.n_functions)
+                # Counting pairs of functions is several times faster than a product of sparse matrices.
+                for b in range(a + 1):
+                    width = terms[b].n_functions
+                    offset = i * width
+                    block = np.zeros(term.n_functions * width)
+                    for j, u in zip(alive[b][0].T, alive[b][1].T, strict=True):
+                        block += np.bincount(offset + j, weighted * u, len(block))
+                    gram[spans[a], spans[b]] += block.reshape(-1, width)
+    gram = np.tril(gram) + np.tril(gram, -1).T
     gram -= np.outer(sums, sums / total)
     bases = [term.basis for term in terms]
-    starts = np.cumsum([0] + [len(basis) for basis in bases])
-    spans = [slice(a, b) for a, b in pairwise(starts)]
     columns = np.concatenate([gram[:, s] @ b for s, b in zip(spans, bases, strict=True)], axis=1)
     reduced = np.concatenate([b.T @ columns[s] for s, b in zip(spans, bases, strict=True)], axis=0)
     return Moments(

@@ -279,7 +279,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         )
         if not known:
             raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
-        pairs: Any = self.interactions
+        pairs = _plain(self.interactions)
         if isinstance(pairs, (str, numbers.Number)):
             if pairs != "auto" and not _is_integer(pairs, 0):
                 raise ValueError(f"interactions must be 'auto', a number of pairs or a list of pairs, got {pairs!r}.")
@@ -297,10 +297,12 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             raise ValueError(f"loss='absolute' needs nodes='smooth', got nodes={self.nodes!r}.")
         if self.nodes != "smooth" and not isinstance(pairs, str) and pairs:
             raise ValueError(f"interactions need nodes='smooth', got nodes={self.nodes!r}.")
+        if self.basis == "simplicial" and not isinstance(pairs, str) and pairs:
+            raise ValueError("a mesh of simplices has no interactions to choose; leave interactions='auto'.")
         simplicial = self.basis == "simplicial" or (self.basis == "auto" and 1 < d <= _MAX_SIMPLICIAL)
         if self.smoothing == "gcv" and d > 1 and self.basis != "simplicial" and self.nodes == "smooth":
             raise ValueError("smoothing='gcv' is for one feature or basis='simplicial'; sums of several need 'reml'.")
-        if self.basis == "auto" and (special or not simplicial or self.interactions != "auto"):
+        if self.basis == "auto" and (special or not simplicial or pairs != "auto"):
             return "additive"
         return self.basis
 
@@ -315,7 +317,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             "n_nodes": n_nodes, "max_nodes": self.max_nodes, "scale": self.scale, "smoothing": self.smoothing,
         }  # fmt: skip
         if X.shape[1] > 1:
-            options["interactions"] = self.interactions
+            options["interactions"] = _plain(self.interactions)
             options["random"] = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
         with _bar("smoothing", self.verbose) as report:
             if X.shape[1] > 1:
@@ -402,6 +404,13 @@ def _no_variance(X: Array) -> Array:
 def _columns(values: Any) -> Array:
     values = np.asarray(values, dtype=np.float64)
     return values[:, None] if values.ndim == 1 else values
+
+
+def _plain(interactions: Any) -> Any:
+    """A string, a number, or a list of tuples; whole numbers of NumPy become Python's."""
+    if isinstance(interactions, (str, numbers.Number)):
+        return int(interactions) if isinstance(interactions, np.integer) else interactions
+    return [tuple(j.item() if isinstance(j, np.integer) else j for j in pair) for pair in interactions]
 
 
 def _is_integer(value: Any, least: int) -> bool:

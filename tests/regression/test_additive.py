@@ -122,7 +122,9 @@ class TestInteractions:
         X, y, X_test, y_test = split("Friedman-1")
         given = LagrangeRegressor(interactions=[(1, 0), (2, 3)]).fit(X, y)
         assert [term.features for term in given.terms_[10:]] == [(0, 1), (2, 3)]
-        counted = LagrangeRegressor(interactions=3).fit(X, y)
+        same = LagrangeRegressor(interactions=np.array([[1, 0], [2, 3]])).fit(X, y)
+        np.testing.assert_array_equal(same.predict(X_test), given.predict(X_test))
+        counted = LagrangeRegressor(interactions=np.int64(3)).fit(X, y)
         assert counted.terms_[10].features == (0, 1) and len(counted.terms_) == 13
         # Those without effect are shrunk away, not fitted to noise.
         for model in (given, counted):

@@ -316,6 +316,7 @@ class TestRefusals:
             ({"nodes": "free", "loss": "absolute"}, "needs nodes='smooth'"),
             ({"nodes": "free", "interactions": [(0, 1)]}, "interactions need nodes='smooth'"),
             ({"basis": "simplicial", "loss": "absolute"}, "simplicial"),
+            ({"basis": "simplicial", "interactions": 2}, "no interactions to choose"),
             ({"smoothing": "gcv", "basis": "additive"}, "need 'reml'"),
             ({"max_nodes": 3}, "raise max_nodes"),
         ],

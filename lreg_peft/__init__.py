@@ -28,6 +28,7 @@ from .tuner.grades import add_grade, load_grades
 from .tuner.layer import LRegLayer
 from .tuner.model import LRegModel
 from .tuner.model_card import push_model_card
+from .tuner.recommend import recommended_config
 from .tuner.targets import Target, TargetReport, inspect_targets
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "load_grades",
     "plot_meshes",
     "push_model_card",
+    "recommended_config",
     "refine_linearized",
     "snapshot_meshes",
     "track_statistics",

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from comparison.errors import UserError
-from comparison.methods import METHODS, Fit, Method
+from comparison.method import Fit, Method
+from comparison.methods import METHODS
 
 
 def count_trainable(model: nn.Module) -> int:
@@ -19,32 +21,49 @@ def count_trainable(model: nn.Module) -> int:
 class Sizes:
     """Counts of every method on one architecture, from models on the meta device that allocate nothing.
 
+    A method that goes to several places stays where `choose` has put it, and before that in its preferred place.
+
     Args:
         task: gives empty models and their new modules.
         dof: of `--dof`; None lets every method have its own.
+        steps: training steps of every method.
     """
 
-    def __init__(self, task: Any, dof: int | None) -> None:
+    def __init__(self, task: Any, dof: int | None, steps: int | None = None) -> None:
         self._task = task
         self._dof = dof
-        self._counts: dict[tuple[str, int | None], int] = {}
+        self._steps = steps
+        self._counts: dict[tuple[str, str, int | None], int] = {}
+        self._placements: dict[str, str] = {}
+
+    def placement(self, method: Method) -> str:
+        """Where a method goes."""
+        return self._placements.get(method.name, method.places(self._task.task_type)[0])
 
     def fit(self, method: Method, size: int | None) -> Fit:
         """How a method is attached with a size."""
         dof = 2 if method.dof is None else (self._dof or method.dof)
-        return Fit(self._task.task_type, size or 1, dof, self._task.new_modules)
+        return Fit(
+            self._task.task_type,
+            size or 1,
+            dof,
+            self._task.new_modules,
+            self.placement(method),
+            self._task.longest_sample,
+            self._steps,
+        )
 
     def count(self, method: Method, size: int | None) -> int:
         """Trainable parameters of the method itself: those of new modules, equal for all, are left out."""
-        key = method.name, size
+        key = method.name, self.placement(method), size
         if key not in self._counts:
             self._counts[key] = self._count(method, size) - self.new_parameters
         return self._counts[key]
 
     def _count(self, method: Method, size: int | None) -> int:
-        model = self._task.empty_model()
+        model = self._task.random_model() if method.reads_weights else self._task.empty_model()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
                 warnings.filterwarnings("ignore", message=".*on meta device")
                 return count_trainable(method.attach(model, self.fit(method, size)))
         except ValueError as error:
@@ -64,21 +83,21 @@ class Sizes:
         return max(self.count(paper, 2), *(self.count(method, 1) for method in sized))
 
     def _exists(self, method: Method) -> bool:
-        return self._task.task_type in method.tasks and (not method.needs_block or self._task.has_block)
+        there = method.by_default and self._task.task_type in method.tasks
+        return there and (not method.needs_block or self._task.has_block)
 
     def choose(self, methods: Sequence[Method], budget: int, given: Mapping[str, int]) -> dict[str, int | None]:
         """The largest size with which each method stays within the budget, unless a size is given."""
         sizes: dict[str, int | None] = {}
         too_big = {}
         for method in methods:
-            if method.size_name is None:
-                sizes[method.name] = None
-            elif method.name in given:
+            if method.name in given:
                 sizes[method.name] = given[method.name]
-            elif (least := self.count(method, 1)) > budget:
-                too_big[method.name] = least
-            else:
-                sizes[method.name] = self._largest(method, budget)
+                continue
+            try:
+                sizes[method.name] = self.largest(method, budget)
+            except BudgetTooSmall as error:
+                too_big[method.name] = error.least
         if too_big:
             raise UserError(
                 f"A budget of {budget} parameters is impossible: the smallest adapter of "
@@ -87,15 +106,65 @@ class Sizes:
             )
         return sizes
 
-    def _largest(self, method: Method, budget: int) -> int:
-        """Doubling, then bisection: the count grows with the size, though not in proportion."""
-        low, high = 1, 2
-        while self.count(method, high) <= budget:
-            low, high = high, 2 * high
+    def largest(self, method: Method, budget: int) -> int | None:
+        """The largest size of a method within the budget, in the first of its places where one is; None without sizes.
+
+        Raises:
+            BudgetTooSmall: if there is no such place.
+        """
+        least = []
+        for placement in method.places(self._task.task_type):
+            self._placements[method.name] = placement
+            if method.size_name is None:
+                # A method with neither sizes nor places to choose is compared whatever it has.
+                if method.placements == ("",) or self.count(method, None) <= budget:
+                    return None
+                least.append(self.count(method, None))
+                continue
+            sizes = range(1, 1 << 40) if method.sizes is None else self._sizes(method)
+            if sizes and self.count(method, sizes[0]) <= budget:
+                return sizes[self._last_within(method, sizes, budget)]
+            least += [self.count(method, size) for size in sizes[:1]]
+        raise BudgetTooSmall(method, min(least, default=0))
+
+    def _sizes(self, method: Method) -> Sequence[int]:
+        assert method.sizes is not None
+        return method.sizes(self._task.empty_model(), self.fit(method, None))
+
+    def _last_within(self, method: Method, sizes: Sequence[int], budget: int) -> int:
+        """Position of the last size within the budget; the first one is.
+
+        The counts grow with the position, mostly in proportion: the next position to look at is where a straight line
+        meets the budget, and every other time the middle, so that no shape takes long.
+        """
+        low, high, beyond = 0, 1, 1
+        while high < len(sizes) and self.count(method, sizes[high]) <= budget:
+            slope = (self.count(method, sizes[high]) - self.count(method, sizes[low])) / (high - low)
+            left = (budget - self.count(method, sizes[high])) / slope if slope > 0 else 0.0
+            low, beyond = high, 2 * beyond
+            high = min(high + max(beyond, int(left) + 1), max(len(sizes) - 1, high + 1))
+        if high >= len(sizes):
+            return len(sizes) - 1
+        straight = True
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.count(method, middle) <= budget else (low, middle)
+            if straight:
+                counts = [self.count(method, sizes[position]) for position in (low, high)]
+                line = low + (budget - counts[0]) * (high - low) // max(counts[1] - counts[0], 1)
+                middle = min(max(line, low + 1), high - 1)
+            straight = not straight
+            low, high = (middle, high) if self.count(method, sizes[middle]) <= budget else (low, middle)
         return low
+
+
+class BudgetTooSmall(UserError):
+    """The smallest size of a method is beyond the budget."""
+
+    def __init__(self, method: Method, least: int) -> None:
+        super().__init__(
+            f"its smallest size has {least:,} parameters" if least else "the model has no place left for it"
+        )
+        self.method, self.least = method, least
 
 
 def learning_rate_grids(

@@ -23,6 +23,10 @@ class Run:
         seed: of data order and start.
         tuning: all metrics on the tuning split.
         test: all metrics on the test split, None unless this run is one of those reported.
+        placement: where the adapter went, None for methods with one place only.
+        trainable: parameters that were trained, new modules included.
+        cpu_seconds: processor time of the training, with a start from data, without evaluation.
+        curve: figures on the tuning split during training: step, cpu_seconds so far, all metrics.
         steps: optimiser steps taken; fewer than asked for if it stopped early.
         best_step: the step whose state was kept.
         seconds: of the training, with a start from data, without evaluation.
@@ -41,17 +45,24 @@ class Run:
     seconds: float
     step_seconds: float
     peak_memory: int | None
-    test: dict[str, float] | None = field(default=None)
+    test: dict[str, float] | None = None
+    placement: str | None = None
+    trainable: int | None = None
+    cpu_seconds: float | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def key(self) -> str:
         """What makes it this run and no other, under the settings of the ledger."""
-        return run_key(self.method, self.size, self.dof, self.learning_rate, self.seed)
+        return run_key(self.method, self.size, self.dof, self.learning_rate, self.seed, self.placement)
 
 
-def run_key(method: str, size: int | None, dof: int | None, learning_rate: float, seed: int) -> str:
+def run_key(
+    method: str, size: int | None, dof: int | None, learning_rate: float, seed: int, placement: str | None = None
+) -> str:
     """The key of a run, finished or not."""
-    return f"{method} size={size} dof={dof} learning_rate={learning_rate:g} seed={seed}"
+    place = f" placement={placement}" if placement else ""
+    return f"{method} size={size} dof={dof}{place} learning_rate={learning_rate:g} seed={seed}"
 
 
 class Ledger:

@@ -1,12 +1,11 @@
 """The methods that are compared, and how each one is attached to the base model.
 
-Adding a method is adding an entry to `METHODS`; nothing else in the examples knows their names.
+Adding a method is adding an entry to `METHODS`, or to `TUNERS` if it is another tuner of PEFT; nothing else in the
+examples knows their names.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -15,80 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from comparison.errors import UserError
+from comparison.method import CLASSIFICATION, LANGUAGE_MODELS, Fit, Method, Rates
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
+from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig
 from lreg_peft.tuner.targets import output_head_name
-
-LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM")
-CLASSIFICATION = ("SEQ_CLS",)
-EVERYWHERE = LANGUAGE_MODELS + CLASSIFICATION
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What an attachment has to know besides the model.
-
-    Attributes:
-        task_type: of PEFT: CAUSAL_LM, MASKED_LM or SEQ_CLS.
-        size: rank or number of components; ignored by methods without one.
-        dof: nodes per component of LReg.
-        new_modules: modules without pretrained weights (a classification head), trained in full by every method.
-    """
-
-    task_type: str
-    size: int = 1
-    dof: int = 2
-    new_modules: tuple[str, ...] = ()
-
-    @property
-    def modules_to_save(self) -> list[str] | None:
-        """The same as PEFT wants it."""
-        return list(self.new_modules) or None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Centres of the learning-rate grids, by what is adapted.
-
-    Attributes:
-        offline: the tiny language model made offline.
-        language_model: a pretrained one.
-        classification: a pretrained model as a classifier.
-        small_encoder: an encoder of some 20 million parameters as a classifier, in a few hundred steps.
-    """
-
-    offline: float
-    language_model: float
-    classification: float
-    small_encoder: float
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the comparison.
-
-    Attributes:
-        name: what `--methods` calls it.
-        summary: one line for the report.
-        attach: (model, fit) -> the model to train, with exactly the method's parameters requiring gradients.
-        rates: centres of its learning-rate grids.
-        size_name: what scales its parameter count, or None if the count is what it is.
-        dof: nodes per component unless `--dof` says otherwise; None for methods without a mesh.
-        start: "gradient" if the adapter wants to see data before training.
-        tasks: the task types it exists for.
-        needs_block: whether the architecture must have its feed-forward block as one module.
-    """
-
-    name: str
-    summary: str
-    attach: Callable[[PreTrainedModel, Fit], nn.Module]
-    rates: Rates
-    size_name: str | None = None
-    dof: int | None = None
-    start: Literal["gradient"] | None = None
-    tasks: tuple[str, ...] = EVERYWHERE
-    needs_block: bool = False
-
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
 
@@ -298,14 +228,24 @@ METHODS = {
             dof=8,
             start="gradient",
         ),
+        *(tuner.method() for tuner in TUNERS),
     )
 }
 #: Left out unless named: beside its variant with the head it says little.
 NOT_BY_DEFAULT = {"CAUSAL_LM": ("lora-linear",), "MASKED_LM": ("lora-linear",), "SEQ_CLS": ()}
 
 
-def select_methods(names: Sequence[str], task_type: str, model: PreTrainedModel) -> list[Method]:
-    """The named methods in the order given, each once; without names all that exist for the task and architecture."""
+def select_methods(
+    names: Sequence[str], task_type: str, model: PreTrainedModel, everything: bool = False
+) -> list[Method]:
+    """The named methods in the order given, each once; without names those that make sense for task and architecture.
+
+    Args:
+        names: of the methods.
+        task_type: of PEFT.
+        model: of the architecture.
+        everything: whether all that exist are meant where none are named.
+    """
     there = [method for method in METHODS.values() if task_type in method.tasks]
     if not names:
         has_block = linear_layers(model).block is not None
@@ -313,7 +253,7 @@ def select_methods(names: Sequence[str], task_type: str, model: PreTrainedModel)
         return [
             method
             for method in there
-            if method.name not in NOT_BY_DEFAULT[task_type]
+            if (everything or (method.by_default and method.name not in NOT_BY_DEFAULT[task_type]))
             and (has_block or not method.needs_block)
             and (has_bias or method.name != "bitfit")
         ]

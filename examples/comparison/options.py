@@ -54,6 +54,14 @@ class ComparisonArguments:
     bf16: bool = option(False, "Train in bfloat16 autocast instead of float32.")
     lr_trials: int | None = option(None, "Learning rates tried for every method.")
     lr_ratio: float = option(3.0, "Ratio of neighbouring learning rates in a grid.")
+    lr_refine: int = option(
+        0,
+        "So many further learning rates for every method: beyond the edge of the grid where the best one is at an "
+        "edge, else between the best one and the better of its neighbours.",
+    )
+    lr_extend: int = option(
+        0, "After those, at most so many further learning rates for methods whose best one is still at an edge."
+    )
     learning_rates: list[str] = option([], "Grids to use instead of the built-in ones: NAME=RATE,RATE,... ...")
     seeds: list[int] = option(
         [42], "One run per seed: data order and start of adapter and new head; the first one chooses the learning rate."
@@ -165,6 +173,8 @@ def check(comparison: ComparisonArguments, run: RunArguments) -> None:
         warmup_ratio=(comparison.warmup_ratio, 0),
         weight_decay=(comparison.weight_decay, 0),
         lr_trials=(comparison.lr_trials, 1),
+        lr_refine=(comparison.lr_refine, 0),
+        lr_extend=(comparison.lr_extend, 0),
         eval_steps=(comparison.eval_steps, 1),
         patience=(comparison.patience, 1),
         num_threads=(run.num_threads, 1),

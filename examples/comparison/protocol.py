@@ -1,11 +1,12 @@
 """The comparison: base model, one method after the other, the files after each of them."""
 
+import itertools
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -27,13 +28,15 @@ from comparison.environment import (
 from comparison.errors import UserError
 from comparison.hub import push_adapter
 from comparison.ledger import Ledger, Run, run_key
-from comparison.methods import Method, select_methods
+from comparison.method import Method
+from comparison.methods import select_methods
 from comparison.options import ComparisonArguments, RunArguments
 from comparison.picture import write_picture
 from comparison.report import Report, Row, finite
+from comparison.search import next_rate
 from comparison.task import Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, weight_bytes, write_state
-from comparison.training import KeepBest, Progress, TrainSettings, start_from_data, train
+from comparison.training import KeepBest, Progress, TrainSettings, batches_to_start_from, start_from_data, train
 
 #: Settings of the comparison that every run of a folder shares. What is not here (methods, sizes, rates, seeds) may
 #: change between two starts: it tells the runs apart.
@@ -51,35 +54,85 @@ SHARED = (
 RESULT_FILE = "comparison.json"
 
 
+@dataclass
+class Search:
+    """What the search for a learning rate found.
+
+    Attributes:
+        trials: all runs, in the order in which they were made.
+        best: the best of them on the tuning split.
+        model: what the best one trained, None if it was found in the ledger.
+    """
+
+    trials: list[Run]
+    best: Run
+    model: nn.Module | None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a wider grid might do better."""
+        rates = [trial.learning_rate for trial in self.trials]
+        return len(rates) > 1 and self.best.learning_rate in (min(rates), max(rates))
+
+
 class Protocol:
-    """What all runs share. One method at a time goes through `run`."""
+    """What all runs share. One method at a time goes through `run`, or through `search` and `test`."""
 
     def __init__(self, task: Task, options: ComparisonArguments, folder: Path, sizes: Sizes, ledger: Ledger) -> None:
         self._task, self._options, self._folder = task, options, folder
-        self._sizes, self._ledger = sizes, ledger
+        self.sizes, self.ledger = sizes, ledger
+        self.shared: dict[str, Any]  # the settings that all runs of the ledger have
         self.settings: TrainSettings
         self.progress: Progress
 
     def run(self, method: Method, size: int | None, grid: list[float]) -> Row:
         """Choose the learning rate on the tuning split with the first seed, then test every seed with it."""
-        first_seed, *other_seeds = self._options.seeds
+        found = self.search(method, size, grid)
+        adapter_bytes = self._finish(method, found)
+        reported = [found.best, *self._repeat_all(method, size, found.best.learning_rate)]
+        return self._row(method, size, reported, found, adapter_bytes)
+
+    def search(self, method: Method, size: int | None, grid: list[float]) -> Search:
+        """Choose the learning rate on the tuning split with the first seed.
+
+        Raises:
+            UserError: if the method diverged at every rate.
+        """
+        options = self._options
+        scores: dict[float, float] = {}
         trials: list[Run] = []
         best: Run | None = None
         model: nn.Module | None = None
-        for rate in grid:
-            trial, trained = self._trial(method, size, rate, first_seed, best)
+        rates = list(grid)
+        while rates:
+            rate = rates.pop(0)
+            trial, trained = self._trial(method, size, rate, options.seeds[0], best)
             trials.append(trial)
-            if best is None or self._score(trial) > self._score(best):
+            scores[rate] = self._score(trial)
+            if best is None or scores[rate] > self._score(best):
                 best, model = trial, trained
+            further = len(trials) - len(grid)
+            if not rates and further < options.lr_refine + options.lr_extend:
+                another = next_rate(scores, options.lr_ratio, further < options.lr_refine)
+                rates = [] if another is None else [another]
         if best is None or self._score(best) == float("-inf"):
             raise UserError(
-                f"The method '{method.name}' diverged at every learning rate of {grid}; "
+                f"The method '{method.name}' diverged at every learning rate of {sorted(scores)}; "
                 f"give smaller ones with --learning_rates {method.name}=..."
             )
-        adapter_bytes = self._finish(method, best, model)
-        del model
-        reported = [best, *(self._repeat(method, size, best.learning_rate, seed) for seed in other_seeds)]
-        return self._row(method, size, reported, trials, adapter_bytes)
+        return Search(trials, best, model)
+
+    def test(self, method: Method, size: int | None, found: Search) -> list[Run]:
+        """The runs of all seeds at the chosen learning rate with their figures on the test split; nothing is saved."""
+        if found.best.test is None:
+            model = found.model or self._restore(method, found.best)
+            found.best.test = self._task.evaluate(model, "test")
+            self.ledger.add(found.best)
+        self._state_file(method).unlink(missing_ok=True)
+        return [found.best, *self._repeat_all(method, size, found.best.learning_rate)]
+
+    def _repeat_all(self, method: Method, size: int | None, rate: float) -> list[Run]:
+        return [self._repeat(method, size, rate, seed) for seed in self._options.seeds[1:]]
 
     def _trial(
         self, method: Method, size: int | None, rate: float, seed: int, best: Run | None
@@ -92,7 +145,7 @@ class Protocol:
         model, run = self._train(method, size, rate, seed)
         if best is None or self._score(run) > self._score(best):
             self._keep(method, run, model)
-        self._ledger.add(run)
+        self.ledger.add(run)
         return run, model
 
     def _repeat(self, method: Method, size: int | None, rate: float, seed: int) -> Run:
@@ -103,11 +156,12 @@ class Protocol:
             return found
         model, run = self._train(method, size, rate, seed)
         run.test = self._task.evaluate(model, "test")
-        self._ledger.add(run)
+        self.ledger.add(run)
         return run
 
-    def _finish(self, method: Method, best: Run, model: nn.Module | None) -> int:
+    def _finish(self, method: Method, found: Search) -> int:
         """Test the best run of the search and save what it trained; returns the bytes of its weights."""
+        best, model = found.best, found.model
         folder, kept = self._folder / "adapters" / method.name, self._state_file(method)
         record = folder / RESULT_FILE
         if best.test is not None and record.exists() and json.loads(record.read_text("utf-8"))["run"] == best.key:
@@ -116,7 +170,7 @@ class Protocol:
             model = self._restore(method, best)
         if best.test is None:
             best.test = self._task.evaluate(model, "test")
-            self._ledger.add(best)
+            self.ledger.add(best)
         state = trained_state(model)
         if PartialState().is_main_process:
             save_trained(model, state, folder)
@@ -144,28 +198,35 @@ class Protocol:
         return self._folder / "unfinished" / f"{method.name}.safetensors"
 
     def _find(self, method: Method, size: int | None, rate: float, seed: int) -> Run | None:
-        return self._ledger.find(run_key(method.name, size, self._dof(method, size), rate, seed))
+        placement = self.sizes.placement(method)
+        return self.ledger.find(run_key(method.name, size, self._dof(method, size), rate, seed, placement))
 
     def _dof(self, method: Method, size: int | None) -> int | None:
-        return None if method.dof is None else self._sizes.fit(method, size).dof
+        return None if method.dof is None else self.sizes.fit(method, size).dof
 
     def _score(self, run: Run) -> float:
         return self._task.metric.score(run.tuning[self._task.metric.name])
 
     def _attach(self, method: Method, size: int | None, seed: int) -> nn.Module:
         set_seed(seed)
-        return method.attach(self._task.load_base(), self._sizes.fit(method, size))
+        base, fit = self._task.load_base(), self.sizes.fit(method, size)
+        if method.attach_on_data is None:
+            return method.attach(base, fit)
+        task = self._task
+        batches = batches_to_start_from(task.train_data, task.collator(seed), seed, task.start_samples)
+        return method.attach_on_data(base, fit, batches)
 
     def _train(self, method: Method, size: int | None, rate: float, seed: int) -> tuple[nn.Module, Run]:
         """One training run from the base model, with its figures on the tuning split."""
         self.progress.stage(f"{method.name}, learning rate {rate:g}, seed {seed}")
         reset_peak_memory()
         task, options = self._task, self._options
+        began, cpu_began = time.perf_counter(), time.process_time()
         model = self._attach(method, size, seed)
         collator = task.collator(seed)
-        start_seconds = 0.0
         if method.start is not None:
-            start_seconds = start_from_data(model, task.train_data, collator, seed, task.start_samples)
+            start_from_data(model, task.train_data, collator, seed, task.start_samples)
+        start_seconds, start_cpu = time.perf_counter() - began, time.process_time() - cpu_began
         keep_best = None
         if options.eval_steps is not None:
             keep_best = KeepBest(
@@ -188,7 +249,10 @@ class Protocol:
             keep_best=keep_best,
             fixed_rate=self._fixed_rate(model),
             lengths=task.train_lengths,
+            faster=method.faster,
+            after_step=method.after_step,
         )
+        elapsed = list(itertools.accumulate(trained.cpu_seconds, initial=start_cpu))
         figures = keep_best.figures if keep_best is not None else None
         run = Run(
             method=method.name,
@@ -202,27 +266,32 @@ class Protocol:
             seconds=trained.seconds + start_seconds,
             step_seconds=trained.step_seconds,
             peak_memory=peak_memory(),
+            placement=self.sizes.placement(method) or None,
+            trainable=count_trainable(model),
+            cpu_seconds=elapsed[-1],
+            curve=[]
+            if keep_best is None
+            else [{"step": step, "cpu_seconds": elapsed[step], **at} for step, at in keep_best.curve],
         )
         return model, run
 
     def _fixed_rate(self, model: nn.Module) -> tuple[tuple[str, ...], float] | None:
         """The rate of the new modules, unless they are all there is: then the search is about them."""
         rate = self._options.head_learning_rate
-        if rate is None or count_trainable(model) == self._sizes.new_parameters:
+        if rate is None or count_trainable(model) == self.sizes.new_parameters:
             return None
         return self._task.new_modules, rate
 
-    def _row(self, method: Method, size: int | None, runs: list[Run], trials: list[Run], adapter_bytes: int) -> Row:
-        task = self._task
+    def _row(self, method: Method, size: int | None, runs: list[Run], found: Search, adapter_bytes: int) -> Row:
+        task, trials = self._task, found.trials
         units_per_step = (self._options.batch_size or 0) * task.units_per_sample
-        rates = [trial.learning_rate for trial in trials]
         peaks = [run.peak_memory for run in runs if run.peak_memory is not None]
         return Row(
             method=method.name,
             summary=method.summary,
             test={metric.name: [run.test[metric.name] for run in runs if run.test] for metric in task.metrics},
-            adapter_parameters=self._sizes.count(method, size),
-            head_parameters=self._sizes.new_parameters,
+            adapter_parameters=self.sizes.count(method, size),
+            head_parameters=self.sizes.new_parameters,
             size={} if method.size_name is None or size is None else {method.size_name: size},
             dof=self._dof(method, size),
             adapter_bytes=adapter_bytes,
@@ -230,10 +299,35 @@ class Protocol:
             training_seconds=mean(run.seconds for run in runs),
             peak_memory=max(peaks, default=None),
             learning_rate=runs[0].learning_rate,
-            at_grid_edge=len(rates) > 1 and runs[0].learning_rate in (min(rates), max(rates)),
-            trials=[{"learning_rate": trial.learning_rate, **trial.tuning} for trial in trials],
+            at_grid_edge=found.at_edge,
+            trials=[
+                {"learning_rate": trial.learning_rate, **trial.tuning}
+                for trial in sorted(trials, key=lambda trial: trial.learning_rate)
+            ],
             steps=[{"seed": run.seed, "taken": run.steps, "kept": run.best_step} for run in runs],
         )
+
+
+def open_protocol(
+    task: Task, options: ComparisonArguments, folder: Path, report_to: Sequence[str] = ("none",)
+) -> Protocol:
+    """The protocol whose finished runs lie in a folder, which is made if it is not there."""
+    make_folder(folder)
+    shared = without_places({**task.settings(), **{name: getattr(options, name) for name in SHARED}})
+    ledger = Ledger(folder, shared, PartialState().is_main_process)
+    protocol = Protocol(task, options, folder, Sizes(task, options.dof, options.steps), ledger)
+    protocol.shared = shared
+    protocol.settings = TrainSettings(
+        batch_size=options.batch_size or 1,
+        output_dir=folder,
+        accumulation=options.gradient_accumulation_steps,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        report_to=tuple(report_to),
+    )
+    _ = protocol.settings.per_device  # refuses a batch that cannot be divided, before any work is done
+    return protocol
 
 
 def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, began: float) -> None:
@@ -254,22 +348,10 @@ def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, 
             "--push_to_hub sends the best adapter, and none of the chosen methods has one; add lora or lreg."
         )
     grids = learning_rate_grids(methods, options.lr_trials or 1, options.lr_ratio, task.rates, options.learning_rates)
-    sizes = Sizes(task, options.dof)
+    protocol = open_protocol(task, options, folder, run.report_to)
+    sizes, ledger = protocol.sizes, protocol.ledger
     budget = options.budget or sizes.default_budget()
     chosen = sizes.choose(methods, budget, given_sizes(options.sizes))
-    settings = without_places({**task.settings(), **{name: getattr(options, name) for name in SHARED}})
-    ledger = Ledger(folder, settings, state.is_main_process)
-    protocol = Protocol(task, options, folder, sizes, ledger)
-    protocol.settings = TrainSettings(
-        batch_size=options.batch_size or 1,
-        output_dir=folder,
-        accumulation=options.gradient_accumulation_steps,
-        warmup_ratio=options.warmup_ratio,
-        weight_decay=options.weight_decay,
-        bf16=options.bf16,
-        report_to=tuple(run.report_to),
-    )
-    _ = protocol.settings.per_device  # refuses a batch that cannot be divided, before any work is done
     runs_per_method = (options.lr_trials or 1) + len(options.seeds) - 1
     total = task.base_steps + len(methods) * runs_per_method * (options.steps or 0)
     protocol.progress = progress = Progress(total, state.is_main_process, run.progress)
@@ -281,7 +363,9 @@ def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, 
         references=task.references(),
         rows=[],
         data=task.describe(),
-        settings=without_places({**settings, **asdict(options), "methods": [m.name for m in methods], "grids": grids}),
+        settings=without_places(
+            {**protocol.shared, **asdict(options), "methods": [m.name for m in methods], "grids": grids}
+        ),
         provenance=provenance(task.script, options.bf16),
     )
     progress.say(report.opening(chosen, grids))

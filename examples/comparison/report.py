@@ -149,18 +149,7 @@ class Report:
             "peak memory",
             "learning rate",
         )
-        lines = [header, *(self._cells(row, with_head) for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-        def join(cells: Sequence[str]) -> str:
-            padded = [
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ]
-            return f"| {' | '.join(padded)} |"
-
-        rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-        return "\n".join([join(header), join(rule), *map(join, lines[1:])])
+        return markdown_table([header, *(self._cells(row, with_head) for row in self.rows)])
 
     def _cells(self, row: Row, with_head: bool) -> tuple[str, ...]:
         return (
@@ -200,6 +189,26 @@ class Report:
         notes = [f"- {note}" for note in self.notes()]
         parts = [f"# {self.title}", self.table(), "\n".join(notes), "\n".join(provenance)]
         (directory / MARKDOWN_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def markdown_table(lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Cells as a table, the header first, padded so that it also reads well on a terminal.
+
+    Args:
+        lines: of cells.
+        left: so many columns are aligned to the left, the others to the right.
+    """
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def join(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return "\n".join([join(lines[0]), join(rule), *map(join, lines[1:])])
 
 
 def finite(value: Any) -> Any:

@@ -56,6 +56,7 @@ class Task(ABC):
         units_per_sample: how many of them.
         train_data: the samples, in a sequence.
         train_lengths: their lengths, if batches are to be made of samples of similar length.
+        longest_sample: tokens of the longest of them; None where that is not known.
         start_samples: how many of them a start from data sees.
         base_steps: training steps before the methods start, 0 for none.
         has_base_row: whether the model means something before any method has trained it.
@@ -72,6 +73,7 @@ class Task(ABC):
     units_per_sample: int
     train_data: Sequence[dict[str, Any]]
     train_lengths: Sequence[int] | None = None
+    longest_sample: int | None = None
     start_samples: int = 32
     base_steps: int = 0
     has_base_row: bool = True
@@ -79,6 +81,12 @@ class Task(ABC):
     def empty_model(self) -> PreTrainedModel:
         """The architecture on the meta device."""
         with torch.device("meta"):
+            return self.auto_class.from_config(self.config)
+
+    def random_model(self) -> PreTrainedModel:
+        """The architecture with random weights, the same ones on every call."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
             return self.auto_class.from_config(self.config)
 
     @cached_property

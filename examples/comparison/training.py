@@ -91,10 +91,11 @@ class StepClock(TrainerCallback):
 
     def __init__(self, progress: Progress, collator: Any) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self._progress = progress
         self._set_epoch = getattr(collator, "set_epoch", None)
         self._epoch = 0
-        self._start = 0.0
+        self._start = self._cpu_start = 0.0
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,14 +109,28 @@ class StepClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start of a step."""
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End of a step; an accelerator is waited for, since its work is only queued until then."""
         if args.device.type != "cpu":
             torch.accelerator.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
+        self.cpu_seconds.append(time.process_time() - self._cpu_start)
         self._progress.advance()
+
+
+class AfterStep(TrainerCallback):
+    """Lets a method do its own after each optimiser step, while the gradients are still there."""
+
+    def __init__(self, act: Callable[[nn.Module, int], None]) -> None:
+        self._act = act
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """The step that has just been taken, counted from one."""
+        self._act(model, state.global_step + 1)
 
 
 class KeepBest(TrainerCallback):
@@ -142,6 +157,7 @@ class KeepBest(TrainerCallback):
         self._in_vain = 0
         self._best_score = float("-inf")
         self.best_step = 0
+        self.curve: list[tuple[int, dict[str, float]]] = []
         self.figures: dict[str, float] | None = None
         self.state: State | None = None
         self.report: Callable[[dict[str, float]], None] = lambda figures: None
@@ -154,6 +170,7 @@ class KeepBest(TrainerCallback):
             return
         figures = self._evaluate(model)
         self.report(figures)
+        self.curve.append((state.global_step, figures))
         if self.figures is None or self._score(figures) > self._best_score:
             self._best_score, self._in_vain = self._score(figures), 0
             self.figures, self.best_step, self.state = figures, state.global_step, trained_state(model)
@@ -171,36 +188,45 @@ class Training:
         seconds: of all steps together.
         step_seconds: median of a step.
         steps: optimiser steps.
+        cpu_seconds: processor time of each step, over all threads of this process.
     """
 
     seconds: float
     step_seconds: float
     steps: int
+    cpu_seconds: list[float]
 
 
 class _Trainer(Trainer):
-    """Trainer with an order of the samples, and a fixed learning rate for some modules, where these are given."""
+    """Trainer with an order of the samples and learning rates of some parameters, where these are given."""
 
     slow: tuple[tuple[str, ...], float] | None = None  # modules, learning rate
+    faster: tuple[str, float] | None = None  # part of the names, factor on the learning rate
     order: LengthGroupedSampler | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self.order or super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The usual optimiser, with the given modules in groups of their own."""
+        """The usual optimiser, with the given modules and parameters in groups of their own."""
         optimizer = super().create_optimizer(model)
-        if self.slow is None:
-            return optimizer
-        modules, rate = self.slow
-        named = (self.model if model is None else model).named_parameters()
-        own = {parameter for name, parameter in named if set(modules) & set(_prefixes(name))}
-        for group in list(optimizer.param_groups):
-            taken = [parameter for parameter in group["params"] if parameter in own]
-            group["params"] = [parameter for parameter in group["params"] if parameter not in own]
-            if taken:
-                optimizer.add_param_group({**group, "params": taken, "lr": rate})
+        named = list((self.model if model is None else model).named_parameters())
+        if self.faster is not None:
+            part, factor = self.faster
+            own = {parameter for name, parameter in named if part in name}
+            _set_apart(optimizer, own, factor * self.args.learning_rate)
+        if self.slow is not None:
+            modules, rate = self.slow
+            _set_apart(optimizer, {parameter for name, parameter in named if set(modules) & set(_prefixes(name))}, rate)
         return optimizer
+
+
+def _set_apart(optimizer: torch.optim.Optimizer, own: set[nn.Parameter], rate: float) -> None:
+    for group in list(optimizer.param_groups):
+        taken = [parameter for parameter in group["params"] if parameter in own]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+        if taken:
+            optimizer.add_param_group({**group, "params": taken, "lr": rate})
 
 
 def _prefixes(name: str) -> list[str]:
@@ -224,6 +250,8 @@ def train(
     keep_best: KeepBest | None = None,
     fixed_rate: tuple[tuple[str, ...], float] | None = None,
     lengths: Sequence[int] | None = None,
+    faster: tuple[str, float] | None = None,
+    after_step: Callable[[nn.Module, int], None] | None = None,
 ) -> Training:
     """Train what requires gradients, in place.
 
@@ -237,6 +265,8 @@ def train(
         keep_best: if given, evaluates during training; the model ends in its best state.
         fixed_rate: modules and the learning rate they have whatever `learning_rate` is.
         lengths: of the samples, if batches are to be made of samples of similar length.
+        faster: part of the names of parameters, and how many times `learning_rate` they have.
+        after_step: (model, step) -> None, called after each optimiser step.
     """
     state = PartialState()
     if len(samples) < settings.batch_size:
@@ -273,7 +303,7 @@ def train(
         dataloader_drop_last=True,  # an incomplete batch is filled up where there are several processes, and else not
         dataloader_pin_memory=state.device.type != "cpu",
     )
-    callbacks = [clock, *([keep_best] if keep_best else [])]
+    callbacks = [clock, *([keep_best] if keep_best else []), *([AfterStep(after_step)] if after_step else [])]
     try:
         trainer = _Trainer(
             model=model,
@@ -288,7 +318,7 @@ def train(
             raise
         # A tracker that does not exist or is not installed.
         raise UserError(f"--report_to {' '.join(settings.report_to)}: {str(error).splitlines()[0]}") from error
-    trainer.slow = fixed_rate
+    trainer.slow, trainer.faster = fixed_rate, faster
     if lengths is not None:
         trainer.order = LengthGroupedSampler(lengths, settings.batch_size, seed)
     if trainer.is_fsdp_enabled:
@@ -299,26 +329,31 @@ def train(
     trainer.train()
     if keep_best is not None and keep_best.state is not None:
         put_back(model, keep_best.state)
-    return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds))
+    return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds), clock.cpu_seconds)
 
 
 def start_from_data(
     model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int
-) -> float:
-    """The data-driven start of an LReg adapter from a few training samples; returns its seconds.
+) -> None:
+    """The data-driven start of an LReg adapter from a few training samples.
 
     Every process takes its share of the batches.
     """
-    began = time.perf_counter()
+    state = PartialState()
+    own = batches_to_start_from(samples, collator, seed, n_samples)[state.process_index :: state.num_processes]
+    initialize_lreg_weights(model, own, method="gradient", n_batches=len(own), seed=seed, show_progress=False)
+
+
+def batches_to_start_from(
+    samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int
+) -> list[dict[str, torch.Tensor]]:
+    """A few training samples in batches on this process's device, the same on all processes."""
     state = PartialState()
     collate = collator or default_data_collator
-    batches = start_batches(n_samples, len(samples), seed, state.num_processes)
-    own = [
-        collate([samples[position] for position in batch])
-        for batch in batches[state.process_index :: state.num_processes]
+    return [
+        {name: values.to(state.device) for name, values in collate([samples[index] for index in batch]).items()}
+        for batch in start_batches(n_samples, len(samples), seed, state.num_processes)
     ]
-    initialize_lreg_weights(model, own, method="gradient", n_batches=len(own), seed=seed, show_progress=False)
-    return time.perf_counter() - began
 
 
 def start_batches(n_samples: int, n_available: int, seed: int, num_processes: int) -> list[list[int]]:

@@ -45,7 +45,8 @@ class ClassificationTask(Task):
 
     def __init__(self, data: Data, encoder: Encoder, max_length: int, group_by_length: bool, base_dir: Path) -> None:
         self._data, self._encoder, self._base_dir = data, encoder, base_dir
-        self._max_length, self._group_by_length = max_length, group_by_length
+        self.longest_sample = self._max_length = max_length
+        self._group_by_length = group_by_length
         self.title = f"{data.source}: {encoder.name}"
         self.config = encoder.config
         self.rates = "small_encoder" if encoder.address == PACKAGED_MODEL else "classification"

@@ -38,7 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
 
-from arguments import parse_arguments
+from arguments import Arguments, parse_arguments
 from classification import ClassificationTask
 from comparison.environment import make_folder, set_threads, start_processes
 from comparison.options import fill
@@ -52,6 +52,11 @@ def compare(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     arguments = parse_arguments(argv)
     start_processes()
+    run_comparison(prepare(arguments), arguments.comparison, arguments.run, began)
+
+
+def prepare(arguments: Arguments) -> ClassificationTask:
+    """The task that the options name; fills in the number of steps, which depends on the samples."""
     set_threads(arguments.run.num_threads)
     options = arguments.data
     data = load_data(options)
@@ -61,8 +66,7 @@ def compare(argv: Sequence[str]) -> None:
     encoder = find_encoder(arguments, data.task)
     output_dir = Path(arguments.run.output_dir)
     make_folder(output_dir)
-    task = ClassificationTask(data, encoder, options.max_length or 0, options.group_by_length, output_dir / "base")
-    run_comparison(task, comparison, arguments.run, began)
+    return ClassificationTask(data, encoder, options.max_length or 0, options.group_by_length, output_dir / "base")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -57,7 +57,7 @@ class LanguageModelTask(Task):
         self.config = base_config(arguments, self._tokenizer)
         self.rates = "offline" if self._name is None and arguments.model.architecture is None else "language_model"
         self.base_steps = arguments.model.base_steps or 0
-        self.units_per_sample = self._block_size = arguments.data.block_size or 0
+        self.units_per_sample = self.longest_sample = self._block_size = arguments.data.block_size or 0
         self._tokens = {name: encode(self._tokenizer, getattr(corpus, name)) for name in ("train", "tuning", "test")}
         self.train_data = self._blocks(self._tokens["train"], "training")
         self._evaluation = {split: self._batches(self._tokens[split]) for split in ("tuning", "test")}
@@ -177,6 +177,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch], causal: bool) -> floa
         options = {"use_cache": False} if causal else {}
         logits = model(input_ids=batch["input_ids"], **options).logits  # [batch, block, vocabulary]
         labels = batch["labels"]
+        logits = logits[:, -labels.shape[1] :]  # a prompt that was learned stands before the text
         if causal:
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if index < len(batches):

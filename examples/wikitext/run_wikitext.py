@@ -39,7 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
 
-from arguments import parse_arguments
+from arguments import Arguments, parse_arguments
 from comparison.environment import make_folder, set_threads, start_processes
 from comparison.protocol import run_comparison, run_script
 from data import load_corpus
@@ -51,13 +51,17 @@ def compare(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     arguments = parse_arguments(argv)
     start_processes()
+    run_comparison(prepare(arguments), arguments.comparison, arguments.run, began)
+
+
+def prepare(arguments: Arguments) -> LanguageModelTask:
+    """The task that the options name."""
     set_threads(arguments.run.num_threads)
     from_nothing = arguments.model.model_name_or_path is None
     corpus = load_corpus(arguments.data, needs_base_text=from_nothing, max_base_chars=arguments.scale.max_base_chars)
     output_dir = Path(arguments.run.output_dir)
     make_folder(output_dir)
-    task = LanguageModelTask(arguments, corpus, output_dir / "base")
-    run_comparison(task, arguments.comparison, arguments.run, began)
+    return LanguageModelTask(arguments, corpus, output_dir / "base")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -121,7 +121,7 @@ def evaluate(
     local = local.to(coefficients.dtype)
     table = coefficients.reshape(components * dof, out_features)
     if form == "auto":
-        form = "dense" if dense_is_faster(dof, coords.device) or _under_transform() else "gather"
+        form = "dense" if dense_is_faster(dof, coords.device) or under_transform() else "gather"
     if form == "dense":
         basis = expand_basis(element, local, dof)  # [..., components, dof]
         return basis.flatten(-2) @ table
@@ -208,10 +208,10 @@ def weighted_rows(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
 
 def reverse_mode_only() -> bool:
     """Whether plain autograd is at work: compilers and functorch's transforms want to see single operations."""
-    return not (torch.compiler.is_compiling() or _under_transform())
+    return not (torch.compiler.is_compiling() or under_transform())
 
 
-def _under_transform() -> bool:
+def under_transform() -> bool:
     """Whether forward-mode differentiation or a transform of `torch.func` is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 

@@ -138,7 +138,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 d_features[rows] = work.features_gradient()
         ctx.save_for_backward(d_features, d_design, d_table, energy)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (features, design, table))
-        ctx.normaliser, ctx.watchers = normaliser, watchers
+        ctx.normaliser, ctx.watchers, ctx.n_rows = normaliser, watchers, n
         return total / normaliser
 
     @staticmethod
@@ -149,6 +149,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 "loss from the logits, where you differentiate with create_graph=True."
             )
         *saved, energy = ctx.saved_tensors
+        if not ctx.n_rows:  # zero, as of the mean over nothing, and not zero times infinity
+            gradient, ctx.normaliser = torch.zeros_like(gradient), 1
         scale = gradient / ctx.normaliser
         for picked, tell in ctx.watchers:
             tell(energy[picked] * scale.square())

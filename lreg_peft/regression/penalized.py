@@ -21,7 +21,7 @@ _RIDGE = 1e-13
 # Range of log lambda around the one that balances the traces of both matrices.
 _LOW, _HIGH = -20.0, 16.0
 
-_TOLERANCE = 0.05  # of log lambda: changes the score in the fourth digit only
+_TOLERANCE = 0.03  # of log lambda: changes the score in the fourth digit only
 _PROBES = 16
 
 _SMALL = 100  # nodes up to which a trace costs nothing
@@ -38,7 +38,7 @@ class Problem:
         moment: `[n, n_outputs]`, Phi^T W y.
         square: `[n_outputs]`, y^T W y.
         rough: `[n, n]`, the penalty K, sparse, positive semi-definite.
-        n_samples: sum of the weights.
+        n_samples: number of rows; the weights sum to it.
         nullity: dimension of the null space of K.
         active: `[n_outputs]`, outputs that vary; lambda is chosen on them.
     """
@@ -197,7 +197,7 @@ def _minimise(
         curvature = fa / a + fb / b
         move = (fa / a * b - fb / b * a) / (2 * curvature) if curvature > 0 else 0.0
         if abs(move) < tolerance:
-            if max(a, b) <= max(4 * tolerance, 1.0):
+            if max(a, b) <= 12 * tolerance:
                 break
             move = -0.4 * a if a > b else 0.4 * b
         point = float(np.clip(centre + move, left + 0.05 * a, right - 0.05 * b))

@@ -189,7 +189,10 @@ class LRegConfig(PeftConfig):
         if self.modules_to_save is not None:
             self.modules_to_save = _as_names("modules_to_save", self.modules_to_save)
             both = sorted(set(self.modules_to_save) & set(_names(self.target_modules)))
-            if both:
+            if both and self.inference_mode:
+                # A saved configuration, perhaps one in which PEFT wrote down "all-linear": it passes these over.
+                self.target_modules = [name for name in _names(self.target_modules) if name not in both]
+            elif both:
                 raise ValueError(
                     f"{both} stand in both target_modules and modules_to_save. A module either keeps its weights and "
                     "gets a shortcut (target_modules) or is trained in full (modules_to_save): remove it from one."

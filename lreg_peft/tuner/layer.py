@@ -93,7 +93,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
         #: Set for the time of a mixed batch: one adapter name per sample.
         self.batch_adapter_names: Sequence[str] | None = None
-        #: Set for the time of a forward pass in which this output head computes the loss.
+        #: Set for the time of a forward pass in which this output head may put off its logits: a function of the layer
+        #: and its arguments that returns something in their place, or None.
         self.loss_request: Any = None
         parameters = inspect.signature(base_layer.forward).parameters
         self._input_name = next(iter(parameters), None)
@@ -235,8 +236,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
         self.was_called = True
-        if self.loss_request is not None:
-            return self.loss_request(self, self._features(args, kwargs))
+        if self.loss_request is not None and (deferred := self.loss_request(self, args, kwargs)) is not None:
+            return deferred
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -292,13 +293,21 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             raise self._misfit(features, like)
         return value
 
-    def fused_loss(self, features: Tensor, targets: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
+    def fused_loss(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        normaliser: Tensor | float | None = None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Cross-entropy of this module's output, with the active shortcuts, in chunks of rows.
 
         Args:
             features: `[n, in_features]`.
             targets: int64 `[n]`.
             normaliser: what the summed loss is divided by; None takes n.
+            label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
         Returns:
             A scalar; see `core.fused_loss`.
@@ -323,7 +332,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                 designs.append(self.design(name, code))
                 tables.append(self.table(name))
             design, table = torch.cat(designs, dim=-1), torch.cat(tables)
-            return fused_cross_entropy(base, features, targets, design, table, normaliser=normaliser, watchers=watchers)
+            return fused_cross_entropy(
+                base,
+                features,
+                targets,
+                design,
+                table,
+                normaliser=normaliser,
+                label_smoothing=label_smoothing,
+                watchers=watchers,
+            )
 
     def encode(self, adapter_name: str, features: Tensor) -> Encoded:
         """z = P x + b and u = sigmoid(z): `[..., in_features]` -> `[..., components]` each, fp32 or fp64."""

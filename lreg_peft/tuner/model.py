@@ -12,18 +12,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..modules import unwrap
 from .config import DATA_STARTS, LRegConfig, check_adapter_name
 from .hooks import backbone, head_loss, output_head, reminder
 from .hooks.registry import release_all
 from .layer import MERGE_REFUSED, LRegLayer, check_saved_nodes, wrap
 from .model_card import TAG
+from .names import plain_name
 from .targets import (
-    default_targets,
     feature_sizes,
+    is_target,
     mesh_size,
     profile_mean,
-    release_targeted_heads,
     resolve_targets,
+    settle_targets,
 )
 from .transaction import all_or_nothing
 
@@ -49,9 +51,7 @@ class LRegModel(BaseTuner):
     # Injection
 
     def _prepare_adapter_config(self, peft_config: LRegConfig, model_config: dict[str, Any]) -> LRegConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, peft_config)
-        release_targeted_heads(peft_config)
+        settle_targets(self.model, peft_config)
         if peft_config.previous_grades:
             # For classification PEFT adds its head names unasked. A grade stands on the head of the grades before it.
             peft_config.modules_to_save = None
@@ -63,6 +63,10 @@ class LRegModel(BaseTuner):
     def _check_tied_modules(self, model: nn.Module, peft_config: LRegConfig) -> None:
         """Nothing to warn of: a shortcut leaves the tied weight alone, and cannot be merged into it."""
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: LRegConfig, key: str) -> Any:
+        return is_target(peft_config, key)
+
     def _create_and_replace(
         self,
         peft_config: LRegConfig,
@@ -73,6 +77,7 @@ class LRegModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = plain_name(current_key)
         layer = target
         if not isinstance(layer, LRegLayer):
             sizes = feature_sizes(current_key, target, peft_config)
@@ -114,6 +119,7 @@ class LRegModel(BaseTuner):
         with all_or_nothing(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._record_grades()
+            model = unwrap(model)  # what compiles is this model, and so are its hooks
             backbone.install(model)
             output_head.install(model)
             head_loss.install(model)
@@ -226,27 +232,31 @@ class LRegModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base model as it was."""
         model = self.model
-        release_all(model)
+        release_all(unwrap(model))
         for name, layer in reversed(list(model.named_modules())):  # PEFT does not look for layers inside layers
             if isinstance(layer, LRegLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
         super().unload()
-        output_head.restore_tied_keys(model)
+        output_head.restore_tied_keys(unwrap(model))
         return model
 
     # Saving and loading
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As in PEFT, and without the `.weight` of parameters: the keys of files are those they always had."""
-        return _WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name))
+        """As in PEFT, by plain names and without the `.weight` of parameters: files keep the keys they always had."""
+        return plain_name(_WEIGHT_KEY.sub(r"\1", super()._remove_adapter_name_from_key(key, adapter_name)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LRegConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        own = model.state_dict()
+        state_dict = {key if key in own else plain_name(key): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        compiled = {plain_name(key): key for key in own if plain_name(key) != key}
+        remapped = {compiled.get(key, key): value for key, value in remapped.items()}  # a saved embedding, say
         _check_saved_adapter(model, adapter_name, remapped)
         for module in model.modules():
             if isinstance(module, LRegLayer):

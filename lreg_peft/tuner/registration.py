@@ -75,6 +75,7 @@ def register(config_class: type, model_class: type) -> bool:
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     _extend_model_cards(peft_type)
     _extend_loading(peft_type)
+    _extend_weights(peft_type)
     _extend_native_loading(peft_type)
     return True
 
@@ -155,6 +156,32 @@ def _extend_loading(peft_type: Any) -> None:
     setattr(from_pretrained, _ORIGINAL, open_)
     PeftModel.load_adapter = load_adapter
     PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _extend_weights(peft_type: Any) -> None:
+    """Have PEFT find the weights of `modules_to_save` in a model with `torch.compile` inside.
+
+    The tuner is asked for its names only after these were looked up under the names that the compiled model has.
+    """
+    import peft
+    from peft import functional, peft_model, utils
+    from peft.utils import save_and_load
+
+    from .names import restore_compiled_names
+
+    load = _original(save_and_load.set_peft_model_state_dict)
+
+    @functools.wraps(load)
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        if model.peft_config[adapter_name].peft_type == peft_type:
+            peft_model_state_dict = restore_compiled_names(model, peft_model_state_dict, adapter_name)
+        return load(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+
+    setattr(set_peft_model_state_dict, _ORIGINAL, load)
+    for place in (peft, functional, peft_model, utils, save_and_load):
+        place.set_peft_model_state_dict = set_peft_model_state_dict
 
 
 def _extend_native_loading(peft_type: Any) -> None:

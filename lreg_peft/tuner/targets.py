@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -20,9 +22,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.checks import checked
+from ..modules import unwrap
 from .config import LRegConfig
 from .heads import HEADS
 from .layer import LRegLayer
+from .names import is_compiled_inside, plain_name
 
 # Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
 # whole: a shortcut around them also reaches the values.
@@ -126,18 +130,26 @@ def inspect_targets(model: nn.Module, config: LRegConfig) -> TargetReport:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = copy.deepcopy(config)
-    if config.target_modules is None:
-        config.target_modules = default_targets(model, config)
-    release_targeted_heads(config)
+    settle_targets(model, config)
     return TargetReport(tuple(resolve_targets(model, config)))
+
+
+def settle_targets(model: nn.Module, config: LRegConfig) -> None:
+    """Write down which modules `config` adapts in `model`: the default, or the names that "all-linear" stands for."""
+    if config.target_modules is None:
+        config.target_modules = default_targets(unwrap(model), config)
+    _release_targeted_heads(config)
+    _expand_all_linear(model, config)
 
 
 def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
     """Match, size and check every module of `config`, whose `target_modules` is set; changes nothing."""
-    _warn_of_unmatched_keys(config, names := _matched_names(model, config))
+    paths = _matched_names(model, config)
+    _warn_of_unmatched_keys(config, [plain_name(path) for path in paths])
     targets = []
-    for name in names:
-        module = model.get_submodule(name)
+    for path in paths:
+        name = plain_name(path)
+        module = model.get_submodule(path)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         _check_supported(name, base)
         in_features, out_features = feature_sizes(name, base, config)
@@ -152,15 +164,32 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
 def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
     """`(n_components, dof)` of the module `name`, patterns considered."""
     return (
-        config.component_pattern.get(get_pattern_key(config.component_pattern, name), config.n_components),
-        config.dof_pattern.get(get_pattern_key(config.dof_pattern, name), config.dof),
+        _by_pattern("component_pattern", name, config, config.n_components),
+        _by_pattern("dof_pattern", name, config, config.dof),
     )
 
 
 def profile_mean(name: str, config: LRegConfig) -> float:
     """`profile_mean` of the module `name`, patterns considered."""
-    pattern = config.profile_mean_pattern
-    return pattern.get(get_pattern_key(pattern, name), config.profile_mean)
+    return _by_pattern("profile_mean_pattern", name, config, config.profile_mean)  # type: ignore[no-any-return]
+
+
+def _by_pattern(option: str, name: str, config: LRegConfig, default: Any) -> Any:
+    """The value of the first key of a pattern that matches, as in PEFT.
+
+    Raises:
+        ValueError: if that is another one in alphabetical order, in which files keep the keys: an adapter could be
+            saved and not be loaded.
+    """
+    pattern = getattr(config, option)
+    first = get_pattern_key(pattern, name)
+    sorted_first = get_pattern_key(sorted(pattern), name)
+    if pattern.get(first) != pattern.get(sorted_first):
+        raise ValueError(
+            f"{option} has two keys for {name!r}, {first!r} and {sorted_first!r}, with different values. Saved files "
+            "keep the keys in alphabetical order, so write expressions that exclude each other."
+        )
+    return pattern.get(first, default)
 
 
 def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int, int]:
@@ -172,7 +201,7 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     Raises:
         ValueError: if they are neither given nor readable.
     """
-    given = config.feature_sizes.get(get_pattern_key(config.feature_sizes, name))
+    given: tuple[int, int] | None = _by_pattern("feature_sizes", name, config, None)
     if given is not None:
         return given
     linear = [sizes for sizes in map(_linear_sizes, module.modules()) if sizes is not None]
@@ -281,12 +310,14 @@ def output_head_name(model: nn.Module) -> str | None:
     The child rather than the embedding itself: the masked language model head of RoBERTa or BERT is a block (dense,
     norm, decoder), and the shortcut runs parallel to all of it.
     """
-    if not isinstance(model, PreTrainedModel):
-        return None
-    embedding = model.get_output_embeddings()
+    embedding = _output_embedding(model)
     if embedding is None:
         return None
     return next((name for name, child in model.named_children() if embedding in set(child.modules())), None)
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
@@ -299,7 +330,7 @@ def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
     return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
 
 
-def release_targeted_heads(config: LRegConfig) -> None:
+def _release_targeted_heads(config: LRegConfig) -> None:
     """Take heads that are targets out of `modules_to_save`.
 
     For classification PEFT adds its head names to `modules_to_save` unasked. A head that is named as a target keeps
@@ -313,17 +344,37 @@ def release_targeted_heads(config: LRegConfig) -> None:
     config.modules_to_save = kept or None
 
 
+def is_target(config: LRegConfig, path: str) -> Any:
+    """Whether the module at `path` is one that `config`, with "all-linear" expanded, adapts: truthy if so.
+
+    Names are compared without `torch.compile`; of a compiled module it is the wrapper that is adapted.
+    """
+    return not is_compiled_inside(path) and check_target_module_exists(config, plain_name(path))
+
+
+def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
+    """Replace "all-linear" by the names it stands for, as PEFT would, but only of modules that are adapted.
+
+    PEFT also writes down the names in `modules_to_save` and in `exclude_modules`, which it then passes over.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    model = unwrap(model)  # output heads are told by the class of the model
+    _maybe_include_all_linear_layers(config, model)
+    # PEFT leaves the output head out, but not what a compiled one has inside.
+    heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
+    named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
+    config.target_modules = [name for name in named if name not in heads]
+    config.target_modules = [name for name in config.target_modules if check_target_module_exists(config, name)]
+
+
 def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:
-    config = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
     inside = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(tuple(inside)) and check_target_module_exists(config, name)
-    ]
+    matched = [name for name, _ in model.named_modules() if name and is_target(config, name)]
+    names = [name for name in matched if not name.startswith(tuple(inside))]
     if names:
         return names
-    hidden = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
+    hidden = [name for name in matched if name.startswith(tuple(inside))]
     if hidden:
         raise NoMatchingPeftModuleError(
             f"{hidden[0]!r} lies inside a block that already carries a shortcut, where PEFT cannot add one. Add the "

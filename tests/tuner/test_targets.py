@@ -326,6 +326,16 @@ class TestRefusals:
     def test_everything_excluded(self):
         self.check(r"outside exclude_modules=\['mlp'\]", target_modules=["mlp"], exclude_modules=["mlp"])
 
+    def test_patterns_whose_order_decides(self):
+        """Files keep them in alphabetical order: what was saved would ask for other sizes when it is loaded."""
+        clash = {"mlp.c_fc": 3, ".*c_fc": 1}
+        with pytest.raises(
+            ValueError, match=r"component_pattern has two keys for 'transformer.h.0.mlp.c_fc', 'mlp.c_fc' and"
+        ):
+            inspect_targets(gpt2(), LRegConfig(target_modules=["c_fc"], component_pattern=clash))
+        agreeing = LRegConfig(target_modules=["c_fc"], dof_pattern={".*c_fc": 3, "mlp.c_fc": 4})
+        assert {target.dof for target in inspect_targets(gpt2(), agreeing)} == {3}
+
     def test_layers_of_the_default_head(self):
         self.check(r"layers_to_transform has no effect on the default target 'lm_head'", layers_to_transform=[0])
 

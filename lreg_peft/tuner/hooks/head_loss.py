@@ -1,69 +1,34 @@
 """The fused language-model loss inside a model, without a change to the training loop.
 
-While a model with a shortcut on its output head trains and gets labels, its head computes the loss itself, in chunks,
-from the rows that have a label. The model is called without the labels, its head returns an empty tensor in place of
-logits, and the loss is put into the model's output. Whoever asks the output for its logits has them computed then.
-`LRegConfig(fused_loss=False)` switches all of it off.
+While a model with a shortcut on its output head trains and gets labels, its head returns logits that are computed on
+demand. What the model does with them is left to the model: where it takes their plain cross-entropy, that is computed
+in chunks from the rows that have a label, and no tensor of the size of the logits exists; whatever else it does gets
+the logits themselves. `LRegConfig(fused_loss=False)` switches all of it off.
 """
 
-import weakref
-from functools import cache, partial
+import itertools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ...labels import IGNORE_INDEX, shifts_labels
-from ...modules import eval_mode, is_compiling, remove_hooks
-from ..layer import LRegLayer
+from ...core.basis import under_transform
+from ...core.deferred import defer
+from ...modules import has_hooks, is_compiling, remove_hooks
+from ..layer import LRegLayer, first_tensor
 from .output_head import wrapped_head
 from .registry import remember
 
-logger = logging.get_logger(__name__)
-
-# Loss arguments that are understood; with any other one the model computes its loss as usual.
-_LOSS_ARGUMENTS = {"labels", "num_items_in_batch"}
-_OTHER_LOSS_ARGUMENTS = {
-    "shift_labels",
-    "ignore_index",
-    "class_weights",
-    "reduction",
-    "logits_to_keep",
-    "next_sentence_label",
-}
-
-# The model computes its loss from known logits over this many tokens when it is asked how it does that.
-_PROBE_LENGTH = 16
-_PROBE_TOLERANCE = 1e-3
-
-
-class LossRequest:
-    """Asks a wrapped output head for a loss in place of logits, for one forward pass.
-
-    Args:
-        labels: int64 `[batch, length]`; -100 is left out.
-        shift: whether position t predicts label t + 1.
-        normaliser: what the summed loss is divided by; None takes the number of labels.
-    """
-
-    def __init__(self, labels: Tensor, shift: bool, normaliser: Tensor | float | None) -> None:
-        self.labels = labels
-        self.shift = shift
-        self.normaliser = normaliser
-        self.loss: Tensor | None = None
-        self.features: Tensor | None = None
-
-    def __call__(self, layer: LRegLayer, features: Tensor) -> Tensor:
-        """Compute the loss from the head's input `[batch, length, in_features]`; returns `[batch, length, 0]`."""
-        self.features = features
-        labels = self.labels.to(features.device)
-        if self.shift:
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        counts = labels != IGNORE_INDEX
-        self.loss = layer.fused_loss(features[counts], labels[counts], self.normaliser)
-        return features.new_empty(*features.shape[:-1], 0)
+# Of the last head that was looked at, with what the verdict depends on.
+_VERDICT = "_lreg_works_on_rows"
+_STALE = (
+    "the logits of a training step are computed on demand, and {} since then. Read them before, or set "
+    "LRegConfig(fused_loss=False)."
+)
 
 
 def install(model: nn.Module) -> None:
@@ -77,140 +42,185 @@ def install(model: nn.Module) -> None:
 def release(model: nn.Module) -> None:
     """Undo `install`."""
     remove_hooks(model, _begin, _finish)
-    _verdicts.pop(model, None)
 
 
-def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook: take the labels out and hand them to the head."""
-    if is_compiling() or not torch.is_grad_enabled() or kwargs.get("return_dict") is False:
-        return None
-    labels = kwargs.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
-        return None
-    if any(kwargs.get(name) is not None for name in _OTHER_LOSS_ARGUMENTS):
-        return None
-    head = fusable_head(model)
-    if head is None or not _agrees(model, head, kwargs):
-        return None
-    head.loss_request = LossRequest(labels, shifts_labels(model), kwargs.get("num_items_in_batch"))
-    return args, {name: value for name, value in kwargs.items() if name not in _LOSS_ARGUMENTS}
-
-
-def _finish(model: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook, also after an error: put the loss where it belongs."""
+def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: tell the head whether logits may wait. What a broken-off pass has left is overwritten."""
     head = wrapped_head(model)
-    if head is None or head.loss_request is None:
-        return None
-    request, head.loss_request = head.loss_request, None
-    if request.loss is None or not isinstance(output, dict):  # the forward pass failed, or went past the head
-        return None
-    rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
-    fused = _with_logits_on_demand(type(output))(loss=request.loss, **rest)
-    fused.__dict__["_compute_logits"] = partial(head, request.features)
-    return fused
+    if head is not None:
+        wanted = kwargs.get("labels") is not None and not is_compiling() and asks_for_fused_loss(model, head)
+        head.loss_request = defer_logits if wanted else None
 
 
-@cache
-def _with_logits_on_demand(kind: type) -> type:
-    """A model output that computes `logits` when they are asked for, differentiably as usual."""
-
-    def get(self: Any) -> Tensor:
-        if "_logits" not in self.__dict__:
-            if "_compute_logits" not in self.__dict__:  # somebody has rebuilt the output from its entries
-                raise AttributeError(
-                    "the loss was computed without logits. LRegConfig(fused_loss=False) makes the model compute them."
-                )
-            self.__dict__["_logits"] = self.__dict__["_compute_logits"]()
-        return self.__dict__["_logits"]  # type: ignore[no-any-return]
-
-    def put(self: Any, value: Tensor | None) -> None:
-        if value is not None:
-            self.__dict__["_logits"] = value
-
-    return type(kind.__name__, (kind,), {"logits": property(get, put), "__module__": __name__})
+def _finish(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook, also after an error."""
+    if (head := wrapped_head(model)) is not None:
+        head.loss_request = None
 
 
-def fusable_head(model: nn.Module) -> LRegLayer | None:
-    """The wrapped output head of a training model that may compute its loss; None if something speaks against it."""
-    head = wrapped_head(model)
-    if head is None or not head.training or head.disable_adapters or head.batch_adapter_names is not None:
-        return None
+def asks_for_fused_loss(model: nn.Module, head: LRegLayer) -> bool:
+    """Whether the active adapters of a training head ask for it."""
+    if not head.training or head.disable_adapters or head.batch_adapter_names is not None:
+        return False
     configs = getattr(model, "peft_config", {})
     adapters = head.stacked_adapters
-    if not adapters or not all(getattr(configs.get(name), "fused_loss", False) for name in adapters):
+    return bool(adapters) and all(getattr(configs.get(name), "fused_loss", False) for name in adapters)
+
+
+def defer_logits(head: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Logits of `head` that are computed on demand; None if it must compute them now."""
+    if not torch.is_grad_enabled() or is_compiling() or torch.jit.is_tracing() or under_transform():  # type: ignore[no-untyped-call]
         return None
-    if getattr(model.config, "is_encoder_decoder", False):  # makes the decoder's input of the labels
+    features = args[0] if len(args) == 1 and not kwargs else None
+    if type(features) is not Tensor or features.ndim < 2 or features.shape[-1] != head.in_features:
         return None
-    if any(parameter.requires_grad for parameter in head.get_base_layer().parameters()):
-        return None  # trained itself
-    return head
-
-
-# Whether a model computes its loss as the fused one does.
-_verdicts: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-
-
-def _agrees(model: nn.Module, head: LRegLayer, kwargs: dict[str, Any]) -> bool:
-    """Ask the model once: give it known logits for a few tokens and compare its loss with cross-entropy on them."""
-    if model not in _verdicts:
-        few = _a_few_tokens(kwargs)
-        if few is None:
-            return False
-        _verdicts[model] = agrees = _probe(model, head, few)
-        if not agrees:
-            logger.warning_once(
-                f"{type(model).__name__} does more to its logits or its loss than the fused loss of LReg knows of: it "
-                "computes its loss as usual."
-            )
-    return _verdicts[model]
-
-
-def _a_few_tokens(kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """A window of one sample with at least one label in it; None if the inputs cannot be cut like that."""
-    labels = kwargs["labels"]
-    batch, length = labels.shape
-    labelled = (labels[:, 1:] != IGNORE_INDEX).nonzero()
-    if not len(labelled):
+    if head.out_features < 2 or not features.is_floating_point() or has_hooks(head, within=False) or _watches_all():
         return None
-    row, position = labelled[0].tolist()
-    window = slice(max(0, position - _PROBE_LENGTH // 2), position + 1 + _PROBE_LENGTH // 2)
-    few = {}
-    for name, value in kwargs.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            few[name] = value
-        elif value.shape[:2] == (batch, length) and value.ndim <= 3:
-            few[name] = value[row : row + 1, window]
-        elif value.shape[:2] == (1, length) and value.ndim == 2:
-            few[name] = value[:, window]
-        else:
+    dtype = _dtype_of_rows(head, features)
+    if dtype is None:
+        return None
+    return defer(_HeadLogits(head, features.reshape(-1, features.shape[-1]), dtype), tuple(features.shape[:-1]))
+
+
+def _watches_all() -> bool:
+    """Whether somebody has hooks on every module; those of torch's own counters and trackers change nothing."""
+    tables = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.") for table in tables for hook in table.values()
+    )
+
+
+def _dtype_of_rows(head: LRegLayer, features: Tensor) -> torch.dtype | None:
+    """The dtype of the logits, if the wrapped module is a frozen function of every row by itself; None otherwise."""
+    base = head.base_layer
+    tensors = [*base.parameters(), *base.buffers()]
+    if not tensors or has_hooks(base, within=True):
+        return None
+    for tensor in tensors:
+        # Quantised, sharded and off-loaded weights are other tensors.
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.requires_grad or tensor.device != features.device:
             return None
-    few.pop("num_items_in_batch", None)
-    return few
+    kind = features.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if type(base) is nn.Linear and "forward" not in base.__dict__:
+        fits = base.weight.shape == (head.out_features, head.in_features)
+        if (
+            not fits
+            or not base.weight.is_floating_point()
+            or (autocast is None and base.weight.dtype != features.dtype)
+        ):
+            return None
+        return autocast or features.dtype
+    key = (
+        features.dtype,
+        autocast,
+        *((id(m), id(m.__dict__.get("forward")), m.training) for m in base.modules()),
+    )
+    known = head.__dict__.get(_VERDICT)
+    if known is None or known[0] != key:
+        known = head.__dict__[_VERDICT] = (key, _try_rows(head, features))
+    return known[1]  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def _probe(model: nn.Module, head: LRegLayer, few: dict[str, Any]) -> bool:
-    seen: list[Tensor] = []
+def _try_rows(head: LRegLayer, features: Tensor) -> torch.dtype | None:
+    """As `_dtype_of_rows`, by trying it on a few rows of random numbers; nothing is left behind."""
+    base = head.base_layer
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(2, 3, head.in_features, generator=generator).to(features)
+    kept = [buffer.clone() for buffer in base.buffers()]
+    devices = [features.device] if features.device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices, device_type=features.device.type if devices else "cuda"):
+        try:
+            whole = base(block)
+            rows = block.flatten(0, 1)
+            others = [base(rows), base(rows[:2]), base(rows[2:])]
+        except Exception:  # whatever a foreign module does not like about rows
+            return None
+        finally:
+            changed = any(not torch.equal(now, before) for now, before in zip(base.buffers(), kept, strict=True))
+            with torch.no_grad():
+                for now, before in zip(base.buffers(), kept, strict=True):
+                    now.copy_(before)
+    if changed or any(type(output) is not Tensor or output.requires_grad for output in (whole, *others)):
+        return None
+    if whole.shape != (2, 3, head.out_features) or not whole.is_floating_point():
+        return None
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(
+        whole.dtype, 2e-2
+    )  # rounding in products of other shapes
+    expected = whole.flatten(0, 1)
+    same = (
+        torch.allclose(found, expected, rtol=tolerance, atol=tolerance) for found in (others[0], torch.cat(others[1:]))
+    )
+    return whole.dtype if all(same) else None
 
-    def substitute(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        # Large and different ones: a cap, a scale or a mask on the logits would show.
-        generator = torch.Generator().manual_seed(0)
-        logits = 20 * torch.randn(output.shape, generator=generator)
-        seen.append(logits)
-        return logits.to(output)
 
-    handle = head.register_forward_hook(substitute)
-    try:
-        with eval_mode(model):
-            own = model(**few).loss
-    finally:
-        handle.remove()
-    labels = few["labels"].cpu()
-    if len(seen) != 1 or own is None or own.ndim or seen[0].shape[:2] != labels.shape:
-        return False
-    logits = seen[0]
-    if shifts_labels(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-    coarse = own.dtype.itemsize < 4 or next(head.parameters()).dtype.itemsize < 4
-    return torch.isclose(own.cpu().float(), expected, rtol=_PROBE_TOLERANCE * (30 if coarse else 1)).item()  # type: ignore[return-value]
+class _HeadLogits:
+    """The logits of one forward pass, as `core.deferred.LogitsSource` has them."""
+
+    def __init__(self, head: LRegLayer, features: Tensor, dtype: torch.dtype) -> None:
+        self.features, self.n_classes, self.dtype = features, head.out_features, dtype
+        self._head = head
+        self._adapters = head.stacked_adapters
+        own = itertools.chain(head.named_parameters(), head.named_buffers())
+        # By the name of an adapter, which stands in those of its tensors and in no other.
+        self._own = {
+            name: tensor
+            for name, tensor in own
+            if not name.startswith("base_layer.") and not set(self._adapters).isdisjoint(name.split("."))
+        }
+        self.weights = tuple(tensor for tensor in self._own.values() if tensor.requires_grad)
+        # Small beside the weight of the head. The base is frozen: that nobody has changed it is all there is to know.
+        self._then = {name: tensor.detach().clone() for name, tensor in self._own.items()}
+        self._frozen = [(t, t._version, t.data_ptr()) for t in (features, *head.base_layer.parameters())]
+        kind = features.device.type
+        self._autocast = partial(
+            torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+
+    def values(self) -> Tensor:
+        """See `LogitsSource`."""
+        self._check_frozen()
+        with self._autocast():
+            sum_up = _Sum(self._head, self._adapters)
+            tensors = {f"head.{name}": tensor for name, tensor in self._then.items()}
+            return functional_call(sum_up, tensors, (self.features,))  # type: ignore[no-any-return]
+
+    def with_graph(self, features: Tensor) -> Tensor:
+        """See `LogitsSource`."""
+        self._check_frozen()
+        if not all(torch.equal(tensor, self._then[name]) for name, tensor in self._own.items()):
+            raise RuntimeError(_STALE.format("the weights of the adapter have changed"))
+        with self._autocast():
+            return _Sum(self._head, self._adapters)(features)  # type: ignore[no-any-return]
+
+    def loss(self, rows: Tensor, targets: Tensor, normaliser: float | None, smoothing: float) -> Tensor:
+        """See `LogitsSource`."""
+        with self._autocast():
+            return self._head.fused_loss(self.features[rows], targets, normaliser, label_smoothing=smoothing)
+
+    def _check_frozen(self) -> None:
+        if any(t._version != version or t.data_ptr() != place for t, version, place in self._frozen):
+            raise RuntimeError(_STALE.format("frozen weights or hidden states have changed"))
+        absent = [name for name in self._adapters if name not in self._head.lreg_nodes]
+        if absent:
+            raise RuntimeError(_STALE.format(f"the adapter {absent[0]!r} has been removed"))
+
+
+class _Sum(nn.Module):
+    """The wrapped module with the shortcuts of given adapters, whichever are active."""
+
+    def __init__(self, head: LRegLayer, adapters: list[str]) -> None:
+        super().__init__()
+        self.head, self._adapters = head, adapters
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = first_tensor(self.head.base_layer(features))[0]
+        for name in self._adapters:
+            hidden = hidden + self.head.shortcut(name, features, hidden)
+        return hidden

@@ -1,12 +1,16 @@
 """The frozen model stays in eval mode while the adapter trains, with gradient checkpointing or without."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from peft import get_peft_model
+import transformers
+from peft import PrefixTuningConfig, get_peft_model
 from tiny import HIDDEN, VOCABULARY, adapt, build, gpt2, gradients, inputs, layers, llama, outputs, roberta, shake
 from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from lreg_peft import LRegConfig, LRegLayer
 
@@ -293,7 +297,216 @@ class TestNoGraphThroughAFrozenBackbone:
             self.adapted()(input_ids=self.IDS + VOCABULARY)
         assert torch.is_grad_enabled()
 
+    def test_an_interruption_in_the_backbone_gives_gradients_back(self):
+        def interrupt(module, args):
+            raise KeyboardInterrupt
+
+        model = self.adapted()
+        model.enable_input_require_grads()
+        handle = model.get_base_model().transformer.h[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=self.IDS, labels=self.IDS)
+        handle.remove()
+        assert torch.is_grad_enabled()
+        assert self.step(model)[1]
+
     def test_where_somebody_has_switched_gradients_off_they_stay_off(self):
         with torch.no_grad():
             self.adapted()(input_ids=self.IDS)
             assert not torch.is_grad_enabled()
+
+
+def asked_for(model: nn.Module, reentrant: bool | None) -> None:
+    """As Trainer does for checkpointing, or the preparation of a quantised model without it."""
+    model.enable_input_require_grads()
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+
+
+class TestGradientsThatSomebodyWants:
+    """With the request for gradients on the embeddings or without it: what trains gets its gradient."""
+
+    IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    ways = pytest.mark.parametrize("reentrant", [None, False, True])
+
+    def adapted(self, base=None):
+        torch.manual_seed(1)
+        return get_peft_model(
+            base or gpt2(use_cache=False), LRegConfig(init_weights=False, task_type="CAUSAL_LM")
+        ).train()
+
+    def test_keys_of_a_prefix(self):
+        found = []
+        for request in (False, True):
+            model = self.adapted()
+            if request:
+                model.enable_input_require_grads()
+            keys = [torch.ones(2, 2, 3, HIDDEN // 2).requires_grad_() for _ in range(4)]
+            cache = transformers.DynamicCache()
+            for i in range(2):
+                cache.update(keys[2 * i], keys[2 * i + 1], i)
+            mask = torch.ones(2, 11, dtype=torch.long)
+            model(input_ids=self.IDS, labels=self.IDS, attention_mask=mask, past_key_values=cache).loss.backward()
+            found.append([key.grad for key in keys])
+        assert all(grad.any() for grad in found[0][:2])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+    def test_prefix_tuning_on_top(self):
+        base = gpt2()
+        base.add_adapter(LRegConfig(init_weights=False))
+        with pytest.warns(UserWarning, match="for a second time|Already found a `peft_config`"):
+            model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
+        model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+        prompts = [p for name, p in model.named_parameters() if "prompt_encoder" in name]
+        assert prompts
+        assert all(p.grad is not None and p.grad.any() for p in prompts)
+
+    @ways
+    def test_a_vector_that_a_hook_adds(self, reentrant):
+        found = []
+        for request in (False, True):
+            model = self.adapted()
+            if request:
+                asked_for(model, reentrant)
+            vectors = [torch.zeros(HIDDEN, requires_grad=True) for _ in range(3)]
+            body = model.get_base_model().transformer
+            for module, vector in zip((body.wte, body.h[0].mlp, body.h[1]), vectors, strict=True):
+                module.register_forward_hook(lambda m, args, output, vector=vector: output + vector)
+            model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+            found.append([vector.grad for vector in vectors])
+        for mine, theirs in zip(*found, strict=True):
+            assert theirs.any()
+            torch.testing.assert_close(mine, theirs)
+
+    @ways
+    def test_a_vector_that_a_module_holds(self, reentrant):
+        class Steered(nn.Module):
+            def __init__(self, inner):
+                super().__init__()
+                self.inner = inner
+                self.vector = torch.zeros(HIDDEN, requires_grad=True)  # no parameter
+
+            def forward(self, x):
+                return self.inner(x) + self.vector
+
+        found = []
+        for request in (False, True):
+            base = gpt2(use_cache=False)
+            base.transformer.h[0].mlp = Steered(base.transformer.h[0].mlp)
+            model = self.adapted(base)
+            if request:
+                asked_for(model, reentrant)
+            model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+            found.append(base.transformer.h[0].mlp.vector.grad)
+        assert found[0].any()
+        torch.testing.assert_close(*found)
+
+    @ways
+    def test_the_backbone_in_train_mode_gets_no_graph_either(self, reentrant):
+        model = get_peft_model(
+            gpt2(use_cache=False, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0), LRegConfig(backbone_eval=False)
+        )
+        asked_for(model, reentrant)
+        carries = []
+        model.get_base_model().lm_head.register_forward_pre_hook(lambda m, args: carries.append(args[0].requires_grad))
+        model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+        assert carries == [False]
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    def test_unloading_takes_the_cut_away(self):
+        model = self.adapted()
+        asked_for(model, False)
+        model(input_ids=self.IDS, labels=self.IDS)
+        base = model.unload()
+        assert base(input_ids=self.IDS).logits.requires_grad
+
+
+class TestWhatIsNotDropout:
+    IDS = torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def noisy(self, model):
+        """Whether two passes differ."""
+        with torch.no_grad():
+            first, second = (model(input_ids=self.IDS).logits for _ in range(2))
+        return not torch.equal(first, second)
+
+    @pytest.mark.parametrize("builder", [dropping_gpt2, lambda: llama(attention_dropout=0.5)])
+    def test_noise_on_the_embeddings_acts(self, builder):
+        for wrap in (self.peft, self.native):
+            model = wrap(builder())
+            model.train()
+            assert not self.noisy(model)
+            handle = activate_neftune(model, 5.0)
+            assert self.noisy(model)
+            model.train()
+            assert self.noisy(model)
+            model.eval()
+            assert not self.noisy(model)
+            model.train()
+            deactivate_neftune(model, handle)
+            assert not self.noisy(model)
+            assert not any(m.training for m in model.modules() if isinstance(m, (nn.Dropout, nn.Embedding)))
+
+    @staticmethod
+    def peft(base):
+        return adapt(base, task_type="CAUSAL_LM")
+
+    @staticmethod
+    def native(base):
+        base.add_adapter(LRegConfig())
+        return base
+
+    @pytest.mark.parametrize("alpha", [None, 5.0])
+    def test_in_trainer(self, alpha, tmp_path):
+        data = [{"input_ids": row, "labels": row} for row in self.IDS]
+        losses = []
+        for seed in (1, 2):
+            arguments = TrainingArguments(
+                tmp_path, max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to="none", seed=seed,
+                save_strategy="no", use_cpu=True, disable_tqdm=True, neftune_noise_alpha=alpha,
+            )  # fmt: skip
+            trainer = Trainer(adapt(dropping_gpt2(), task_type="CAUSAL_LM"), arguments, train_dataset=data)
+            losses.append(trainer.train().training_loss)
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == (alpha is None)
+
+    def test_noise_of_other_hooks(self):
+        def jitter(module, args):
+            return (args[0] + torch.randn_like(args[0]) if module.training else args[0],)
+
+        class Jitter:
+            def __call__(self, module, args):
+                return jitter(module, args) if module.training else None
+
+        for hook in (jitter, Jitter(), functools.partial(jitter)):
+            model = adapt(dropping_gpt2())
+            model.get_base_model().transformer.ln_f.register_forward_pre_hook(hook)
+            model.train()
+            assert self.noisy(model)
+
+    def test_a_module_with_dropout_of_its_own_stays_in_eval_mode_and_that_is_said(self, caplog):
+        def jitter(module, args, output):
+            return (output[0] + torch.randn_like(output[0]), *output[1:]) if module.training else output
+
+        model = adapt(build("opt", "CAUSAL_LM", dropout=0.5), task_type="CAUSAL_LM")
+        model.get_base_model().model.decoder.layers[0].register_forward_hook(jitter)
+        model.train()
+        with caplog.at_level("WARNING"):
+            assert not self.noisy(model)
+        assert "hooks on 'model.decoder.layers.0' ask whether the module trains" in caplog.text
+
+    def test_what_is_off_is_said_once(self, caplog):
+        model = adapt(dropping_gpt2()).train()
+        with caplog.at_level("WARNING"):
+            for _ in range(2):
+                outputs(model)
+                model(**inputs("gpt2"))
+        said = [record.message for record in caplog.records if "backbone_eval" in record.message]
+        assert len(said) == 1
+        assert "attn_dropout (p=0.5)" in said[0]
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            for quiet in (adapt(gpt2(**dict.fromkeys(DROPOUT, 0.0))), adapt(dropping_gpt2(), backbone_eval=False)):
+                quiet.train()(**inputs("gpt2"))
+        assert "backbone_eval" not in caplog.text

@@ -1,0 +1,122 @@
+"""The Lagrange encoder as a transformer: features in, hat functions out."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
+from sklearn.utils.validation import (
+    _check_feature_names_in,
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
+
+from .mesh1d import Scale, find, place_nodes
+from .weights import read_weights
+
+
+class LagrangeEncoder(TransformerMixin, BaseEstimator):
+    """Every feature becomes the hat functions of a mesh (Li, Cheng & Gu 2025, sec. 2.6): at most two are not zero.
+
+    A linear model on the result is a sum of continuous piecewise-linear functions. The hat functions of a feature are
+    one at their own node, zero at the others, and sum to one; outside the mesh its border counts.
+
+    Args:
+        dof: nodes per feature, at least 2; fewer where a feature takes fewer values.
+        scale: "quantile" places nodes where samples are, "minmax" at equal steps.
+        sparse_output: CSR matrix or array.
+
+    Attributes:
+        nodes_: a list with `[k]` per feature, k <= dof.
+        n_features_in_: number of features.
+        n_features_out_: number of hat functions.
+        feature_names_in_: names of the features, if `X` had names.
+    """
+
+    nodes_: list[np.ndarray]
+    n_features_in_: int
+    n_features_out_: int
+
+    def __init__(self, dof: int = 16, scale: Scale = "quantile", sparse_output: bool = True):
+        self.dof = dof
+        self.scale = scale
+        self.sparse_output = sparse_output
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "LagrangeEncoder":
+        """Place the nodes.
+
+        Args:
+            X: `[n_samples, n_features]`, finite.
+            y: not looked at.
+            sample_weight: `[n_samples]`, non-negative: a sample of weight two acts like two.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: for options out of range, or data that are not finite numbers.
+        """
+        if self.scale not in ("quantile", "minmax"):
+            raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
+        if isinstance(self.dof, bool) or not isinstance(self.dof, (int, np.integer)) or self.dof < 2:
+            raise ValueError(f"dof must be an integer of at least 2, got {self.dof!r}.")
+        X = validate_data(self, X, dtype=np.float64)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        present, weight, _ = read_weights(weight)
+        X = X[present]
+        self.nodes_ = []
+        for column in X.T:
+            order = np.argsort(column, kind="stable")
+            self.nodes_.append(place_nodes(column[order], weight[order], int(self.dof), self.scale))
+        self.n_features_out_ = sum(map(len, self.nodes_))
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Evaluate the hat functions.
+
+        Args:
+            X: `[n_samples, n_features]`.
+
+        Returns:
+            `[n_samples, n_features_out_]`, fp64: a CSR matrix with two entries per sample and feature, or an array.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        n = len(X)
+        columns, values, start = [], [], 0
+        for column, nodes in zip(X.T, self.nodes_, strict=True):
+            if len(nodes) == 1:
+                columns.append(np.full((n, 1), start))
+                values.append(np.ones((n, 1)))
+            else:
+                element, right = find(np.clip(column, nodes[0], nodes[-1]), nodes)
+                columns.append(start + np.stack((element, element + 1), axis=1))
+                values.append(np.stack((1 - right, right), axis=1))
+            start += len(nodes)
+        index, value = np.concatenate(columns, axis=1), np.concatenate(values, axis=1)
+        pointer = np.arange(0, index.size + 1, index.shape[1])
+        result = sparse.csr_matrix((value.ravel(), index.ravel(), pointer), shape=(n, start))
+        return result if self.sparse_output else result.toarray()
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Names of the hat functions: the name of the feature, and the number of the node.
+
+        Args:
+            input_features: names of the features; None takes those seen in `fit`, or x0, x1, ...
+
+        Returns:
+            `[n_features_out_]`, of dtype object.
+        """
+        check_is_fitted(self, "n_features_in_")
+        names = _check_feature_names_in(self, input_features)
+        return np.array(
+            [f"{name}_hat{j}" for name, nodes in zip(names, self.nodes_, strict=True) for j in range(len(nodes))],
+            dtype=object,
+        )
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []
+        return tags

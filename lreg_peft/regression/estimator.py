@@ -1,0 +1,418 @@
+"""The scikit-learn estimator."""
+
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import nn
+from tqdm import tqdm
+
+from .absolute import absolute_model
+from .interactions import rank_pairs, significant
+from .mesh1d import Array, Scale
+from .models import SumModel, additive_model, smooth_model
+from .moving import moving_model
+from .relu import network_to_mesh, sum_network
+from .report import Optimality
+from .terms import FittedTerm
+from .weights import read_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Basis = Literal["auto", "additive", "simplicial"]
+Nodes = Literal["smooth", "free", "optimal", "mrc"]
+Smoothing = Literal["reml", "gcv"]
+Loss = Literal["squared", "absolute"]
+
+# Up to so many features "auto" considers simplices.
+_MAX_SIMPLICIAL = 3
+_MIN_SIMPLICIAL_SAMPLES = 50
+
+
+class LagrangeRegressor(RegressorMixin, BaseEstimator):
+    """Regression by continuous piecewise-linear functions (Li, Cheng & Gu 2025, sections 2.1-2.5).
+
+    By default the model has many more nodes than it needs and a penalty on the jumps of the slope, whose strength
+    follows from the data; on given nodes the coefficients are at the global optimum, and `optimality_` says how near.
+    One feature: one function. Several: a sum of functions of single features and of pairs that act together, or, in two
+    and three dimensions, a function on a mesh of simplices.
+
+    Args:
+        basis: "additive" is that sum; "simplicial" the mesh. "auto" takes the sum, and for two or three features the
+            mesh instead if the sum leaves interactions in the residual and cross-validation prefers the mesh.
+        dof: nodes per feature, or on simplices of the whole mesh; "auto" refines where the fit uses its nodes, and
+            cross-validates the number for the other choices of `nodes`.
+        interactions: pairs of features that act together: "auto" tests all, an integer takes so many (0: none), a list
+            of pairs of column numbers those. Only for "additive" with `nodes="smooth"`.
+        max_nodes: most nodes of the model.
+        scale: "quantile" places nodes where samples are, "minmax" at equal steps.
+        nodes: "smooth" as above; "free" moves `dof` nodes to where they serve best; "optimal" finds the best of all
+            choices of `dof` nodes from a grid of quantiles, then slides them (one feature, one output); "mrc" is the
+            published mesh refinement-coarsening.
+        smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
+        loss: "squared", or "absolute" for the mean absolute error (`nodes="smooth"`, not on simplices).
+        random_state: for subsamples of large data.
+        verbose: show progress bars.
+
+    Attributes:
+        terms_: the fitted terms, a tuple of `FittedTerm`; empty on simplices.
+        nodes_: their meshes, a list with `[k]` per function of one feature and a pair of those per interaction; on
+            simplices `[n_nodes, d]`.
+        simplices_: `[n_simplices, d + 1]` indices of nodes; None for sums.
+        coef_: the values at the nodes: a list with `[k]` or `[k, n_outputs]` per term, `[k1, k2]` or
+            `[k1, k2, n_outputs]` per interaction; on simplices `[n_nodes]` or `[n_nodes, n_outputs]`.
+        intercept_: float or `[n_outputs]`. Terms of sums of several have mean zero over the samples.
+        smoothing_: the penalties: a list with `[penalties, n_outputs]` per term, infinite for what has vanished; on
+            simplices one number.
+        edf_: effective degrees of freedom; float or `[n_outputs]`.
+        noise_variance_: float or `[n_outputs]`.
+        history_: a tuple with one entry per model tried.
+        optimality_: an `Optimality`: objective, lower bound, gap.
+        basis_: "additive" or "simplicial".
+        n_features_in_: number of features.
+        feature_names_in_: their names, if `X` had names.
+
+    Whole-number sample weights count repetitions; other weights are precisions relative to each other. Outside the
+    range of the samples, functions of one feature and those on simplices go on linearly; interactions stay at the
+    value on their border.
+    """
+
+    _model: Any
+    _mesh: Any
+    _single: bool
+    terms_: tuple[FittedTerm, ...]
+    nodes_: Any
+    simplices_: Any
+    coef_: Any
+    intercept_: Any
+    smoothing_: Any
+    edf_: Any
+    noise_variance_: Any
+    history_: tuple[Any, ...]
+    optimality_: Any
+    basis_: str
+    n_features_in_: int
+
+    def __init__(
+        self,
+        basis: Basis = "auto",
+        dof: int | Literal["auto"] = "auto",
+        interactions: int | Sequence[tuple[int, int]] | Literal["auto"] = "auto",
+        max_nodes: int = 4000,
+        scale: Scale = "quantile",
+        nodes: Nodes = "smooth",
+        smoothing: Smoothing | float = "reml",
+        loss: Loss = "squared",
+        random_state: Any = None,
+        verbose: bool = False,
+    ):
+        self.basis = basis
+        self.dof = dof
+        self.interactions = interactions
+        self.max_nodes = max_nodes
+        self.scale = scale
+        self.nodes = nodes
+        self.smoothing = smoothing
+        self.loss = loss
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "LagrangeRegressor":
+        """Fit.
+
+        Args:
+            X: `[n_samples, n_features]`, finite.
+            y: `[n_samples]` or `[n_samples, n_outputs]`, finite.
+            sample_weight: `[n_samples]`, non-negative; see the class.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: for options that do not fit each other or the data, and data that are not finite numbers.
+        """
+        X, y = validate_data(
+            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, order="C", force_writeable=False
+        )
+        y = np.asarray(y, dtype=np.float64)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        basis = self._check_options(X.shape[1])
+        self._single = y.ndim == 1
+        outputs = y[:, None] if self._single else y
+        present, weight, total = read_weights(weight)
+        if not present.all():
+            X, outputs = X[present], outputs[present]
+        # Only whole models are kept: a fit that fails leaves an earlier one as it was.
+        if basis == "simplicial":
+            self._keep_mesh(self._fit_simplicial(X, outputs, weight))
+            return self
+        model = self._fit_sum(X, outputs, weight, total)
+        if basis == "auto" and (mesh := self._better_mesh(model, X, outputs, weight, total)) is not None:
+            self._keep_mesh(mesh)
+        else:
+            self._keep_sum(model)
+        return self
+
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Predict.
+
+        Args:
+            X: `[n_samples, n_features]`.
+            return_std: also return the standard deviation of an observation there: noise and uncertainty of the
+                function, from the posterior (with nodes and penalties taken as given). Without the noise it is
+                `sqrt(std**2 - noise_variance_)`.
+
+        Returns:
+            `[n_samples]` or `[n_samples, n_outputs]`, as `y` had it; with `return_std` a pair of those.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False, order="C")
+        if return_std and self.loss == "absolute":
+            raise ValueError("return_std needs loss='squared': the absolute loss states no variance.")
+        if self._mesh is not None:
+            result = self._mesh.predict(X, return_std=return_std)
+            mean, std = result if return_std else (result, None)
+            mean = _columns(mean)
+            std = None if std is None else np.broadcast_to(_columns(std), mean.shape)
+        else:
+            mean = np.repeat(self._model.intercept[None], len(X), axis=0)
+            for term in self.terms_:
+                mean += term.evaluate(X)
+            std = None
+            if return_std:
+                std = np.sqrt(self._model.posterior_variance(X) + self._model.noise_variance)
+        mean = mean[:, 0] if self._single else mean
+        if std is None:
+            return mean
+        return mean, std[:, 0] if self._single else std
+
+    def to_torch(self) -> nn.Sequential:
+        """The fitted function as a network of Linear and ReLU, exact up to rounding, fp64: `[n, d] -> [n, n_outputs]`.
+
+        Returns:
+            A new network, with two hidden layers.
+
+        Raises:
+            ValueError: for interactions and simplices, which are no finite sums of functions of single features.
+        """
+        check_is_fitted(self)
+        if self._mesh is not None or any(len(term.features) > 1 for term in self.terms_):
+            raise ValueError(
+                "to_torch needs a sum of functions of single features, got "
+                + ("a mesh of simplices" if self._mesh is not None else "interactions, which are bilinear")
+                + "; fit with basis='additive', interactions=0."
+            )
+        empty = torch.empty(0, dtype=torch.float64)
+        meshes, values = [empty] * self.n_features_in_, [empty] * self.n_features_in_
+        for term in self.terms_:
+            meshes[term.features[0]] = torch.from_numpy(np.array(term.nodes[0]))
+            values[term.features[0]] = torch.from_numpy(np.array(term.values))
+        return sum_network(meshes, values, torch.from_numpy(np.array(self._model.intercept)))
+
+    @classmethod
+    def from_torch(cls, net: nn.Module) -> "LagrangeRegressor":
+        """A fitted regressor that is the function of a ReLU network of one input, exact up to rounding.
+
+        Args:
+            net: see `network_to_mesh`.
+
+        Returns:
+            One with a node at every kink; its noise variance is zero.
+        """
+        nodes, values = (tensor.numpy() for tensor in network_to_mesh(net))
+        outputs = values.shape[1]
+        zero = np.zeros(outputs)
+        term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))))
+        model = SumModel(
+            (term,), zero, term.edf, zero, (), Optimality.of(0.0, 0.0, "nothing was minimised"), _no_variance
+        )
+        result = cls(basis="additive", dof=len(nodes))
+        result.n_features_in_ = 1
+        result._single = outputs == 1
+        result._keep_sum(model)
+        return result
+
+    def plot(self, X: Any = None, y: Any = None, *, max_terms: int = 12) -> "Figure":
+        """Draw the terms with their nodes, and samples around them.
+
+        Args:
+            X: samples to show; the partial residuals of each term, if `y` is given too.
+            y: their targets.
+            max_terms: the terms with the largest variation over their nodes are shown.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from .pictures import draw
+
+        check_is_fitted(self)
+        if X is not None:
+            X = validate_data(self, X, dtype=np.float64, reset=False)
+        return draw(self, X, None if y is None else _columns(np.asarray(y, dtype=np.float64)), max_terms)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _check_options(self, d: int) -> str:
+        """The basis asked for. Raises a `ValueError` for options out of range or in conflict."""
+        for name, kind in (("basis", Basis), ("nodes", Nodes), ("loss", Loss), ("scale", Scale)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
+        if not _is_integer(self.max_nodes, 2):
+            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
+        if self.dof != "auto" and not _is_integer(self.dof, 2):
+            raise ValueError(f"dof must be 'auto' or an integer of at least 2, got {self.dof!r}.")
+        known = (
+            self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else _is_penalty(self.smoothing)
+        )
+        if not known:
+            raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
+        pairs: Any = self.interactions
+        if isinstance(pairs, (str, numbers.Number)):
+            if pairs != "auto" and not _is_integer(pairs, 0):
+                raise ValueError(f"interactions must be 'auto', a number of pairs or a list of pairs, got {pairs!r}.")
+        elif not all(
+            len(pair) == 2 and all(_is_integer(j, 0) and j < d for j in pair) and pair[0] != pair[1] for pair in pairs
+        ):
+            raise ValueError(f"interactions must be pairs of two different columns in [0, {d - 1}], got {pairs!r}.")
+        special = self.nodes != "smooth" or self.loss != "squared"
+        if self.basis == "simplicial" and special:
+            raise ValueError(
+                f"basis='simplicial' needs nodes='smooth' and loss='squared', got nodes={self.nodes!r}, "
+                f"loss={self.loss!r}."
+            )
+        if self.nodes != "smooth" and self.loss != "squared":
+            raise ValueError(f"loss='absolute' needs nodes='smooth', got nodes={self.nodes!r}.")
+        if self.nodes != "smooth" and not isinstance(pairs, str) and pairs:
+            raise ValueError(f"interactions need nodes='smooth', got nodes={self.nodes!r}.")
+        simplicial = self.basis == "simplicial" or (self.basis == "auto" and 1 < d <= _MAX_SIMPLICIAL)
+        if self.smoothing == "gcv" and d > 1 and self.basis != "simplicial" and self.nodes == "smooth":
+            raise ValueError("smoothing='gcv' is for one feature or basis='simplicial'; sums of several need 'reml'.")
+        if self.basis == "auto" and (special or not simplicial or self.interactions != "auto"):
+            return "additive"
+        return self.basis
+
+    def _fit_sum(self, X: Array, y: Array, weight: Array, total: float) -> SumModel:
+        n_nodes = None if self.dof == "auto" else int(self.dof)
+        if self.nodes != "smooth":
+            return moving_model(
+                X, y, weight, total,
+                nodes=self.nodes, dof=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
+            )  # fmt: skip
+        options: dict[str, Any] = {
+            "n_nodes": n_nodes, "max_nodes": self.max_nodes, "scale": self.scale, "smoothing": self.smoothing,
+        }  # fmt: skip
+        if X.shape[1] > 1:
+            options["interactions"] = self.interactions
+            options["random"] = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
+        with _bar("smoothing", self.verbose) as report:
+            if X.shape[1] > 1:
+                options["report"] = report
+            if self.loss == "absolute":
+                return absolute_model(X, y, weight, total, report=report, options=options)
+            build = smooth_model if X.shape[1] == 1 else additive_model
+            return build(X, y, weight, total, **options)
+
+    def _fit_simplicial(self, X: Array, y: Array, weight: Array) -> Any:
+        from .simplicial import fit_simplicial
+
+        return fit_simplicial(
+            X, y, weight,
+            scale=self.scale, smoothing=self.smoothing,
+            max_nodes=self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes),
+            random_state=self.random_state, verbose=bool(self.verbose),
+        )  # fmt: skip
+
+    def _better_mesh(self, model: SumModel, X: Array, y: Array, weight: Array, total: float) -> Any:
+        """A fit on simplices, if the sum leaves structure and generalised cross-validation prefers the mesh."""
+        varying = [j for j in range(X.shape[1]) if np.ptp(X[:, j]) > 0]
+        if len(varying) < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES:
+            return None
+        mean = np.repeat(model.intercept[None], len(X), axis=0)
+        for term in model.terms:
+            mean += term.evaluate(X)
+        residual = y - mean
+        random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
+        paired = any(len(term.features) > 1 for term in model.terms)
+        if not paired and not list(significant(rank_pairs(X, residual, weight, varying, random))):
+            return None
+        try:
+            mesh = self._fit_simplicial(X, y, weight)
+        except ModuleNotFoundError:  # TEMPORARY, until simplices are merged
+            return None
+        spread = weight @ (y - weight @ y / weight.sum()) ** 2
+        active = spread > 0
+        if not active.any():
+            return None
+        free = np.maximum(1 - model.edf / total, 1e-3)
+        score = float(((weight @ residual**2)[active] / spread[active] / free[active] ** 2).mean())
+        return mesh if mesh.criterion < score else None
+
+    def _keep_sum(self, model: SumModel) -> None:
+        self._model, self._mesh = model, None
+        self.basis_ = "additive"
+        self.terms_ = model.terms
+        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in model.terms]
+        self.simplices_ = None
+        self.coef_ = [self._as_given(term.values) for term in model.terms]
+        self.intercept_ = self._as_given(model.intercept)
+        self.smoothing_ = [term.smoothing for term in model.terms]
+        self.edf_ = self._as_given(model.edf)
+        self.noise_variance_ = self._as_given(model.noise_variance)
+        self.history_ = model.history
+        self.optimality_ = model.optimality
+
+    def _keep_mesh(self, mesh: Any) -> None:
+        self._model, self._mesh = None, mesh
+        self.basis_ = "simplicial"
+        self.terms_ = ()
+        self.nodes_, self.simplices_ = mesh.nodes, mesh.simplices
+        self.coef_ = self._as_given(mesh.coefficients)
+        self.intercept_ = self._as_given(np.zeros(mesh.coefficients.shape[1]))
+        self.smoothing_ = mesh.smoothing
+        noise = np.broadcast_to(np.asarray(mesh.noise_variance, dtype=float), mesh.coefficients.shape[1:]).copy()
+        self.edf_ = self._as_given(np.broadcast_to(np.asarray(mesh.edf, dtype=float), noise.shape).copy())
+        self.noise_variance_ = self._as_given(noise)
+        self.history_ = tuple(mesh.history)
+        self.optimality_ = mesh.optimality
+
+    def _as_given(self, values: Array) -> Any:
+        """Without the axis of outputs, the last one, if `y` had none."""
+        if not self._single:
+            return values
+        return values[..., 0] if values.ndim > 1 else float(values[0])
+
+
+def _no_variance(X: Array) -> Array:
+    return np.zeros((len(X), 1))
+
+
+def _columns(values: Any) -> Array:
+    values = np.asarray(values, dtype=np.float64)
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
+
+
+def _is_penalty(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < np.inf)
+
+
+@contextmanager
+def _bar(name: str, verbose: bool) -> Iterator[Any]:
+    with tqdm(desc=name, unit=" updates", disable=not verbose) as bar:
+        yield lambda: bar.update()

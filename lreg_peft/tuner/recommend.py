@@ -1,0 +1,214 @@
+"""The configuration that did best in the measurements of this project, sized to a budget, for any architecture.
+
+The recipe: factored heads with a linear term on every linear layer of the backbone and around the output head of a
+language model; a gradient start; twice as many components on the attention as elsewhere, one on the output head.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.checks import checked, whole
+from .config import LRegConfig
+from .heads import HEADS
+from .layer import LRegLayer
+from .targets import _LANGUAGE_MODEL_TASKS, _linear_sizes, _task_of, feature_sizes, output_head_name
+
+# Means of the profiles at the start. A change of domain asks a language model's head for a constant shift above all;
+# inside the network most of what is asked varies with the input.
+_MEAN_AT_THE_HEAD, _MEAN_INSIDE = 1.0, 0.3
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass
+class _Site:
+    """A module that may get components."""
+
+    name: str
+    cost: int  # of one component
+    share: int  # how many components it gets where the others get one
+    is_output_head: bool = False
+    components: int = 0
+
+
+@checked(dof=whole(2))
+def recommended_config(
+    model: nn.Module,
+    budget: int | str | None = None,
+    *,
+    task_type: str | None = None,
+    output_head: bool = True,
+    dof: int = 8,
+    **options: Any,
+) -> LRegConfig:
+    """The recommended configuration for a model, with its components divided so that they fill a budget.
+
+    Print `inspect_targets(model, config)` to see what it adapts. Call `initialize_lreg_weights(model, dataloader)`
+    after `get_peft_model`, as for every configuration with `init_weights="gradient"`.
+
+    Args:
+        model: a Transformers model without adapters.
+        budget: trainable parameters of the shortcuts, at most: a number, or "lora:8" for as many as
+            `LoraConfig(r=8)` has on its default modules of this architecture, "lora:8:all-linear" on all linear
+            layers. None gives every module its smallest share: one component, two on the attention.
+        task_type: as in PEFT; None takes that of the model's class.
+        output_head: adapt the output head of a language model too. False for trainers that refuse adapters on
+            `lm_head`, as those of TRL do.
+        dof: nodes of every mesh.
+        options: further fields of `LRegConfig`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: if the budget does not pay for one component anywhere or cannot be read, or the model has no
+            linear layers that are known to lie inside it; the message says what to give.
+        TypeError: for arguments of the wrong type.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, LRegLayer) for module in model.modules()):
+        raise ValueError("recommended_config wants the base model and got one with adapters: call it before these.")
+    taken = {"target_modules", "head", "n_components", "component_pattern", "linear_term"} & options.keys()
+    if taken:
+        raise ValueError(f"recommended_config chooses {sorted(taken)} itself: leave them out, or write an LRegConfig.")
+    task = task_type or _task_of(model)
+    head = output_head_name(model) if output_head and task in (*_LANGUAGE_MODEL_TASKS, "MASKED_LM") else None
+    sites = _sites(model, head, dof)
+    _fill(sites, _parameters(model, budget), budget)
+    chosen = [site for site in sites if site.components]
+    names = [site.name for site in chosen]
+    inside = [site for site in chosen if site.name != head]
+    config = {
+        "task_type": task_type,
+        "target_modules": _short_names(model, names),
+        "head": "factored",
+        "linear_term": True,
+        "n_components": 1,
+        "component_pattern": _pattern(inside),
+        "dof": dof,
+        "init_weights": "gradient",
+        "profile_mean": _MEAN_INSIDE,
+        "profile_mean_pattern": {re.escape(head): _MEAN_AT_THE_HEAD} if head in names else {},
+    }
+    return LRegConfig(**{**config, **options})
+
+
+def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
+    """The linear layers of the backbone, attention first, and the output head, which comes before all."""
+    prefix = getattr(model, "base_model_prefix", "")
+    embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    backbone = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    sites = []
+    for name, module in model.named_modules():
+        sizes = _linear_sizes(module)
+        if sizes is None or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        if module is not embedding and name.startswith(backbone) and _is_repeated(name):
+            sites.append(_Site(name, _cost(*sizes, dof), 2 if _ATTENTION.search(name) else 1))
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers in repeated blocks, so there is nothing to recommend: name "
+            "modules in LRegConfig(target_modules=[...])."
+        )
+    if head is not None:
+        sizes = feature_sizes(head, model.get_submodule(head), LRegConfig())
+        sites.insert(0, _Site(head, _cost(*sizes, dof), 1, is_output_head=True))
+    return sites
+
+
+def _is_repeated(name: str) -> bool:
+    """Whether a module lies in a list of layers, not beside them (poolers, projections of embeddings)."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _cost(in_features: int, out_features: int, dof: int) -> int:
+    """Parameters of one component."""
+    return in_features + 1 + HEADS["factored+linear"].n_parameters(1, dof, out_features)
+
+
+def _parameters(model: nn.Module, budget: int | str | None) -> int | None:
+    """The budget as a number."""
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
+        raise TypeError(f"budget must be a number of parameters or a text such as 'lora:8', got {budget!r}.")
+    if isinstance(budget, int):
+        return budget
+    words = budget.split(":")
+    if not (2 <= len(words) <= 3 and words[0] == "lora" and words[1].isdigit() and int(words[1]) > 0):
+        raise ValueError(f"budget must be a number, 'lora:RANK' or 'lora:RANK:MODULES', got {budget!r}.")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    modules = words[2].split(",") if len(words) == 3 else default
+    if modules is None:
+        raise ValueError(f"PEFT has no default modules for LoRA on {kind!r} models: say 'lora:{words[1]}:all-linear'.")
+    embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    total = 0
+    for name, module in model.named_modules():
+        sizes = _linear_sizes(module)
+        wanted = modules == ["all-linear"] or name.rpartition(".")[2] in modules
+        if sizes is not None and wanted and module is not embedding:
+            total += int(words[1]) * sum(sizes)
+    if not total:
+        raise ValueError(f"LoRA has nothing to adapt in {type(model).__name__} at {modules}: name other modules.")
+    return total
+
+
+def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) -> None:
+    """Give out components: whole rounds of shares first, then singly to whoever has the least of its share."""
+    if parameters is None:
+        for site in sites:
+            site.components = site.share
+        return
+    rest = parameters
+    inside = [site for site in sites if not site.is_output_head]
+    for head in sites:
+        # Once, and before all others: without it the same budget reaches far less. A second component there never pays.
+        if head.is_output_head and head.cost <= rest // 2:
+            head.components, rest = 1, rest - head.cost
+    while open_sites := [site for site in inside if site.cost <= rest]:
+        # Ties go to the layers near the output, whose gradients cross fewer layers.
+        site = min(reversed(open_sites), key=lambda site: site.components / site.share)
+        site.components += 1
+        rest -= site.cost
+    if not any(site.components for site in sites):
+        cheapest = min(sites, key=lambda site: site.cost)
+        raise ValueError(
+            f"budget={budget!r} ({parameters:,} parameters) does not pay for one component: the cheapest, at "
+            f"{cheapest.name!r}, has {cheapest.cost:,}."
+        )
+
+
+def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Endings where all modules of an ending are meant, whole names elsewhere."""
+    wanted = set(names)
+    short: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        inner = next((i for i in reversed(range(len(parts))) if parts[i].isdigit()), -1)
+        ending = ".".join(parts[inner + 1 :])
+        same = {other for other, _ in model.named_modules() if other == ending or other.endswith(f".{ending}")}
+        short[ending if same <= wanted else name] = None
+    return list(short)
+
+
+def _pattern(sites: list[_Site]) -> dict[str, int]:
+    """`component_pattern`, of keys that exclude each other: files keep it in alphabetical order."""
+    groups: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for site in sites:
+        parts = site.name.split(".")
+        number = max(i for i, part in enumerate(parts) if part.isdigit())
+        around = ".".join(parts[:number]), ".".join(parts[number + 1 :])
+        groups.setdefault(around, {}).setdefault(site.components, []).append(parts[number])
+    pattern = {}
+    for (before, after), by_count in groups.items():
+        for count, numbers in by_count.items():
+            if len(by_count) == 1 and count > 1:
+                pattern[rf"\d+\.{re.escape(after)}"] = count
+            elif count > 1:
+                pattern[rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"] = count
+    return pattern

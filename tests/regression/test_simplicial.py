@@ -1,0 +1,503 @@
+"""Regression on simplices: accuracy against known functions, the certificate, uncertainty, and inputs of all kinds."""
+
+import builtins
+import importlib
+import itertools
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from scipy.special import sph_harm_y
+
+from lreg_peft.regression.penalized import Problem, SmoothingSearch, _minimise, solve
+from lreg_peft.regression.scaling import fit_scale
+from lreg_peft.regression.simplicial import _normal_equations, _roughness, _Samples, fit_simplicial
+
+
+def r2(y: np.ndarray, predicted: np.ndarray) -> float:
+    return 1 - float(((y - predicted) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+
+
+def waves(n: int, d: int = 2, noise: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth, not additive, on the unit cube."""
+    generator = np.random.default_rng(seed)
+    x = generator.uniform(size=(n, d))
+    return x, truth(x) + noise * generator.standard_normal(n)
+
+
+def truth(x: np.ndarray) -> np.ndarray:
+    return np.sin(5 * x.prod(1) + 2 * x[:, 0])
+
+
+class TestAccuracy:
+    """Bounds for held-out R^2; the ceiling is what the noise leaves to the true function."""
+
+    def test_the_reciprocal_wave_of_two_inputs(self):
+        """sin(1 / (x1 x2)), 1/x ~ U(1, 5), noise .01: no sum of functions of one input comes above .02."""
+        generator = np.random.default_rng(0)
+        x = 1 / generator.uniform(1, 5, size=(24_000, 2))
+        y = np.sin(1 / x.prod(1)) + 0.01 * generator.standard_normal(24_000)
+        fit = fit_simplicial(x[:20_000], y[:20_000])
+        assert r2(y[20_000:], fit.predict(x[20_000:])) > 0.9994
+
+    def test_a_spherical_harmonic_with_two_outputs(self):
+        """Y_4^2, real and imaginary part, without noise."""
+        generator = np.random.default_rng(0)
+        x = generator.uniform(size=(22_000, 2)) * [2 * np.pi, np.pi]
+        z = sph_harm_y(4, 2, x[:, 1], x[:, 0])
+        y = np.column_stack((z.real, z.imag))
+        fit = fit_simplicial(x[:20_000], y[:20_000], scale="minmax")
+        assert fit.predict(x[20_000:]).shape == (2_000, 2)
+        assert r2(y[20_000:], fit.predict(x[20_000:])) > 0.9999
+
+    def test_three_inputs(self):
+        """sin(3 pi x1 x2) x3 + x3^2 + .05 N: ceiling .9908; a random forest reaches .9866 with these samples."""
+        generator = np.random.default_rng(0)
+        x = generator.uniform(size=(25_000, 3))
+        y = np.sin(3 * np.pi * x[:, 0] * x[:, 1]) * x[:, 2] + x[:, 2] ** 2 + 0.05 * generator.standard_normal(25_000)
+        fit = fit_simplicial(x[:20_000], y[:20_000], max_nodes=1500)
+        assert r2(y[20_000:], fit.predict(x[20_000:])) > 0.989
+
+    @pytest.mark.parametrize(("d", "bound"), [(1, 0.9995), (2, 0.999), (3, 0.993), (4, 0.95)])
+    def test_every_dimension(self, d, bound):
+        x, y = waves(3000, d, noise=0.02)
+        fit = fit_simplicial(x, y, max_nodes=600)
+        new = np.random.default_rng(5).uniform(size=(500, d))
+        assert r2(truth(new), fit.predict(new)) > bound
+        assert fit.simplices.shape[1] == d + 1 and fit.nodes.shape == (len(fit.coefficients), d)
+
+    @pytest.mark.parametrize(
+        ("d", "sizes", "slope"), [(1, (20, 40, 80, 160), -2.0), (2, (50, 100, 200, 400, 800), -1.0)]
+    )
+    def test_the_error_falls_with_n_to_the_minus_two_over_d(self, d, sizes, slope):
+        """L2 error without noise against nodes; +-.15 is what the steps of the refinement leave."""
+        x, _ = waves(30_000, d)
+        nodes, errors = [], []
+        new = np.random.default_rng(5).uniform(size=(4000, d))
+        for max_nodes in sizes:
+            fit = fit_simplicial(x, truth(x), scale="minmax", max_nodes=max_nodes)
+            nodes.append(len(fit.coefficients))
+            errors.append(np.sqrt(np.mean((fit.predict(new) - truth(new)) ** 2)))
+        assert np.polyfit(np.log(nodes), np.log(errors), 1)[0] == pytest.approx(slope, abs=0.15)
+
+    @pytest.mark.parametrize("smoothing", ["reml", "gcv"])
+    def test_pure_noise_is_smoothed_away(self, smoothing):
+        generator = np.random.default_rng(0)
+        fit = fit_simplicial(generator.uniform(size=(2000, 2)), generator.standard_normal(2000), smoothing=smoothing)
+        assert fit.edf < 25
+        assert np.std(fit.predict(generator.uniform(size=(500, 2)))) < 0.15
+        assert fit.noise_variance[0] == pytest.approx(1, abs=0.1)
+
+    def test_nodes_go_where_the_function_bends(self):
+        generator = np.random.default_rng(0)
+        x = generator.uniform(size=(10_000, 2))
+        fit = fit_simplicial(x, np.tanh(40 * (x[:, 0] - 0.3)), scale="minmax", max_nodes=500)
+        near = np.abs(fit.nodes[:, 0] - 0.3) < 0.1
+        assert near.mean() > 0.6  # a fifth of the area
+
+    def test_samples_in_the_corner_of_one_simplex_are_seen(self):
+        """Where no single bisection gains anything the refinement looks ahead."""
+        generator = np.random.default_rng(0)
+        x = np.concatenate((generator.uniform(0, 0.1, size=(300, 2)), generator.uniform(0.9, 1, size=(300, 2))))
+        fit = fit_simplicial(x, np.sin(6 * x[:, 0]), scale="minmax")
+        assert np.abs(fit.predict(x) - np.sin(6 * x[:, 0])).max() < 1e-3
+
+    def test_linear_functions_are_exact_everywhere(self):
+        generator = np.random.default_rng(0)
+        x = generator.normal(size=(400, 3))
+        far = 5 * generator.normal(size=(100, 3))
+        fit = fit_simplicial(x, x @ [1.0, -2.0, 0.5] + 3, scale="minmax")
+        # Outside linear too; lambda has no optimum, and where it is largest the ridge costs 1e-13 / 1e-8 of the slope.
+        np.testing.assert_allclose(fit.predict(far), far @ [1.0, -2.0, 0.5] + 3, atol=1e-3)
+
+
+class TestFit:
+    def test_what_it_holds_fits_together(self):
+        x, y = waves(1500)
+        fit = fit_simplicial(x, y)
+        indices, weights = fit.locate(x)
+        assert indices.shape == weights.shape == (1500, 3)
+        np.testing.assert_allclose(
+            (weights[..., None] * fit.coefficients[indices]).sum(1)[:, 0], fit.predict(x), atol=1e-12
+        )
+        np.testing.assert_allclose(fit.predict(fit.nodes), fit.coefficients[:, 0], atol=1e-9)
+        # Located points are the weighted means of their nodes, in scaled coordinates.
+        scaled = fit.scale.transform(x)
+        np.testing.assert_allclose((weights[..., None] * fit.mesh.nodes.numpy()[indices]).sum(1), scaled, atol=1e-12)
+        residual = ((y - fit.predict(x)) ** 2).sum()
+        assert fit.noise_variance[0] == pytest.approx(residual / (1500 - fit.edf), rel=1e-6)
+        variance = y.var()
+        assert fit.criterion == pytest.approx(residual / 1500 / variance / (1 - fit.edf / 1500) ** 2, rel=1e-6)
+        assert fit.history[-1].n_nodes == len(fit.coefficients)
+        assert fit.criterion <= min(entry.criterion for entry in fit.history) * 1.05
+
+    def test_coefficients_are_at_the_certified_optimum(self):
+        """Against a dense solve of the stacked least-squares problem."""
+        x, y = waves(400)
+        fit = fit_simplicial(x, y, max_nodes=60)
+        assert 0 <= fit.optimality.gap < 1e-12 * fit.optimality.objective
+        assert fit.optimality.lower_bound <= fit.optimality.objective
+        indices, weights = fit.locate(x)
+        design = np.zeros((400, len(fit.coefficients)))
+        np.put_along_axis(design, indices, weights, axis=1)
+        rough = _roughness(fit.mesh).toarray()
+        objective = lambda c: ((y - design @ c) ** 2).sum() + fit.smoothing * c @ rough @ c  # noqa: E731
+        best = objective(fit.coefficients[:, 0])
+        assert best / 400 == pytest.approx(fit.optimality.objective, rel=1e-6)
+        expected = np.linalg.solve(design.T @ design + fit.smoothing * rough, design.T @ y)
+        np.testing.assert_allclose(fit.coefficients[:, 0], expected, atol=1e-6)
+        generator = np.random.default_rng(1)
+        for _ in range(20):
+            assert objective(fit.coefficients[:, 0] + 0.01 * generator.standard_normal(len(rough))) > best
+
+    def test_effective_degrees_of_freedom_are_the_trace(self):
+        x, y = waves(2000, noise=0.01)
+        fit = fit_simplicial(x, y)
+        assert len(fit.coefficients) > 100  # where it is not computed as the trace
+        indices, weights = fit.locate(x)
+        design = np.zeros((2000, len(fit.coefficients)))
+        np.put_along_axis(design, indices, weights, axis=1)
+        gram = design.T @ design
+        exact = np.trace(np.linalg.solve(fit.precision.toarray(), gram))
+        assert fit.edf == pytest.approx(exact, rel=0.03)  # a parabola through values up to 1 apart in log lambda
+
+    def test_reml_is_at_its_optimum(self):
+        """The criterion by dense eigenvalues, over a fine grid of lambda."""
+        x, y = waves(300, noise=0.2)
+        fit = fit_simplicial(x, y, max_nodes=50)
+        indices, weights = fit.locate(x)
+        design = np.zeros((300, len(fit.coefficients)))
+        np.put_along_axis(design, indices, weights, axis=1)
+        gram, rough, centred = design.T @ design, _roughness(fit.mesh).toarray(), y - y.mean()
+
+        def reml(log_smoothing: float) -> float:
+            matrix = gram + np.exp(log_smoothing) * rough
+            value = centred @ centred - centred @ design @ np.linalg.solve(matrix, design.T @ centred)
+            return 297 * np.log(value) + np.linalg.slogdet(matrix)[1] - (len(gram) - 3) * log_smoothing
+
+        grid = np.linspace(-15, 10, 501)
+        best = min(map(reml, grid))
+        assert reml(np.log(fit.smoothing)) < best + 0.02  # half of the curvature times the tolerance squared
+
+    def test_more_smoothing_means_fewer_degrees_of_freedom(self):
+        x, y = waves(500)
+        fits = [fit_simplicial(x, y, smoothing=value, max_nodes=100) for value in (0.0, 1e-3, 1.0, 1e3)]
+        assert all(a.edf > b.edf for a, b in itertools.pairwise(fits))
+        assert [fit.smoothing for fit in fits[1:]] == pytest.approx([1e-3, 1.0, 1e3])
+        assert fits[-1].edf == pytest.approx(3, abs=0.1)
+
+    def test_the_budget_of_nodes_is_kept(self):
+        x, y = waves(5000, noise=0.0)
+        for max_nodes in (16, 50, 333):
+            fit = fit_simplicial(x, y, max_nodes=max_nodes)
+            assert max(entry.n_nodes for entry in fit.history) <= max_nodes
+        assert len(fit.coefficients) > 200
+
+    def test_coarsening_takes_back_nodes_that_say_nothing(self):
+        x, y = waves(4000, noise=0.3)
+        fit = fit_simplicial(x, y)
+        assert len(fit.coefficients) < max(entry.n_nodes for entry in fit.history)
+
+    def test_the_same_input_gives_the_same_fit(self):
+        x, y = waves(800)
+        for smoothing in ("reml", "gcv"):
+            first, second = (fit_simplicial(x, y, smoothing=smoothing, random_state=3).predict(x) for _ in range(2))
+            assert np.array_equal(first, second)
+        state = np.random.RandomState(0)
+        fit_simplicial(x, y, random_state=state)
+        fit_simplicial(x, y, random_state=np.random.default_rng(0))
+
+    def test_it_can_be_pickled(self):
+        x, y = waves(500)
+        fit = fit_simplicial(x, y)
+        before = fit.predict(x, return_std=True)
+        again = pickle.loads(pickle.dumps(fit)).predict(x, return_std=True)
+        for a, b in zip(before, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_verbose_shows_a_bar(self, capsys):
+        x, y = waves(200)
+        fit_simplicial(x, y)
+        assert capsys.readouterr().err == ""
+        fit_simplicial(x, y, verbose=True)
+        assert "nodes" in capsys.readouterr().err
+
+
+class TestSeveralOutputs:
+    def test_outputs_share_the_mesh_and_scaling_them_changes_nothing_else(self):
+        x, y = waves(1000)
+        both = np.column_stack((y, np.cos(7 * x[:, 1])))
+        fit = fit_simplicial(x, both)
+        scaled = fit_simplicial(x, both * [1000.0, 1.0] + [5.0, 0.0])
+        assert fit.coefficients.shape[1] == 2 and fit.noise_variance.shape == (2,)
+        np.testing.assert_allclose(scaled.predict(x), fit.predict(x) * [1000.0, 1.0] + [5.0, 0.0], rtol=1e-6, atol=1e-6)
+
+    def test_shapes_follow_y(self):
+        x, y = waves(200)
+        assert fit_simplicial(x, y).predict(x).shape == (200,)
+        mean, std = fit_simplicial(x, y[:, None]).predict(x, return_std=True)
+        assert mean.shape == std.shape == (200, 1)
+
+
+class TestUncertainty:
+    @pytest.mark.parametrize("d", [1, 2, 3])
+    def test_intervals_cover_new_observations(self, d):
+        x, y = waves(4000, d, noise=0.1)
+        new, observed = waves(4000, d, noise=0.1, seed=9)
+        mean, std = fit_simplicial(x, y).predict(new, return_std=True)
+        # Three standard errors of a share of 4000 are .010 at 95 % and .019 at 80 %.
+        assert (np.abs(observed - mean) < 1.96 * std).mean() == pytest.approx(0.95, abs=0.012)
+        assert (np.abs(observed - mean) < 1.2816 * std).mean() == pytest.approx(0.8, abs=0.022)
+
+    def test_it_is_the_posterior_variance_whichever_way_it_is_solved_for(self):
+        x, y = waves(300)
+        fit = fit_simplicial(x, y, max_nodes=80)
+        indices, weights = fit.locate(x)
+        design = np.zeros((300, len(fit.coefficients)))
+        np.put_along_axis(design, indices, weights, axis=1)
+        leverage = (design * np.linalg.solve(fit.precision.toarray(), design.T).T).sum(1)
+        expected = np.sqrt(fit.noise_variance[0] * (1 + leverage))
+        np.testing.assert_allclose(fit.predict(x, return_std=True)[1], expected, rtol=1e-9)
+        np.testing.assert_allclose(fit.predict(x[:5], return_std=True)[1], expected[:5], rtol=1e-9)
+
+    def test_it_grows_away_from_the_samples(self):
+        x, y = waves(500)
+        _, std = fit_simplicial(x, y).predict(np.array([[0.5, 0.5], [2.0, 2.0], [5.0, 5.0]]), return_std=True)
+        assert std[0] < std[1] < std[2]
+
+
+class TestWeights:
+    @pytest.mark.parametrize("scale", ["quantile", "minmax"])
+    def test_weights_are_repetitions_up_to_a_factor_and_zero_removes_a_row(self, scale):
+        x, y = waves(600, noise=0.2)
+        x[:3] = [[9, 9], [-9, 9], [9, -9]]  # what would change every scale
+        weight = np.random.default_rng(1).integers(0, 4, 600)
+        weight[:3] = 0
+        weighted = fit_simplicial(x, y, weight, scale=scale)
+        repeated = fit_simplicial(np.repeat(x, weight, axis=0), np.repeat(y, weight), scale=scale)
+        tiny = fit_simplicial(x, y, weight * 1e-9, scale=scale)
+        for other in (repeated, tiny):
+            np.testing.assert_allclose(weighted.predict(x[3:]), other.predict(x[3:]), atol=1e-9)
+            assert weighted.noise_variance == pytest.approx(other.noise_variance, rel=1e-9)
+
+    def test_repeated_noise_is_not_taken_for_the_function(self):
+        """As a bootstrap makes it. Counted as samples, three copies of each row make an interpolant the best model."""
+        x, y = waves(400, noise=0.3)
+        fit = fit_simplicial(np.repeat(x, 3, axis=0), np.repeat(y, 3))
+        assert fit.noise_variance[0] == pytest.approx(0.09, rel=0.3)
+        assert fit.edf < 80
+
+    def test_genuine_replicates_are_samples_each(self):
+        x = np.repeat(np.random.default_rng(0).uniform(size=(20, 2)), 100, axis=0)
+        y = truth(x) + 0.3 * np.random.default_rng(1).standard_normal(2000)
+        fit = fit_simplicial(x, y)
+        assert fit.noise_variance[0] == pytest.approx(0.09, rel=0.1)
+        assert r2(truth(x), fit.predict(x)) > 0.97
+
+    def test_rows_of_more_weight_are_fitted_more_closely(self):
+        """Noise of two sizes with the weights that belong to it, against none."""
+        generator = np.random.default_rng(0)
+        x, size = generator.uniform(size=(2000, 2)), generator.choice([0.02, 0.5], size=2000)
+        y = truth(x) + size * generator.standard_normal(2000)
+        new = generator.uniform(size=(1000, 2))
+        weighted, plain = (fit_simplicial(x, y, w).predict(new) for w in (size**-2.0, None))
+        assert ((weighted - truth(new)) ** 2).mean() < 0.2 * ((plain - truth(new)) ** 2).mean()
+
+    def test_weights_of_zero_alone_are_refused(self):
+        x, y = waves(10)
+        with pytest.raises(ValueError, match="positive somewhere"):
+            fit_simplicial(x, y, np.zeros(10))
+
+
+@pytest.mark.parametrize("smoothing", ["reml", "gcv"])
+class TestScantInput:
+    """No warning, finite predictions, and the simplest function that the samples leave."""
+
+    def check(self, x, y, smoothing, **options):
+        fit = fit_simplicial(x, y, smoothing=smoothing, **options)
+        mean, std = fit.predict(x, return_std=True)
+        assert np.isfinite(mean).all() and np.isfinite(std).all()
+        return fit
+
+    def test_one_sample(self, smoothing):
+        fit = self.check(np.array([[0.3, 0.7]]), [3.0], smoothing)
+        assert fit.predict([[5.0, -5.0]]) == pytest.approx([3.0])
+
+    @pytest.mark.parametrize("n", [2, 3, 5, 20])
+    @pytest.mark.parametrize("d", [1, 2, 3])
+    def test_fewer_samples_than_nodes(self, smoothing, n, d):
+        generator = np.random.default_rng(n)
+        x, y = generator.uniform(size=(n, d)), generator.uniform(size=n)
+        fit = self.check(x, y, smoothing)
+        assert fit.edf <= n + 1e-3  # the ridge at the largest lambda
+        between = x.min(0) + generator.uniform(size=(50, d)) * np.ptp(x, axis=0)
+        assert np.abs(fit.predict(between)).max() < 5
+
+    def test_collinear_points(self, smoothing):
+        """No triangle could be made of them; the function is flat across the line."""
+        t = np.random.default_rng(0).uniform(size=500)
+        fit = self.check(np.column_stack((t, 2 - t)), np.sin(6 * t), smoothing, scale="minmax")
+        assert r2(np.sin(6 * t), fit.predict(np.column_stack((t, 2 - t)))) > 0.98
+
+    def test_duplicated_points(self, smoothing):
+        generator = np.random.default_rng(0)
+        x = np.repeat(generator.uniform(size=(12, 2)), 40, axis=0)
+        self.check(x, generator.standard_normal(480), smoothing)
+
+    def test_constant_columns_have_no_influence(self, smoothing):
+        x, y = waves(500)
+        plain = self.check(x, y, smoothing)
+        padded = self.check(np.column_stack((np.ones(500), x, np.zeros(500))), y, smoothing)
+        new = np.column_stack((np.full(500, 7.0), x, np.full(500, -3.0)))
+        np.testing.assert_array_equal(padded.predict(new), plain.predict(x))
+
+    def test_only_constant_columns(self, smoothing):
+        y = np.random.default_rng(0).standard_normal(100)
+        fit = self.check(np.ones((100, 3)), y, smoothing)
+        np.testing.assert_allclose(fit.predict(np.ones((2, 3))), y.mean())
+        assert fit.edf == pytest.approx(1)
+
+    def test_constant_outputs(self, smoothing):
+        x, y = waves(300)
+        fit = self.check(x, np.column_stack((np.full(300, 7.0), y)), smoothing)
+        np.testing.assert_allclose(fit.predict(x)[:, 0], 7.0)
+        np.testing.assert_allclose(self.check(x, np.full(300, 1e6), smoothing).predict(x), 1e6)
+
+    def test_discrete_columns(self, smoothing):
+        x = np.random.default_rng(0).integers(0, 4, size=(600, 2)).astype(float)
+        fit = self.check(x, x.prod(1), smoothing)
+        np.testing.assert_allclose(fit.predict(x), x.prod(1), atol=1e-2)
+
+    @pytest.mark.parametrize("factor", [1e-100, 1e100])
+    def test_units_do_not_matter(self, smoothing, factor):
+        x, y = waves(300)
+        fit = self.check(x * factor, y * factor, smoothing)
+        np.testing.assert_allclose(
+            fit.predict(x * factor) / factor, fit_simplicial(x, y, smoothing=smoothing).predict(x), atol=1e-2
+        )
+
+    def test_heavy_tails(self, smoothing):
+        x = np.random.default_rng(0).standard_cauchy(size=(2000, 2))
+        fit = self.check(x, np.tanh(x[:, 0]), smoothing)
+        assert r2(np.tanh(x[:, 0]), fit.predict(x)) > 0.995
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("x", "y", "weight", "message"),
+        [
+            (np.zeros((5, 2)), np.zeros(4), None, r"\(5, 2\) and \(4,\)"),
+            (np.zeros(5), np.zeros(5), None, r"\[n_samples, n_features\], got \(5,\)"),
+            (np.zeros((0, 2)), np.zeros(0), None, "none empty"),
+            (np.full((5, 2), np.nan), np.zeros(5), None, "x must be finite"),
+            (np.zeros((5, 2)), np.array([0, 1, np.inf, 0, 0]), None, "y must be finite"),
+            (np.zeros((5, 2)), np.zeros((5, 1, 1)), None, r"\(5, 1, 1\)"),
+            (np.zeros((5, 2)), np.zeros(5), np.ones(4), r"= \(5,\), got \(4,\)"),
+            (np.zeros((5, 2)), np.zeros(5), -np.ones(5), "not negative"),
+            (np.zeros((5, 2)), np.zeros(5), np.full(5, np.nan), "sample_weight must be finite"),
+            (np.random.default_rng(0).uniform(size=(9, 5)), np.zeros(9), None, "up to 4 inputs, got 5 columns"),
+        ],
+    )
+    def test_arrays(self, x, y, weight, message):
+        with pytest.raises(ValueError, match=message):
+            fit_simplicial(x, y, weight)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"scale": "none"}, "scale must be one of"),
+            ({"smoothing": "aic"}, "got 'aic'"),
+            ({"smoothing": -1.0}, ">= 0"),
+            ({"smoothing": float("nan")}, ">= 0"),
+            ({"max_nodes": 3}, "at least 16, got 3"),
+        ],
+    )
+    def test_options(self, option, message):
+        with pytest.raises(ValueError, match=message):
+            fit_simplicial(*waves(20), **option)
+
+    def test_rows_of_another_width_at_prediction(self):
+        fit = fit_simplicial(*waves(50))
+        with pytest.raises(ValueError, match=r"n_features=2\], got \(3, 4\)"):
+            fit.predict(np.zeros((3, 4)))
+        with pytest.raises(ValueError, match="x must be finite"):
+            fit.predict(np.full((3, 2), np.nan))
+
+    def test_without_scipy_one_sentence_says_what_to_install(self, monkeypatch):
+        original = builtins.__import__
+
+        def without(name, *args, **kwargs):
+            if name.split(".")[0] == "scipy":
+                raise ImportError("No module named 'scipy'")
+            return original(name, *args, **kwargs)
+
+        monkeypatch.delitem(sys.modules, "lreg_peft.regression._scipy")
+        monkeypatch.setattr(builtins, "__import__", without)
+        with pytest.raises(ImportError, match=r"pip install lreg_peft\[regression\]"):
+            importlib.import_module("lreg_peft.regression._scipy")
+
+
+class TestScale:
+    @pytest.mark.parametrize("scale", ["quantile", "minmax"])
+    def test_it_is_increasing_onto_the_unit_interval_and_inverted_exactly(self, scale):
+        x = np.random.default_rng(0).standard_cauchy(size=(3000, 2))
+        map_ = fit_scale(x, None, scale)
+        u = map_.transform(x)
+        assert u.min() == 0 and u.max() == 1
+        wide = np.linspace(-1, 2, 500)[:, None] * [1, 1]
+        np.testing.assert_allclose(map_.transform(map_.inverse_transform(wide)), wide, atol=1e-9)
+        assert (np.diff(map_.inverse_transform(wide), axis=0) > 0).all()
+
+    def test_quantiles_make_uniform_what_is_not_and_leave_alone_what_is(self):
+        generator = np.random.default_rng(0)
+        x = np.column_stack((1 / generator.uniform(1, 20, 20_000), generator.uniform(3, 4, 20_000)))
+        scale = fit_scale(x, None, "quantile")
+        u = np.sort(scale.transform(x), axis=0)
+        assert np.abs(u - np.linspace(0, 1, 20_000)[:, None]).max() < 0.015
+        assert len(scale.inputs[0]) > 8 and len(scale.inputs[1]) == 2
+
+    def test_ties_and_neighbouring_floats(self):
+        x = np.array([0.0] * 50 + [1.0] * 30 + [1.0 + 1e-15] * 10 + [2.0] * 5)[:, None]
+        scale = fit_scale(x, None, "quantile")
+        assert (np.diff(scale.inputs[0]) > 1e-13).all() and (np.diff(scale.outputs[0]) > 0).all()
+
+
+class TestSearch:
+    @pytest.mark.parametrize("centre", [-9.0, 0.0, 3.1, 9.0])
+    def test_the_minimum_of_a_smooth_function_is_found(self, centre):
+        calls = []
+
+        def function(x: float) -> float:
+            calls.append(x)
+            return float(np.log(1 + (x - 3) ** 2) + 0.1 * np.exp(-x))
+
+        found = _minimise(function, centre, 1.0, -10.0, 10.0, 0.01)
+        grid = np.linspace(-10, 10, 20_001)
+        assert found == pytest.approx(grid[np.argmin([function(x) for x in grid])], abs=0.05)
+
+    @pytest.mark.parametrize("sign", [-1, 1])
+    def test_the_end_of_the_range_where_the_function_falls_to_it(self, sign):
+        assert _minimise(lambda x: sign * x, 0.0, 1.0, -5.0, 5.0, 0.01) == pytest.approx(-5.0 * sign)
+
+    def test_steps_of_lambda_lead_to_the_optimum_of_reml(self):
+        """What the refinement uses on large meshes, iterated, against the search."""
+        x, y = waves(3000, noise=0.1)
+        fit = fit_simplicial(x, y, smoothing=1e-4, max_nodes=500)
+        import torch
+
+        from lreg_peft.core.simplices import locate_in_mesh
+
+        points = torch.from_numpy(fit.scale.transform(x))
+        centred = (y - y.mean())[:, None]
+        samples = _Samples(points, centred, None, *locate_in_mesh(points, fit.mesh), 3000.0, (centred**2).sum(0))
+        gram, moment = _normal_equations(fit.mesh, samples)
+        problem = Problem(gram, moment, samples.square, _roughness(fit.mesh), 3000.0, 3, np.array([True]))
+        search = SmoothingSearch("reml", 0)
+        exact = search.run(problem, polish=True)[0].log_smoothing
+        search.log_smoothing = exact - 3
+        for _ in range(30):
+            search._step(problem, -30, 30)
+        # 16 probes: the trace is off by about 1 %.
+        assert search.log_smoothing == pytest.approx(exact, abs=0.15)
+        assert solve(problem, exact).coefficients.shape == moment.shape

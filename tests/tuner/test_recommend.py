@@ -1,0 +1,125 @@
+"""One line to the right configuration: placements, sizes that fill a budget, round trips, what is refused."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
+
+from lreg_peft import inspect_targets, recommended_config
+
+
+def meta(kind, config):
+    with torch.device("meta"):
+        return kind(config)
+
+
+def gpt2():
+    return meta(GPT2LMHeadModel, GPT2Config(bos_token_id=0, eos_token_id=1))
+
+
+class TestPlacement:
+    def test_language_model(self):
+        targets = {t.name: t for t in inspect_targets(gpt2(), recommended_config(gpt2()))}
+        assert len(targets) == 4 * 12 + 1
+        assert targets["lm_head"].n_components == targets["transformer.h.3.mlp.c_fc"].n_components == 1
+        assert targets["transformer.h.3.attn.c_proj"].n_components == 2
+
+    def test_without_the_output_head(self):
+        names = [t.name for t in inspect_targets(gpt2(), recommended_config(gpt2(), output_head=False))]
+        assert len(names) == 48
+        assert "lm_head" not in names
+
+    def test_classifiers_train_their_head_in_full_and_poolers_are_left_alone(self):
+        model = meta(RobertaForSequenceClassification, RobertaConfig(num_hidden_layers=2))
+        config = recommended_config(model, task_type="SEQ_CLS")
+        targets = {t.name: t.n_components for t in inspect_targets(model, config)}
+        assert len(targets) == 12
+        assert all(name.startswith("roberta.encoder.layer.") for name in targets)
+        # "output.dense" is an ending of "attention.output.dense" as well.
+        assert targets["roberta.encoder.layer.0.attention.output.dense"] == 2
+        assert targets["roberta.encoder.layer.0.output.dense"] == 1
+
+    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "opt", "phi3", "gpt_neo"])
+    def test_other_architectures_train_as_they_are(self, model_type):
+        base = tiny.build(model_type, "CAUSAL_LM")
+        model = get_peft_model(base, recommended_config(base, task_type="CAUSAL_LM", init_weights=True))
+        ids = torch.randint(3, tiny.VOCABULARY, (2, 8))
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        directions = {n: p for n, p in model.named_parameters() if "lreg_direction" in n}
+        assert len(directions) > 8
+        assert all(p.grad is not None and p.grad.any() for p in directions.values())
+
+    def test_profiles_start_at_one_on_the_head_only(self):
+        model = get_peft_model(tiny.gpt2(), recommended_config(tiny.gpt2(), init_weights=True))
+        means = {n: p.mean().item() for n, p in model.named_parameters() if "lreg_profile" in n}
+        inside = {value for name, value in means.items() if "lm_head" not in name}
+        (head,) = [value for name, value in means.items() if "lm_head" in name]
+        assert head == 1.0
+        assert max(inside) < 1
+
+
+class TestBudget:
+    @pytest.mark.parametrize("budget", [60_000, 100_000, 254_434, 294_912, 1_000_000])
+    def test_is_filled_and_never_exceeded(self, budget):
+        report = inspect_targets(gpt2(), recommended_config(gpt2(), budget))
+        # What is left does not pay for one component of the cheapest module.
+        assert budget - (768 + 1 + 8 + 768) < report.trainable_parameters <= budget
+
+    def test_shares_are_kept_as_far_as_sizes_allow(self):
+        targets = inspect_targets(gpt2(), recommended_config(gpt2(), 2_000_000))
+        attention = [t.n_components for t in targets if ".attn." in t.name]
+        feed_forward = [t.n_components for t in targets if ".mlp." in t.name]
+        assert max(attention) - min(attention) <= 1
+        assert max(feed_forward) - min(feed_forward) <= 1
+        assert sum(attention) / sum(feed_forward) == pytest.approx(2, rel=0.2)
+
+    @pytest.mark.parametrize(
+        ("text", "options"), [("lora:8", {"r": 8}), ("lora:4:c_fc", {"r": 4, "target_modules": "c_fc"})]
+    )
+    def test_as_many_as_lora(self, text, options):
+        base = gpt2()
+        options = {k: [v] if k == "target_modules" else v for k, v in options.items()}
+        lora = get_peft_model(gpt2(), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **options))
+        wanted = lora.get_nb_trainable_parameters()[0]
+        report = inspect_targets(base, recommended_config(base, text))
+        assert wanted - 2_000 < report.trainable_parameters <= wanted
+
+    def test_what_it_says_is_what_trains(self):
+        base = tiny.gpt2()
+        config = recommended_config(base, 1_500)
+        expected = inspect_targets(base, config).trainable_parameters
+        assert get_peft_model(base, config).get_nb_trainable_parameters()[0] == expected <= 1_500
+
+
+def test_the_configuration_survives_its_file(tmp_path):
+    config = recommended_config(gpt2(), 300_000)
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert [(t.name, t.n_components) for t in inspect_targets(gpt2(), again)] == [
+        (t.name, t.n_components) for t in inspect_targets(gpt2(), config)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": 10}, ValueError, "budget=10 .* does not pay for one component: the cheapest, at 'transformer"),
+        ({"budget": "lora"}, ValueError, "budget must be a number, 'lora:RANK'.* got 'lora'"),
+        ({"budget": "lora:0"}, ValueError, "budget must be a number.* got 'lora:0'"),
+        ({"budget": "lora:2:nothing"}, ValueError, "LoRA has nothing to adapt"),
+        ({"budget": 2.5}, TypeError, "budget must be a whole number or a string"),
+        ({"dof": 1}, ValueError, "dof must be at least 2, got 1"),
+        ({"target_modules": ["mlp"]}, ValueError, r"chooses \['target_modules'\] itself"),
+    ],
+)
+def test_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        recommended_config(gpt2(), **options)
+
+
+def test_refuses_adapted_and_unknown_models():
+    with pytest.raises(ValueError, match="wants the base model and got one with adapters"):
+        recommended_config(get_peft_model(tiny.gpt2(), recommended_config(tiny.gpt2(), init_weights=True)))
+    with pytest.raises(ValueError, match="Linear has no linear layers in repeated blocks"):
+        recommended_config(torch.nn.Linear(3, 3))

@@ -62,6 +62,7 @@ RIGHT: dict[str, dict] = {
     "load_grades": {"model": MODEL, "path": "never"},
     "plot_meshes": {"model": MODEL},
     "push_model_card": {"model": MODEL, "repo_id": "a/b"},
+    "recommended_config": {"model": tiny.gpt2()},
     "refine_linearized": {"model": MODEL, "dataloader": BATCHES},
     "snapshot_meshes": {"model": MODEL},
     "track_statistics": {"model": MODEL},

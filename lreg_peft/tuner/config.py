@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
@@ -126,6 +126,11 @@ class LRegConfig(PeftConfig):
         "dataloader)`, which fits projections and meshes to the data. False: random coefficients, which only tests "
         "want.",
     )
+    dropout: float = _option(
+        0.0,
+        "Probability with which every basis function of every row is left out while the adapter trains, the others "
+        "scaled up by 1 / (1 - dropout). Inference is not changed. Fits that solve for the coefficients do without.",
+    )
     train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
     backbone_eval: bool = _option(
         True,
@@ -156,18 +161,27 @@ class LRegConfig(PeftConfig):
         "in_features + K].",
     )
 
-    # PEFT reads this attribute to decide whether to save the output embedding next to an adapter that targets it. An
-    # adapter that leaves the embedding frozen must not: the file would grow from 0.8 MB to 155 MB on GPT-2. It is a
-    # class attribute, so it is neither an option nor part of the saved configuration.
-    trainable_token_indices = {}  # type: ignore[var-annotated]  # noqa: RUF012
+    # Never None: PEFT takes that for a reason to save the output embedding next to an adapter that targets it. The file
+    # would grow from 0.8 MB to 155 MB on GPT-2, with weights that did not change.
+    trainable_token_indices: dict[str, list[int]] | list[int] = _option(
+        {},
+        "Token ids whose rows of the input embedding are trained and saved with the adapter, for example of new "
+        "tokens: a list, or a dictionary of lists by the name of the embedding.",
+    )
+    target_parameters: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target_parameters: Any = None) -> None:  # noqa: RUF033  (also called to check again)
         if self.task_type is not None and "IMAGE" in str(self.task_type).upper():
             raise ValueError(
                 f"PEFT knows no task_type {self.task_type!r}. For an image classifier leave task_type out, and name a "
                 "new classification head that is to be trained in full: LRegConfig(modules_to_save=['classifier'])."
             )
         super().__post_init__()
+        if target_parameters:
+            raise ValueError(
+                f"target_parameters={target_parameters!r} names weights, and a shortcut stands beside a module with an "
+                "input and an output: name the module that holds them in target_modules, such as 'experts' or 'mlp'."
+            )
         if upstream_has_lreg():
             raise RuntimeError(
                 "this version of PEFT ships its own LREG method. Use peft.LRegConfig instead of lreg_peft.LRegConfig, "
@@ -187,6 +201,8 @@ class LRegConfig(PeftConfig):
         for name in ("linear_term", "train_projection", "backbone_eval", "fused_loss", "inference_mode"):
             flag(name, getattr(self, name))
         self._check_profile()
+        self._check_dropout()
+        self._check_tokens()
         self._check_curvature_weight()
         self._check_grades()
 
@@ -282,6 +298,24 @@ class LRegConfig(PeftConfig):
                 raise ValueError(f"{name} must be a finite number, got {value!r}.")
         if self.head != "factored" and (self.profile_mean != 1.0 or self.profile_mean_pattern):
             raise ValueError(f"profile_mean acts on the profiles of head='factored', got head={self.head!r}.")
+
+    def _check_dropout(self) -> None:
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
+            raise TypeError(f"dropout must be a number, got {self.dropout!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
+
+    def _check_tokens(self) -> None:
+        given = {} if self.trainable_token_indices is None else self.trainable_token_indices
+        for ids in given.values() if isinstance(given, dict) else [given]:
+            whole = isinstance(ids, (list, tuple)) and all(type(item) is int and item >= 0 for item in ids)
+            if not whole or not ids or len(set(ids)) < len(ids):
+                raise ValueError(
+                    "trainable_token_indices must be a list of different token ids (whole numbers from 0 on), or a "
+                    f"dictionary of such lists by the name of an embedding, got {given!r}."
+                )
+        as_given = {key: [*ids] for key, ids in given.items()} if isinstance(given, dict) else list(given)
+        self.trainable_token_indices = as_given
 
     def _check_curvature_weight(self) -> None:
         weight = self.curvature_weight

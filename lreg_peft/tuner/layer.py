@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -70,11 +71,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         "lreg_statistics",
         "composed_on",
         "readings",
+        "lreg_dropout",
     )
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.in_features = in_features
         self.out_features = out_features
         self.lreg_projection = WeightDict()
@@ -93,6 +94,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.readings: dict[str, Reading] = {}
         #: The module whose output is read in place of this one's input.
         self.source: FeatureSource | None = None
+        #: Probability of leaving out a basis function while an adapter trains.
+        self.lreg_dropout: dict[str, float] = {}
         #: The adapter whose basis functions the encoder of a composed grade reads.
         self.composed_on: dict[str, str] = {}
         #: The adapters that a grade stands on, first grade first, for the grades of the whole model.
@@ -111,6 +114,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         #: Set for the time of a forward pass in which this output head may put off its logits: a function of the layer
         #: and its arguments that returns something in their place, or None.
         self.loss_request: Any = None
+        # Last: from here on, attributes that the base has and this layer has not are those of the base.
+        self.base_layer = base_layer
         parameters = inspect.signature(base_layer.forward).parameters
         self._input_name = next(iter(parameters), None)
 
@@ -150,6 +155,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                     weight.normal_(std=_RANDOM_INIT_STD)
             getattr(self, f"lreg_{name}")[adapter_name] = nn.Parameter(weight)
         self.lreg_statistics.pop(adapter_name, None)
+        self.lreg_dropout[adapter_name] = config.dropout
         self.curvature_weight[adapter_name] = config.curvature_weight
         if config.curvature_weight > 0:
             penalty.watch(self)
@@ -288,6 +294,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
         head, nodes = self.heads[name], self.lreg_nodes[name]
+        if self._drops(name):
+            return hidden + self.shortcut(name, features, hidden)
         row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
             *features.shape[:-1],
             self.out_features,
@@ -366,7 +374,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                     code.coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
                 if (observation := self._observe(name, code)) is not None:
                     watchers.append((observation.picked, observation.record))
-                designs.append(self.design(name, code))
+                designs.append(self._thinned(name, self.design(name, code)))
                 tables.append(self.table(name))
             design, table = torch.cat(designs, dim=-1), torch.cat(tables)
             return fused_cross_entropy(
@@ -417,7 +425,17 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _value(self, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
+        if self._drops(name):
+            return self._thinned(name, self.design(name, code)).to(dtype) @ self.table(name).to(dtype)
         return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, dtype)
+
+    def _drops(self, name: str) -> bool:
+        """Whether dropout is at work: only an adapter that trains has it, not a grade below."""
+        return self.training and self.lreg_dropout.get(name, 0) > 0 and name in self.active_adapters
+
+    def _thinned(self, name: str, design: Tensor) -> Tensor:
+        """The design with dropout, if it is at work."""
+        return F.dropout(design, self.lreg_dropout[name]) if self._drops(name) else design
 
     def _observe(
         self, name: str, code: Encoded, output: Tensor | None = None, layout: Layout = ROW_BY_ROW
@@ -438,7 +456,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _value_of_coords(self, name: str, coords: Tensor) -> Tensor:
         """The piecewise-linear part alone, as a function of the coordinates: what moving a mesh can change."""
-        return self._value(name, Encoded(torch.zeros_like(coords), coords), coords.dtype)
+        code = Encoded(torch.zeros_like(coords), coords)
+        return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, coords.dtype)
 
     def nodal_coefficients(self, adapter_name: str) -> Tensor:
         """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
@@ -545,7 +564,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base_layer")
-        if base is not None and any(name in state for state in (base._parameters, base._buffers, base._modules)):
+        if (
+            base is not None
+            and name not in self.__dict__
+            and any(name in state for state in (base._parameters, base._buffers, base._modules))
+        ):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.mesh import spread_rounded
 from ..modules import unwrap
+from .combine import combined_config, rescale_shortcuts, write_sum
 from .config import DATA_STARTS, LRegConfig
 from .hooks import backbone, head_loss, native_transformer, output_head, reminder, spans
 from .hooks.registry import release_all
@@ -209,6 +210,51 @@ class LRegModel(BaseTuner):
         super().delete_adapter(adapter_name)
         if was_active and self.active_adapters:
             self.set_adapter(self.active_adapters)  # modules_to_save of the grade below train again
+
+    # Sums of adapters
+
+    rescale_shortcuts = staticmethod(rescale_shortcuts)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """Add the weighted sum of adapters as a new adapter; it is exact, and not active until `set_adapter`.
+
+        Args:
+            adapters: names of adapters with the same head, and the same dof in every module.
+            weights: one per adapter.
+            adapter_name: of the new one.
+            combination_type: "cat": the components of all adapters side by side. "linear": no more components than
+                one adapter has, for adapters with the same projections and meshes.
+            options: those of LoRA's method, which work on low-rank matrices: refused.
+
+        Raises:
+            ValueError: if they cannot be combined, with the reason; the model is then as it was.
+        """
+        if options:
+            raise ValueError(
+                f"{sorted(options)} work on the low-rank matrices of LoRA, and a sum of shortcuts is exact without: "
+                "leave them out."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: give the sum another name.")
+        config = combined_config(self.model, self.peft_config, adapters, weights, combination_type)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        write_sum(self.model, adapter_name, adapters, weights, combination_type)
+        for layer in self.model.modules():
+            if isinstance(layer, LRegLayer) and adapter_name in layer.lreg_nodes:
+                for weight in layer.weights(adapter_name).values():
+                    weight.requires_grad_(False)
 
     # Inference with one adapter per sample
 

@@ -77,6 +77,7 @@ def register(config_class: type, model_class: type) -> bool:
     _extend_loading(peft_type)
     _extend_weights(peft_type)
     _extend_native_loading(peft_type)
+    _extend_scaling(model_class)
     return True
 
 
@@ -201,6 +202,21 @@ def _extend_native_loading(peft_type: Any) -> None:
 
     setattr(build_peft_weight_mapping, _ORIGINAL, build)
     conversion.build_peft_weight_mapping = build_peft_weight_mapping
+
+
+def _extend_scaling(model_class: Any) -> None:
+    """Have `peft.helpers.rescale_adapter_scale`, which looks for LoRA's layers, scale shortcuts too."""
+    from peft import helpers
+
+    rescale = _original(helpers.rescale_adapter_scale)
+
+    @functools.wraps(rescale)
+    def rescale_adapter_scale(model: Any, multiplier: float) -> Any:
+        ours = any(isinstance(module, model_class.tuner_layer_cls) for module in model.modules())
+        return (model_class.rescale_shortcuts if ours else rescale)(model, multiplier)
+
+    setattr(rescale_adapter_scale, _ORIGINAL, rescale)
+    helpers.rescale_adapter_scale = rescale_adapter_scale
 
 
 def _original(method: Any) -> Any:

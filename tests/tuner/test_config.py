@@ -28,6 +28,8 @@ EVERYTHING = {
     "readout": "mean",
     "feature_source": {"b": "stem"},
     "init_weights": False,
+    "dropout": 0.25,
+    "trainable_token_indices": {"embed": [3, 4]},
     "train_projection": False,
     "backbone_eval": False,
     "fused_loss": False,
@@ -105,6 +107,14 @@ REFUSED = [
     ({"curvature_weight": -0.1}, ValueError, "curvature_weight must be finite and not negative, got -0.1"),
     ({"curvature_weight": float("nan")}, ValueError, "curvature_weight must be finite and not negative, got nan"),
     ({"curvature_weight": float("inf")}, ValueError, "curvature_weight must be finite and not negative, got inf"),
+    ({"dropout": True}, TypeError, "dropout must be a number, got True"),
+    ({"dropout": 1.0}, ValueError, r"dropout must be at least 0 and less than 1, got 1\.0"),
+    ({"dropout": float("nan")}, ValueError, "dropout must be at least 0 and less than 1, got nan"),
+    ({"trainable_token_indices": 3}, ValueError, "trainable_token_indices must be a list of different token ids.*3"),
+    ({"trainable_token_indices": [3, 3]}, ValueError, r"different token ids.*got \[3, 3\]"),
+    ({"trainable_token_indices": [-1]}, ValueError, r"whole numbers from 0 on.*got \[-1\]"),
+    ({"trainable_token_indices": {"wte": []}}, ValueError, r"got \{'wte': \[\]\}"),
+    ({"target_parameters": ["experts.up"]}, ValueError, r"\['experts\.up'\] names weights.*in target_modules, such"),
     ({"previous_grades": "default"}, TypeError, "previous_grades must be a list"),
     ({"previous_grades": ["a", "a"]}, ValueError, r"every adapter once, got \['a', 'a'\]"),
     ({"grade_form": "nested"}, ValueError, "grade_form must be one of additive, composed, got 'nested'"),
@@ -130,6 +140,9 @@ def test_refuses(options, error, message):
         {"layers_to_transform": [1]},  # with the default targets
         {"curvature_weight": 1, "dof": 2, "dof_pattern": {"mlp": 3}},
         {"init_weights": "pca"},
+        {"trainable_token_indices": [3, 4]},
+        {"trainable_token_indices": None},
+        {"target_parameters": None},
         {"feature_sizes": {"a": [3, 4]}},
         {"component_pattern": {"a": 1}},
     ],
@@ -169,7 +182,7 @@ def test_json_round_trip(options, tmp_path):
         }
         assert loaded.peft_type == config.peft_type
     assert content["peft_type"] == "LREG"
-    assert "trainable_token_indices" not in content
+    assert content["trainable_token_indices"] == options.get("trainable_token_indices", {})
 
 
 def test_sets_are_saved_in_one_order():

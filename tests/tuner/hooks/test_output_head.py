@@ -1,7 +1,6 @@
 """Targeting the output head: tying, saving, generating, resizing, fused losses."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -99,11 +98,11 @@ class TestSaving:
         adapt(gpt2()).save_pretrained(tmp_path, save_embedding_layers=False)
         assert all("lreg_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
-    def test_switch_is_no_option_and_not_in_the_file(self, tmp_path):
-        adapt(gpt2()).save_pretrained(tmp_path)
-        assert "trainable_token_indices" not in json.loads((tmp_path / "adapter_config.json").read_text())
-        with pytest.raises(TypeError, match="trainable_token_indices"):
-            LRegConfig(trainable_token_indices={})
+    def test_trained_tokens_save_their_rows_alone(self, tmp_path):
+        adapt(gpt2(), trainable_token_indices=[3, 4]).save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        other = {name: value for name, value in saved.items() if "lreg_" not in name}
+        assert [tuple(value.shape) for value in other.values()] == [(2, 16)]
 
     def test_base_model_saves_without_the_adapter_in_the_way(self, tmp_path):
         base = gpt2()

@@ -1,0 +1,117 @@
+"""Sums of adapters and scaled adapters."""
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, helpers
+
+from lreg_peft import LRegConfig
+from lreg_peft.tuner.heads import HEADS
+
+IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
+
+
+def two(one=None, other=None, **common):
+    """A model with the adapters "a" and "b", weights as after training."""
+    common = {"target_modules": ["c_attn", "mlp"], "dof": 4, **common}
+    model = get_peft_model(tiny.gpt2(), LRegConfig(**{**common, **(one or {})}), adapter_name="a")
+    model.add_adapter("b", LRegConfig(**{**common, **(other or {})}))
+    for name, seed in (("a", 1), ("b", 2)):
+        tiny.shake(model, name, seed)
+    return model.eval()
+
+
+def shortcut(layer, name, x):
+    return layer.shortcut(name, x, torch.zeros(*x.shape[:-1], layer.out_features))
+
+
+def check_sum(model, weights=(0.3, -2.0)):
+    """The adapter "sum" is the weighted sum of "a" and "b" in every module."""
+    for layer in tiny.layers(model):
+        x = torch.randn(20, layer.in_features)
+        terms = [w * shortcut(layer, n, x) for n, w in zip("ab", weights, strict=True) if n in layer.lreg_nodes]
+        # Values of order ten, whose parts are added in another order.
+        torch.testing.assert_close(shortcut(layer, "sum", x), sum(terms), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_components_side_by_side_are_the_sum(name, tmp_path):
+    kind, _, linear = name.partition("+")
+    sizes = {"n_components": 3, "component_pattern": {"mlp": 1}}
+    model = two(other=sizes, head=kind, linear_term=bool(linear))
+    model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum")
+    check_sum(model)
+    assert model.active_adapters == ["a"]
+    model.set_adapter("sum")
+    expected = tiny.outputs(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "sum")
+    assert torch.equal(tiny.outputs(loaded), expected)
+
+
+def test_adapters_may_cover_different_modules():
+    model = two(
+        one={"target_modules": ["c_attn"]}, other={"target_modules": ["mlp", "lm_head"], "dof_pattern": {"mlp": 3}}
+    )
+    model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum")
+    check_sum(model)
+    assert len(model.peft_config["sum"].target_modules) == 5
+
+
+def test_adapters_on_one_mesh_and_projection_need_no_more_components():
+    model = two()
+    for layer in tiny.layers(model):
+        for part in ("lreg_projection", "lreg_projection_bias", "lreg_nodes"):
+            getattr(layer, part)["b"].data.copy_(getattr(layer, part)["a"].data)
+    model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum", combination_type="linear")
+    check_sum(model)
+    assert {layer.lreg_nodes["sum"].shape[0] for layer in tiny.layers(model)} == {2}
+
+
+@pytest.mark.parametrize(
+    ("setting", "call", "message"),
+    [
+        ({}, {"combination_type": "linear"}, "same projection and mesh; .* differ in .*'cat' puts"),
+        ({}, {"combination_type": "ties"}, "must be 'cat' or 'linear', got 'ties'"),
+        ({}, {"svd_rank": 3}, r"\['svd_rank'\] work on the low-rank matrices of LoRA.*leave them out"),
+        ({}, {"adapters": ["a", "c"]}, r"adapters \['c'\] do not exist. There are: \['a', 'b'\]"),
+        ({}, {"weights": [1.0]}, r"one weight each, got .*weights=\[1.0\]"),
+        ({}, {"weights": [1.0, float("nan")]}, "weights must be finite numbers"),
+        ({}, {"adapter_name": "b"}, "there is an adapter 'b' already"),
+        ({}, {"adapter_name": "v1.0"}, "an adapter cannot be called"),
+        ({"other": {"head": "reduced"}}, {}, "same head to be combined, got {'a': 'full', 'b': 'reduced'}"),
+        ({"other": {"dof": 5}}, {}, "same dof in a module .*got {'a': 4, 'b': 5}"),
+        ({"other": {"modules_to_save": ["ln_f"]}}, {}, "have copies of .*ln_f' in modules_to_save"),
+    ],
+)
+def test_what_cannot_be_summed_says_why_and_changes_nothing(setting, call, message):
+    model = two(**setting)
+    before = tiny.state(model), list(model.peft_config)
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(**{"adapters": ["a", "b"], "weights": [1, 1], "adapter_name": "sum", **call})
+    assert tiny.same_state(before[0], tiny.state(model))
+    assert list(model.peft_config) == before[1]
+
+
+class TestScaling:
+    def test_it_scales_every_shortcut_and_restores_it(self):
+        model = two()
+        layer = tiny.layers(model)[0]
+        x = torch.randn(20, layer.in_features)
+        saved, full = get_peft_model_state_dict(model, adapter_name="a"), shortcut(layer, "a", x)
+        with helpers.rescale_adapter_scale(model, 0.5):
+            assert torch.equal(shortcut(layer, "a", x), full / 2)
+        with helpers.rescale_adapter_scale(model, 0.0):
+            assert torch.equal(tiny.outputs(model), tiny.outputs(tiny.gpt2()))
+        with pytest.raises(IndexError), helpers.rescale_adapter_scale(model, 0.0):
+            model(input_ids=IDS + 100)
+        assert tiny.same_state(saved, get_peft_model_state_dict(model, adapter_name="a"))
+
+    @pytest.mark.parametrize(("value", "error"), [("2", TypeError), (True, TypeError), (float("inf"), ValueError)])
+    def test_other_multipliers_are_refused(self, value, error):
+        with pytest.raises(error, match="multiplier must be"), helpers.rescale_adapter_scale(two(), value):
+            pass
+
+    def test_other_models_are_pefts_business(self):
+        with pytest.raises(ValueError, match="LoraLayer"), helpers.rescale_adapter_scale(tiny.gpt2(), 0.5):
+            pass

@@ -36,7 +36,14 @@ model = {_LOAD_GRADES}base_model, "<this repository>")
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 _PLACEHOLDER = "[More Information Needed]"
 # Sentences of the template that say nothing without what was to be filled in around them.
-_TEMPLATE_TEXT = ("Users (both direct", "Use the code below", "Carbon emissions can be", "**BibTeX:**", "**APA:**")
+_TEMPLATE_TEXT = (
+    "Users (both direct",
+    "Use the code below",
+    "Carbon emissions can be",
+    "**BibTeX:**",
+    "**APA:**",
+    "## Model Card Contact",
+)
 
 
 def add_usage_to_card(path: str | Path, model: nn.Module) -> None:

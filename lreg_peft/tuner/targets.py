@@ -414,7 +414,7 @@ def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
     idle = []
     for path in paths:
         parent, _, child = path.rpartition(".")
-        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):
+        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):  # type: ignore[arg-type]
             idle.append(path)
     if idle:
         warnings.warn(

@@ -94,7 +94,8 @@ def _clear_template(card: ModelCard, model: nn.Module) -> None:
     """Replace an unedited template by what is known of the adapters; a card that somebody wrote stays as it is."""
     if _TEMPLATE_TITLE not in card.text:
         return
-    text = re.sub(r"<!--.*?-->", "", card.text, flags=re.DOTALL)
+    template, heading, versions = card.text.partition("### Framework versions")  # which PEFT appends
+    text = re.sub(r"<!--.*?-->", "", template, flags=re.DOTALL)
     lines = [line.rstrip() for line in text.splitlines() if _PLACEHOLDER not in line]
     kept: list[str] = []
     for line in reversed([line for line in lines if not line.startswith(_TEMPLATE_TEXT)]):
@@ -104,7 +105,8 @@ def _clear_template(card: ModelCard, model: nn.Module) -> None:
         if not (level and below.startswith("#") and len(below) - len(below.lstrip("#")) <= level):
             kept.append(line)
     text = "\n".join(reversed(kept)).replace(_TEMPLATE_TITLE, "").strip()
-    card.text = "\n\n".join(["# LReg adapter", _description(model), re.sub(r"\n{3,}", "\n\n", text)]) + "\n"
+    parts = ["# LReg adapter", _description(model), text, f"{heading}{versions}".strip()]
+    card.text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(part for part in parts if part)) + "\n"
 
 
 def _description(model: nn.Module) -> str:

@@ -439,8 +439,11 @@ def _suggestion(model: nn.Module, config: LRegConfig) -> str:
 def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
     """Warn of targets whose parent reads their weight and never calls them: their shortcuts would not run."""
     idle = []
+    head = output_head_name(model)  # whether that one is called shows in every pass, see hooks.output_head
     for path in paths:
         parent, _, child = path.rpartition(".")
+        if path == head:
+            continue
         if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):  # type: ignore[arg-type]
             idle.append(path)
     if idle:

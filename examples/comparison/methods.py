@@ -17,7 +17,7 @@ from comparison.errors import UserError
 from comparison.method import CLASSIFICATION, LANGUAGE_MODELS, Fit, Method, Rates
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
 from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig
+from lreg_peft import LRegConfig, recommended_config
 from lreg_peft.tuner.targets import output_head_name
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
@@ -139,6 +139,25 @@ def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
     )
 
 
+def attach_lreg_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The same places and sizes as `attach_lreg`, each component with a linear term, as `recommended_config` has it."""
+    recommended = recommended_config(model, task_type=_peft_task(fit), dof=fit.dof)
+    components = layer_sizes(linear_layers(model), fit.size)
+    if fit.task_type in LANGUAGE_MODELS:
+        components[output_head_name(model)] = -(-fit.size // 2)  # type: ignore[index]
+    return _lreg(
+        model,
+        fit,
+        target_modules=list(components),
+        component_pattern=as_pattern(components),
+        head="factored",
+        linear_term=True,
+        profile_mean=recommended.profile_mean,
+        profile_mean_pattern=recommended.profile_mean_pattern,
+        init_weights="gradient",
+    )
+
+
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
     config = LRegConfig(
         task_type=_peft_task(fit),
@@ -227,6 +246,16 @@ METHODS = {
             "n_components",
             dof=8,
             start="gradient",
+        ),
+        Method(
+            "lreg-linear",
+            "LReg as recommended: the same with a linear term, and a start of the LM head from label frequencies",
+            attach_lreg_linear,
+            Rates(3e-2, 3e-2, 3e-3, 3e-3),
+            "n_components",
+            dof=8,
+            start="gradient and output",
+            by_default=False,
         ),
         *(tuner.method() for tuner in TUNERS),
     )

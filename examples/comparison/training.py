@@ -333,15 +333,17 @@ def train(
 
 
 def start_from_data(
-    model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int
+    model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int, *, output: bool
 ) -> None:
-    """The data-driven start of an LReg adapter from a few training samples.
+    """The data-driven start of an LReg adapter from a few training samples, with that of the output head if asked for.
 
     Every process takes its share of the batches.
     """
     state = PartialState()
     own = batches_to_start_from(samples, collator, seed, n_samples)[state.process_index :: state.num_processes]
-    initialize_lreg_weights(model, own, method="gradient", n_batches=len(own), seed=seed, show_progress=False)
+    initialize_lreg_weights(
+        model, own, method="gradient", n_batches=len(own), seed=seed, output_start=output, show_progress=False
+    )
 
 
 def batches_to_start_from(

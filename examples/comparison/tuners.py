@@ -305,7 +305,6 @@ TUNERS = (
         of(peft.OSFConfig, None, rank_pattern=kept_rank),
         5e-3,
         "rank",
-        changes_weights=True,
     ),
     # --- rotations ---
     Tuner(
@@ -333,7 +332,6 @@ TUNERS = (
         of(peft.PsoftConfig, psoft_alpha=lambda site: site.size),
         1e-2,
         sizes=lambda site: range(2, site.least_width + 1),
-        changes_weights=True,
     ),
     Tuner(
         "road",

@@ -157,7 +157,7 @@ class FeatureCache(Dataset):
         """
         differences = _differences(self.stamp, _stamp_of_model(terminal, self.stamp["format"]), _OF_MODEL)
         if not differences and self.n_rows:
-            objective = terminal.objective(next(iter(self.chunks())).targets[:1])
+            objective = terminal.objective(next(targets for targets in self._targets if len(targets))[:1])
             if objective != self.objective:
                 differences = [f"it was made for {self.objective}, and the model minimises {objective}"]
         if differences:

@@ -350,10 +350,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         paired = any(len(term.features) > 1 for term in model.terms)
         if not paired and not list(significant(rank_pairs(X, residual, weight, varying, random))):
             return None
-        try:
-            mesh = self._fit_simplicial(X, y, weight)
-        except ModuleNotFoundError:  # TEMPORARY, until simplices are merged
-            return None
+        mesh = self._fit_simplicial(X, y, weight)
         spread = weight @ (y - weight @ y / weight.sum()) ** 2
         active = spread > 0
         if not active.any():

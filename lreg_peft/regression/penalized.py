@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-
-from ._scipy import SuperLU, sparse, splu
+from scipy import sparse
+from scipy.sparse.linalg import SuperLU, splu
 
 Smoothing = Literal["reml", "gcv"]
 

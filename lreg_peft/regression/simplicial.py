@@ -13,6 +13,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy import sparse
+from scipy.sparse.linalg import SuperLU
 from tqdm import tqdm
 
 from ..core.simplices import (
@@ -27,8 +29,8 @@ from ..core.simplices import (
     longest_edges,
     removable_nodes,
 )
-from ._scipy import SuperLU, sparse
 from .penalized import Problem, Smoothing, SmoothingSearch, Solved, factorize, residual_squares
+from .report import Optimality
 from .scaling import ColumnScale, Scale, fit_scale
 
 #: More inputs than this and simplices are the wrong tool: a cube alone holds d! of them.
@@ -78,21 +80,6 @@ class Round:
     log_smoothing: float
     edf: float
     criterion: float
-
-
-@dataclass(frozen=True)
-class Optimality:
-    """How near the coefficients are to the global optimum of their convex problem on the final mesh.
-
-    Attributes:
-        objective: |y - Phi c|^2 + lambda c^T K c, summed over outputs, over the number of rows.
-        lower_bound: of the objective over all coefficients.
-        gap: their difference, from one more solve with the gradient.
-    """
-
-    objective: float
-    lower_bound: float
-    gap: float
 
 
 @dataclass
@@ -358,7 +345,11 @@ def _finished(
         edf=state.edf,
         noise_variance=state.noise,
         history=tuple(history),
-        optimality=Optimality(objective / total, (objective - gap) / total, gap / total),
+        optimality=Optimality.of(
+            objective / total,
+            gap / total,
+            "(|y - Phi c|^2 + smoothing c^T K c) / samples, over the coefficients on the final mesh",
+        ),
         criterion=state.criterion,
         precision=solved.matrix,
     )

@@ -314,8 +314,10 @@ class LRegConfig(PeftConfig):
                     "trainable_token_indices must be a list of different token ids (whole numbers from 0 on), or a "
                     f"dictionary of such lists by the name of an embedding, got {given!r}."
                 )
-        as_given = {key: [*ids] for key, ids in given.items()} if isinstance(given, dict) else list(given)
-        self.trainable_token_indices = as_given
+        if isinstance(given, dict):
+            self.trainable_token_indices = {key: list(ids) for key, ids in given.items()}
+        else:
+            self.trainable_token_indices = list(given)
 
     def _check_curvature_weight(self) -> None:
         weight = self.curvature_weight

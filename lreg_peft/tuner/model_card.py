@@ -1,9 +1,11 @@
 """What a model card must say about an LReg adapter."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..core.checks import checked, named
@@ -33,11 +35,28 @@ model = {_LOAD_GRADES}base_model, "<this repository>")
 """
 
 
+_TEMPLATE_TITLE = "# Model Card for Model ID"
+_PLACEHOLDER = "[More Information Needed]"
+# Sentences of the template that say nothing without what was to be filled in around them.
+_TEMPLATE_TEXT = (
+    "Users (both direct",
+    "Use the code below",
+    "Carbon emissions can be",
+    "**BibTeX:**",
+    "**APA:**",
+    "## Model Card Contact",
+)
+
+
 def add_usage_to_card(path: str | Path, model: nn.Module) -> None:
     """Put the lines that load the adapters of `model` into the model card in the file `path`, once."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    if _add_usage(card, model):
-        card.save(path)
+    if not card.data.to_dict().get("base_model"):  # a base without a name: neither is there a tag for it
+        card.data.base_model = None
+        card.data.tags = [tag for tag in card.data.tags or [] if tag != "base_model:adapter:"] or None
+    _clear_template(card, model)
+    _add_usage(card, model)
+    card.save(path)
 
 
 @checked(repo_id=named(), revision=named())
@@ -68,9 +87,53 @@ def push_model_card(
     base_model = next(iter(model.peft_config.values())).base_model_name_or_path  # type: ignore[union-attr,operator]
     if base_model and not Path(base_model).exists():  # the Hub refuses local paths
         card.data["base_model"] = base_model
+    _clear_template(card, model)
     _add_usage(card, model)
     message = "Say in the model card how to load the adapter"
     return card.push_to_hub(repo_id, token=token, commit_message=message, revision=revision)  # type: ignore[arg-type]
+
+
+def _clear_template(card: ModelCard, model: nn.Module) -> None:
+    """Replace an unedited template by what is known of the adapters; a card that somebody wrote stays as it is."""
+    if _TEMPLATE_TITLE not in card.text:
+        return
+    template, heading, versions = card.text.partition("### Framework versions")  # which PEFT appends
+    text = re.sub(r"<!--.*?-->", "", template, flags=re.DOTALL)
+    lines = [line.rstrip() for line in text.splitlines() if _PLACEHOLDER not in line]
+    kept: list[str] = []
+    for line in reversed([line for line in lines if not line.startswith(_TEMPLATE_TEXT)]):
+        level = len(line) - len(line.lstrip("#"))
+        below = next((other for other in reversed(kept) if other), "#")
+        # A heading with nothing below it but another heading of its level or above.
+        if not (level and below.startswith("#") and len(below) - len(below.lstrip("#")) <= level):
+            kept.append(line)
+    text = "\n".join(reversed(kept)).replace(_TEMPLATE_TITLE, "").strip()
+    parts = ["# LReg adapter", _description(model), text, f"{heading}{versions}".strip()]
+    card.text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(part for part in parts if part)) + "\n"
+
+
+def _description(model: nn.Module) -> str:
+    """One line per adapter: where its shortcuts are and how large they are."""
+    lines = []
+    for name, config in model.peft_config.items():  # type: ignore[union-attr,operator]
+        if getattr(config, "head_name", None) is None:
+            continue
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and name in getattr(m, "lreg_nodes", ())]
+        size = sum(weight.numel() for layer in layers for weight in layer.weights(name).values())  # type: ignore[operator]
+        saved = f", and {', '.join(config.modules_to_save)} trained in full" if config.modules_to_save else ""
+        lines.append(
+            f"- `{name}`: {len(layers)} piecewise-linear shortcuts with {size:,} parameters around "
+            f"{_targets(config.target_modules)}{saved}; head `{config.head_name}`, n_components={config.n_components}, "
+            f"dof={config.dof}."
+        )
+    return "\n".join(lines)
+
+
+def _targets(targets: list[str] | str) -> str:
+    if isinstance(targets, str):
+        return f"`{targets}`"
+    names = [f"`{name}`" for name in targets]
+    return ", ".join(names if len(names) <= 8 else [*names[:7], f"and {len(names) - 7} more"])
 
 
 def _add_usage(card: ModelCard, model: nn.Module) -> bool:

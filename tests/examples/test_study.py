@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from comparison.search import next_rate
 from comparison.study import StudyArguments, run_study, study_arguments
 from comparison.study_report import StudyReport
 from comparison.task import Metric, Task
+from comparison.training import _Trainer
 
 pytestmark = pytest.mark.xdist_group("comparison")
 
@@ -138,6 +140,35 @@ def test_the_search_goes_on_by_one_rule(tmp_path: Path) -> None:
     assert next_rate({0.01: float("-inf"), 0.03: float("-inf")}, 3.0, may_refine=True) == 0.00333
     _, found = study(tmp_path, ["ln-tuning"], {"search_only": True}, lr_trials=1, lr_refine=1, lr_extend=2, seeds=[1])
     assert 2 <= len(found["rows"][0]["trials"]) <= 4
+
+
+def test_what_methods_do_beside_the_model_reaches_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA+ has a rate of its own for B; AdaLoRA counts its steps from one, with the gradients still there."""
+    rates: dict[str, float] = {}
+    create = _Trainer.create_optimizer
+
+    def spy(self: _Trainer, model: Any = None) -> Any:
+        optimizer = create(self, model)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        rates.update({names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(_Trainer, "create_optimizer", spy)
+    one = {"lr_trials": 1, "seeds": [1]}
+    study(tmp_path / "plus", ["lora-plus"], {"search_only": True}, learning_rates=["lora-plus=1e-2"], **one)
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {0.16}
+    assert {rate for name, rate in rates.items() if "lora_B" not in name} == {1e-2}
+
+    steps: list[tuple[int, bool]] = []
+    allocate = METHODS["adalora"].after_step
+
+    def count(model: nn.Module, step: int) -> None:
+        steps.append((step, any(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)))
+        allocate(model, step)
+
+    monkeypatch.setitem(METHODS, "adalora", replace(METHODS["adalora"], after_step=count))
+    study(tmp_path / "ada", ["adalora"], {"search_only": True}, steps=3, budget=1000, **one)
+    assert steps == [(1, True), (2, True), (3, True)]
 
 
 def test_the_options_of_a_study_are_taken_out_of_a_command() -> None:

@@ -1,10 +1,7 @@
 """Regression on simplices: accuracy against known functions, the certificate, uncertainty, and inputs of all kinds."""
 
-import builtins
-import importlib
 import itertools
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -423,19 +420,6 @@ class TestBadInput:
             fit.predict(np.zeros((3, 4)))
         with pytest.raises(ValueError, match="x must be finite"):
             fit.predict(np.full((3, 2), np.nan))
-
-    def test_without_scipy_one_sentence_says_what_to_install(self, monkeypatch):
-        original = builtins.__import__
-
-        def without(name, *args, **kwargs):
-            if name.split(".")[0] == "scipy":
-                raise ImportError("No module named 'scipy'")
-            return original(name, *args, **kwargs)
-
-        monkeypatch.delitem(sys.modules, "lreg_peft.regression._scipy")
-        monkeypatch.setattr(builtins, "__import__", without)
-        with pytest.raises(ImportError, match=r"pip install lreg_peft\[regression\]"):
-            importlib.import_module("lreg_peft.regression._scipy")
 
 
 class TestScale:

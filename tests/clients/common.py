@@ -1,0 +1,108 @@
+"""What the client scripts share: models of a few thousand weights, a tokenizer, texts, and how a check is reported."""
+
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_TEXT = "the a cat dog bird sees likes eats fish seed and then it sleeps runs good bad yes no"
+WORDS = _TEXT.split()
+SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = CHAT
+    return made
+
+
+def sizes(hidden: int = 32) -> dict:
+    return {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+
+
+def causal_lm(hidden: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes(hidden), num_key_value_heads=2))
+
+
+def saved_causal_lm(folder: Path, hidden: int = 32) -> Path:
+    causal_lm(hidden).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def texts(count: int = 16) -> list[str]:
+    return [" ".join(WORDS[(i * 3 + j) % len(WORDS)] for j in range(6)) for i in range(count)]
+
+
+def shake(model) -> None:
+    """Weights as training leaves them, the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lreg_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+
+def shortcut_state(model) -> dict[str, torch.Tensor]:
+    """The weights of the adapter that trains; a reference policy has another name."""
+    return {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if "lreg_" in name and ".default." in name
+    }
+
+
+def moved(before: dict, model) -> bool:
+    """Whether every shortcut's coefficients changed."""
+    after = shortcut_state(model)
+    changed = [not torch.equal(value, after[name]) for name, value in before.items() if "coefficients" in name]
+    return bool(changed) and all(changed)
+
+
+def run(checks: dict[str, Callable[[], str | None]]) -> None:
+    """Run every check; one line `pass|fail <TAB> what <TAB> remark` each on stdout, and an exit status."""
+    warnings.simplefilter("ignore")  # the clients' own
+    logging.disable(logging.WARNING)
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    failed = 0
+    for what, check in checks.items():
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        try:
+            outcome, remark = "pass", check() or ""
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            first = str(error).strip().splitlines()
+            outcome, remark = "fail", f"{type(error).__name__}: {first[0][:160] if first else ''}"
+            failed += 1
+        print("\t".join(("@", outcome, what, remark, f"{time.perf_counter() - start:.1f}")), flush=True)
+    sys.exit(1 if failed else 0)

@@ -79,12 +79,15 @@ class Sizes:
     def default_budget(self) -> int:
         """What the paper's placement has with two components, or the smallest size of every method if that is more."""
         sized = [method for method in METHODS.values() if self._exists(method) and method.size_name is not None]
-        paper = next(method for method in sized if method.name in ("lreg-head", "lreg-attention"))
+        paper = next(method for method in sized if method.name in ("lreg-head", "lreg-attention", "lreg-stage"))
         return max(self.count(paper, 2), *(self.count(method, 1) for method in sized))
 
     def _exists(self, method: Method) -> bool:
         there = method.by_default and self._task.task_type in method.tasks
-        return there and (not method.needs_block or self._task.has_block)
+        fits = not (method.needs_block and not self._task.has_block) and not (
+            method.keeps_head and self._task.new_modules
+        )
+        return there and fits
 
     def choose(self, methods: Sequence[Method], budget: int, given: Mapping[str, int]) -> dict[str, int | None]:
         """The largest size with which each method stays within the budget, unless a size is given."""
@@ -171,7 +174,7 @@ def learning_rate_grids(
     methods: Sequence[Method],
     n_trials: int,
     ratio: float,
-    kind: Literal["offline", "language_model", "classification", "small_encoder"],
+    kind: Literal["offline", "language_model", "classification", "small_encoder", "images"],
     overrides: Sequence[str],
 ) -> dict[str, list[float]]:
     """The same number of learning rates for every method, a constant ratio apart around its own centre.

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM")
 CLASSIFICATION = ("SEQ_CLS",)
 EVERYWHERE = LANGUAGE_MODELS + CLASSIFICATION
+#: No task type of PEFT: it has none for images.
+IMAGES = ("IMAGE_CLS",)
 
 #: A placement that only language models have; in a classification model it is the same as that without the head.
 WITH_HEAD = "linear layers and head"
@@ -22,7 +24,7 @@ class Fit:
     """What an attachment has to know besides the model.
 
     Attributes:
-        task_type: of PEFT: CAUSAL_LM, MASKED_LM or SEQ_CLS.
+        task_type: CAUSAL_LM, MASKED_LM, SEQ_CLS or IMAGE_CLS.
         size: rank or number of components; ignored by methods without one.
         dof: nodes per component of LReg.
         new_modules: modules without pretrained weights (a classification head), trained in full by every method.
@@ -54,12 +56,19 @@ class Rates:
         language_model: a pretrained one.
         classification: a pretrained model as a classifier.
         small_encoder: an encoder of some 20 million parameters as a classifier, in a few hundred steps.
+        images: a classifier of images.
     """
 
     offline: float
     language_model: float
     classification: float
     small_encoder: float
+    images: float = 1e-3
+
+    @classmethod
+    def of_images(cls, rate: float) -> "Rates":
+        """Of a method that exists for images alone."""
+        return cls(rate, rate, rate, rate, rate)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Method:
         tasks: the task types it exists for.
         needs_block: whether the architecture must have its feed-forward block as one module.
         beyond_budget: whether a study shows it however many parameters it has, for comparison.
+        keeps_head: whether it needs a classifier that is not new to the model.
         by_default: whether it is compared where no methods are named.
         placements: where it may go, the preferred place first; the first one where it fits into the budget counts.
         sizes: (model, fit) -> the sizes it can have, in the order of their counts; None for all whole numbers from one.
@@ -97,6 +107,7 @@ class Method:
     tasks: tuple[str, ...] = EVERYWHERE
     needs_block: bool = False
     beyond_budget: bool = False
+    keeps_head: bool = False
     by_default: bool = True
     placements: tuple[str, ...] = ("",)
     sizes: Callable[[PreTrainedModel, Fit], Sequence[int]] | None = None

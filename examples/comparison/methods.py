@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from comparison.errors import UserError
-from comparison.method import CLASSIFICATION, LANGUAGE_MODELS, Fit, Method, Rates
+from comparison.image_methods import IMAGE_METHODS
+from comparison.method import CLASSIFICATION, EVERYWHERE, IMAGES, LANGUAGE_MODELS, Fit, Method, Rates
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
 from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig, recommended_config
@@ -182,7 +183,14 @@ def _peft_task(fit: Fit) -> str | None:
 METHODS = {
     method.name: method
     for method in (
-        Method("ft", "full fine-tuning", attach_full, Rates(2e-3, 5e-4, 5e-5, 1e-4), beyond_budget=True),
+        Method(
+            "ft",
+            "full fine-tuning",
+            attach_full,
+            Rates(2e-3, 5e-4, 5e-5, 1e-4, images=3e-3),
+            tasks=EVERYWHERE + IMAGES,
+            beyond_budget=True,
+        ),
         Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",
@@ -257,11 +265,12 @@ METHODS = {
             start="gradient and output",
             by_default=False,
         ),
+        *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),
     )
 }
 #: Left out unless named: beside its variant with the head it says little.
-NOT_BY_DEFAULT = {"CAUSAL_LM": ("lora-linear",), "MASKED_LM": ("lora-linear",), "SEQ_CLS": ()}
+NOT_BY_DEFAULT = {"CAUSAL_LM": ("lora-linear",), "MASKED_LM": ("lora-linear",), "SEQ_CLS": (), "IMAGE_CLS": ()}
 
 
 def select_methods(

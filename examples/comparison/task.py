@@ -47,7 +47,7 @@ class Task(ABC):
     Attributes:
         script: name of the file that is run, for the record.
         title: heading of table and picture.
-        task_type: CAUSAL_LM, MASKED_LM or SEQ_CLS.
+        task_type: CAUSAL_LM, MASKED_LM, SEQ_CLS or IMAGE_CLS.
         auto_class: the Auto class of the model.
         config: its configuration, without dropout.
         rates: which centres of the learning-rate grids apply.
@@ -64,10 +64,10 @@ class Task(ABC):
 
     script: str
     title: str
-    task_type: Literal["CAUSAL_LM", "MASKED_LM", "SEQ_CLS"]
+    task_type: Literal["CAUSAL_LM", "MASKED_LM", "SEQ_CLS", "IMAGE_CLS"]
     auto_class: Any
     config: PretrainedConfig
-    rates: Literal["offline", "language_model", "classification", "small_encoder"]
+    rates: Literal["offline", "language_model", "classification", "small_encoder", "images"]
     metrics: tuple[Metric, ...]
     unit: Literal["tokens", "samples"]
     units_per_sample: int

@@ -9,16 +9,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 TRAINED_FILE = "trained.safetensors"
 State = dict[str, Tensor]
 
 
 def trained_state(model: nn.Module) -> State:
-    """Copies of all parameters that require gradients and of all mesh nodes, whole and on the CPU."""
-    nodes = {name: buffer for name, buffer in model.named_buffers() if ".lreg_nodes." in name}
+    """Copies of all parameters that require gradients, of all mesh nodes, and of the statistics of batch norms that are
+    trained, whole and on the CPU."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if ".lreg_nodes." in name}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.weight is not None and module.weight.requires_grad:
+            buffers |= {f"{path}.{name}": buffer for name, buffer in module.named_buffers()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: _whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in {**trained, **nodes}.items()}
+    return {name: _whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in {**trained, **buffers}.items()}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import r2_score
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
-
 from comparison.report import finite
 from data_sets import Array, DataSet, Split
 from peers import Method
+from sklearn.metrics import r2_score
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 FITS_FILE = "fits.jsonl"
 TRUTH = "the true function"

@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from finite_elements import FiniteElements
+from kan import KolmogorovArnoldNetwork
+from scattered import LinearInterpolation, RadialBasisFunctions
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
@@ -18,10 +21,7 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
-from finite_elements import FiniteElements
-from kan import KolmogorovArnoldNetwork
 from lreg_peft.regression import LagrangeRegressor
-from scattered import LinearInterpolation, RadialBasisFunctions
 
 #: Above so many samples, cross-validation of a peer's options looks at a part of them.
 CHOICE_SAMPLES = 5_000

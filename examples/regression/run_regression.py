@@ -37,7 +37,9 @@ REAL = "real"
 class RegressionArguments:
     """What is compared, and how long."""
 
-    output_dir: str = option("outputs/regression", "Folder for everything that is written; a second start resumes there.")
+    output_dir: str = option(
+        "outputs/regression", "Folder for everything that is written; a second start resumes there."
+    )
     sets: list[str] = option(
         [], f"Any of {', '.join([*ONE_FEATURE, *SEVERAL_FEATURES])} and '{REAL}' for all real ones (default: all)."
     )

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.distributed import sum_over_processes, together
-from ..labels import Rows, align, is_per_token, logits_of, shifts_labels
-from ..modules import eval_mode
+from ..labels import Rows, align, is_per_token, logits_of, loss_of, row_loss, shifts_labels
+from ..modules import eval_mode, unwrap
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 
@@ -98,6 +98,22 @@ def _shifts(counts: Tensor, expected: Tensor) -> Tensor:
     return ((counts + a) / (expected + a)).log()
 
 
+def _pairing(name: str, model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> bool:
+    """Whether position t predicts label t + 1: the pairing whose mean cross-entropy is the model's own loss."""
+    guess = shifts_labels(unwrap(model))
+    for shift in (guess, not guess):
+        rows = align(logits, labels, shift=shift, out_features=logits.shape[-1])
+        if loss is None or not len(rows.targets):
+            return guess
+        own = row_loss("cross_entropy", rows.features, rows.targets)
+        if torch.isclose(own.float(), loss.float(), rtol=1e-2 if logits.dtype.itemsize < 4 else 1e-4):
+            return shift
+    raise ValueError(
+        f"the loss of {type(unwrap(model)).__name__} is not the mean cross-entropy of its logits, which the start of "
+        f"{name!r} is about: start the other modules alone (output_start=False)."
+    )
+
+
 _SUMS = ("counts", "expected")
 
 
@@ -123,21 +139,22 @@ class _Half:
         """Run the model on a batch."""
         device = next(model.parameters()).device
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        labels = inputs.pop("labels", None)
+        labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             raise ValueError(f"a start of {name!r} needs batches with labels that are classes.")
         seen: list[Tensor] = []
         remove = self._layer.register_input_hook(seen.append)
         try:
-            logits = logits_of(model(**inputs))
+            output = model(**inputs)
         finally:
             remove()
+        logits = logits_of(output)
         if len(seen) != 1 or not isinstance(logits, Tensor) or not is_per_token(logits, labels):
             raise ValueError(
                 f"{type(model).__name__} must give one row of logits per label through {name!r}, called once: start "
                 "the other modules alone (output_start=False)."
             )
-        shift = shifts_labels(model)
+        shift = _pairing(name, model, logits, labels, loss_of(output))
         rows = align(seen[0], labels, shift=shift, out_features=self._layer.out_features)
         theirs = align(logits, labels, shift=shift, out_features=self._layer.out_features).features
         at_once = zip(rows.features.split(_ROWS_AT_ONCE), theirs.split(_ROWS_AT_ONCE), strict=True)

@@ -63,6 +63,23 @@ def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(head):
     assert loss_on(model, skewed(seed=9)) < base - 0.5
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_labels_are_paired_as_the_model_pairs_them(task_type):
+    """Without a task type PEFT wraps the model in a class whose name says nothing."""
+    model = adapted(task_type=task_type)
+    before = loss_on(model, skewed())
+    report = initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    assert report.loss_before == pytest.approx(before, abs=1e-5)
+
+
+def test_refused_where_the_loss_is_another_one():
+    model = adapted()
+    inner = model.get_base_model()
+    inner.loss_function = lambda logits, labels, **options: 2 * logits.square().mean()
+    with pytest.raises(ValueError, match=r"loss of GPT2LMHeadModel is not the mean cross-entropy of its logits"):
+        initialize_lreg_weights(model, skewed(), output_start=True, method="pca", show_progress=False)
+
+
 def test_a_full_head_gets_the_closed_form(monkeypatch):
     monkeypatch.setattr(output_start, "PSEUDOCOUNTS", (3.0,))
     model = adapted()

@@ -114,6 +114,7 @@ def measure(
         for method in methods
         if method.refuses(data.n_features, data.n_train, data.n_outputs) is None
     ]
+    rounds.sort(key=lambda round: round[2].slow)  # an interrupted run has the quick ones complete
     current: tuple[Any, Any] = (None, None)
     split: Split | None = None
     with tqdm(rounds, desc="fits", unit="fit", disable=not progress) as bar:

@@ -39,6 +39,7 @@ class Method:
         features: least and most number of features.
         most_samples: more are left out, for time.
         several_outputs: whether it takes them.
+        slow: whether it has to wait until all others are through.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     features: tuple[int, int] = (1, 10**9)
     most_samples: int = 10**9
     several_outputs: bool = True
+    slow: bool = False
 
     @property
     def installed(self) -> bool:
@@ -168,20 +170,21 @@ METHODS: Sequence[Method] = (
     Method("LinearRegression", "ordinary least squares", lambda seed: LinearRegression()),
     Method("splines + RidgeCV", "cubic, 4 to 128 quantile knots by cross-validation", _spline),
     Method("HistGradientBoosting", "defaults", lambda seed: Boosted(HistGradientBoostingRegressor(random_state=seed))),
-    Method("RandomForest", "defaults", lambda seed: RandomForestRegressor(random_state=seed)),
+    Method("RandomForest", "defaults", lambda seed: RandomForestRegressor(random_state=seed), slow=True),
     Method("kNN", "2 to 80 neighbours by cross-validation, standardised", _neighbours),
-    Method("MLP", "scikit-learn, 64-64, early stopping, standardised", _mlp),
+    Method("MLP", "scikit-learn, 64-64, early stopping, standardised", _mlp, most_samples=20_000, slow=True),
     Method("LightGBM", "defaults", _lightgbm, package="lightgbm"),
     Method(
         "pyGAM", "defaults, a tensor term for two features, penalty by its grid search",
-        _pygam, package="pygam", several_outputs=False,
+        _pygam, package="pygam", several_outputs=False, slow=True,
     ),
     Method(
-        "EBM", "interpret, defaults", _ebm, package="interpret", most_samples=10_000, several_outputs=False,
+        "EBM", "interpret, defaults", _ebm,
+        package="interpret", features=(2, 10**9), most_samples=10_000, several_outputs=False, slow=True,
     ),
     Method(
         "KAN", "inkan, d-8-1 with 20 intervals, 1,500 steps of AdamW on batches of 256",
-        lambda seed: KolmogorovArnoldNetwork(random_state=seed), package="inkan",
+        lambda seed: KolmogorovArnoldNetwork(random_state=seed), package="inkan", slow=True,
     ),
     Method(
         "LinearND", "SciPy's piecewise-linear interpolation of all samples, the nearest one outside",
@@ -193,6 +196,6 @@ METHODS: Sequence[Method] = (
     ),
     Method(
         "scikit-fem", "P1 on a uniform mesh, Dirichlet penalty, both on held-out samples",
-        lambda seed: FiniteElements(), package="skfem", features=(1, 2),
+        lambda seed: FiniteElements(), package="skfem", features=(1, 2), slow=True,
     ),
 )  # fmt: skip

@@ -112,7 +112,7 @@ def compare(argv: Sequence[str]) -> None:
         parts += ["## Who is ahead of LReg, on the same seeds", _list(standing(sets, methods, kept))]
     parts += ["## Notes", _list(notes), _list(f"{name}: {value}" for name, value in record.items())]
     if "none" not in arguments.pictures:
-        draw_pictures(folder, arguments.pictures or list(PICTURES), arguments.progress)
+        draw_pictures(folder, arguments.pictures or PICTURES, sets, methods, kept, arguments.progress)
     text = "\n\n".join(parts) + "\n"
     (folder / MARKDOWN_FILE).write_text(text, encoding="utf-8")
     content = {

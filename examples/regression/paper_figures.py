@@ -11,16 +11,16 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from data_sets import Array, harmonic, sphere, synthetic
+from measure import score
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data_sets import Array, harmonic, sphere, synthetic
 from lreg_peft.core import fit_piecewise_linear
 from lreg_peft.regression import LagrangeRegressor
-from measure import score
 
 _OWN, _PEER, _TRUTH = "tab:red", "tab:blue", "0.3"
 

@@ -128,7 +128,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def _list(lines: Sequence[str] | object) -> str:
-    return "\n".join(f"- {line}" for line in lines)  # type: ignore[attr-defined]
+    return "\n".join(f"- {line}" for line in lines)  # type: ignore[attr-defined,union-attr]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -145,7 +145,7 @@ def checked(
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.compiler.is_compiling():
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 if stage is None:
                     _run(checks, args, kwargs)
                     if layout is not None:

@@ -15,16 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import (
-    LOGISTIC_NORMAL_SCALE,
-    add_basis,
-    add_product,
-    dense_is_faster,
-    design_matrix,
-    evaluate,
-    evaluate_profile,
-)
-from ..core.coordinates import standard_profile
+from ..core.basis import dense_is_faster, design_matrix, evaluate, evaluate_profile
+from ..core.coordinates import LOGISTIC_NORMAL_SCALE, standard_profile
+from ..core.product import add_basis, add_product
 
 # A profile that is smaller on average carries no constant.
 _SMALLEST_MEAN = 0.1

@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core import check_nodes, design_matrix, initial_projection, uniform_nodes
-from ..core.coordinates import project_linear
+from ..core.basis import design_matrix
+from ..core.coordinates import initial_projection, project_linear
 from ..core.fused_loss import fused_cross_entropy
+from ..core.mesh import check_nodes, uniform_nodes
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
 from .heads import HEADS, Encoded, Head

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ..core import curvature_penalty
+from ..core.basis import curvature_penalty
 from .step_hooks import StepHook
 
 

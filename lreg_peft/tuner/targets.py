@@ -442,9 +442,10 @@ def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
     head = output_head_name(model)  # whether that one is called shows in every pass, see hooks.output_head
     for path in paths:
         parent, _, child = path.rpartition(".")
-        if path == head:
+        holder = model.get_submodule(parent)
+        if path == head or isinstance(holder, nn.MultiheadAttention):  # that one's is refused, or left out
             continue
-        if child.isidentifier() and _reads_weight_only(type(model.get_submodule(parent)), child):  # type: ignore[arg-type]
+        if child.isidentifier() and _reads_weight_only(type(holder), child):  # type: ignore[arg-type]
             idle.append(path)
     if idle:
         warnings.warn(

@@ -97,13 +97,18 @@ def test_weights_set_by_hand_fit_a_compiled_model():
     assert tiny.same_state(get_peft_model_state_dict(plain), get_peft_model_state_dict(other))
 
 
-def test_a_saved_embedding_goes_into_a_compiled_model(tmp_path):
+def test_a_saved_embedding_of_a_compiled_model_is_recognised(tmp_path):
+    """Equal to that of the base it says nothing; another one would change the base, compiled or not."""
     model = adapted(tiny.gpt2(), OPTIONS["names"])
-    model.base_model.model.transformer.wte.weight.data.add_(1)
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
-    loaded = PeftModel.from_pretrained(compiled("transformer"), tmp_path)
+    model.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(compiled("transformer"), tmp_path / "same")
     embedding = loaded.get_base_model().transformer._orig_mod.wte.weight
     assert torch.equal(embedding, model.base_model.model.transformer.wte.weight)
+    model.base_model.model.transformer.wte.weight.data.add_(1)
+    model.save_pretrained(tmp_path / "other", save_embedding_layers=True)
+    for base in (tiny.gpt2(), compiled("transformer")):
+        with pytest.raises(ValueError, match="a weight of the base model, with other values than the model has"):
+            PeftModel.from_pretrained(base, tmp_path / "other")
 
 
 def test_a_compiled_base_has_hooks_and_gives_them_back():

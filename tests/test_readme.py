@@ -116,6 +116,13 @@ def wikitext_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return results_of_a_comparison("outputs/wikitext/adapters/lreg", tiny.gpt2(), task_type="CAUSAL_LM")
 
 
+def vision_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    base, _ = tiny.image_model("resnet")
+    base.save_pretrained("outputs/vision/base")
+    tiny.adapt(base).save_pretrained("outputs/vision/adapters/lreg-conv")
+    return {}
+
+
 #: Page -> its hidden set-up, run in the empty folder that the page runs in: the names it finds. Others have `given()`.
 SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": small_quick_start,
@@ -127,6 +134,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
         2, model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])
     ),
     "examples/glue/README.md": glue_results,
+    "examples/vision/README.md": vision_results,
     "examples/wikitext/README.md": wikitext_results,
 }
 

@@ -130,6 +130,13 @@ def samples_for_regression() -> dict[str, Any]:
     return {"X": X, "y": y, "labels": X[:, 0] > 0, "x": x, "t": np.abs(x[:, 0] - 0.5) + 0.01 * random.normal(size=200)}
 
 
+def vision_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    base, _ = tiny.image_model("resnet")
+    base.save_pretrained("outputs/vision/base")
+    tiny.adapt(base).save_pretrained("outputs/vision/adapters/lreg-conv")
+    return {}
+
+
 #: Page -> its hidden set-up, run in the empty folder that the page runs in: the names it finds. Others have `given()`.
 SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": small_quick_start,
@@ -143,6 +150,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/regression.md": lambda _: samples_for_regression(),
     "docs/vision.md": lambda _: images(),
     "examples/glue/README.md": glue_results,
+    "examples/vision/README.md": vision_results,
     "examples/wikitext/README.md": wikitext_results,
 }
 

@@ -113,8 +113,8 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 IMAGE_METHODS = (
-    Method("norm-bias", "every norm and bias", attach_norm_bias, Rates.of_images(1e-2), tasks=IMAGES),
-    Method("classifier", "the classifier, nothing else", attach_classifier, Rates.of_images(3e-2), tasks=IMAGES),
+    Method("norm-bias", "every norm and bias", attach_norm_bias, Rates.of_images(3e-2), tasks=IMAGES),
+    Method("classifier", "the classifier, nothing else", attach_classifier, Rates.of_images(3e-3), tasks=IMAGES),
     Method(
         "lora-conv",
         "LoRA on all convolutions and linear layers",
@@ -137,7 +137,7 @@ IMAGE_METHODS = (
         "lreg-classifier",
         "LReg parallel to the classifier (the paper's Table A1)",
         attach_lreg_classifier,
-        Rates.of_images(3e-2),
+        Rates.of_images(3e-3),
         "n_components",
         dof=8,
         start="gradient",

@@ -223,12 +223,18 @@ def _average_pool(value: Tensor, size: Sequence[int]) -> Tensor:
     """Average-pool `[batch, channels, *spatial]` to the spatial `size`."""
     if tuple(value.shape[2:]) == tuple(size):
         return value
+    dimensions = len(size)
+    if all(fine % coarse == 0 for fine, coarse in zip(value.shape[2:], size, strict=True)):
+        # Windows of equal size: the same, some fifty times faster where the features lie last in memory, as here.
+        windows = [fine // coarse for fine, coarse in zip(value.shape[2:], size, strict=True)]
+        plain: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+        return plain[dimensions](value, windows)
     pools: dict[int, Callable[..., Tensor]] = {
         1: F.adaptive_avg_pool1d,
         2: F.adaptive_avg_pool2d,
         3: F.adaptive_avg_pool3d,
     }
-    return pools[len(size)](value, list(size))
+    return pools[dimensions](value, list(size))
 
 
 def _pool_matrix(fine: int, size: int, like: Tensor) -> Tensor:

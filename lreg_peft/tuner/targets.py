@@ -459,8 +459,9 @@ def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
 
 @cache
 def _reads_weight_only(kind: type, child: str) -> bool:
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]  # a method may be inherited
     try:
-        source = inspect.getsource(kind)
+        source = "".join(map(inspect.getsource, classes))
     except (OSError, TypeError):  # no source: nothing is known
         return False
     uses = re.findall(rf"\bself\.{child}\b(?!\s*(?::[^=\n]*)?=[^=])(\.\w+)?", source)

@@ -102,7 +102,7 @@ def run(checks: dict[str, Callable[[], str | None]]) -> None:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             first = str(error).strip().splitlines()
-            outcome, remark = "fail", f"{type(error).__name__}: {first[0][:160] if first else ''}"
+            outcome, remark = "fail", f"{type(error).__name__}: {first[0][:100] if first else ''}"
             failed += 1
         print("\t".join(("@", outcome, what, remark, f"{time.perf_counter() - start:.1f}")), flush=True)
     sys.exit(1 if failed else 0)

@@ -104,6 +104,24 @@ def test_modules_whose_weight_is_read_past_them_are_named():
         inspect_targets(attention, LRegConfig(target_modules="all-linear"))
 
 
+class CallsIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class LooksAtTheWeight(CallsIt):
+    def dtype(self):
+        return self.inner.weight.dtype
+
+
+def test_a_module_that_an_inherited_method_calls_is_not_one_of_them():
+    inspect_targets(LooksAtTheWeight(), LRegConfig(target_modules=["inner"]))  # a warning would be an error here
+
+
 @pytest.mark.parametrize(
     ("model_class", "config_class"),
     [(XLMWithLMHeadModel, XLMConfig), (FlaubertWithLMHeadModel, FlaubertConfig)],

@@ -56,4 +56,6 @@ def _space(level: int, d: int) -> tuple[Any, sparse.csc_matrix]:
 
 def _solve(probes: Any, y: Any, stiffness: Any, penalty: float) -> Any:
     normal = (probes.T @ probes / len(y) + penalty * stiffness).tocsc()
-    return splu(normal + 1e-12 * sparse.identity(normal.shape[0], format="csc")).solve(np.asarray(probes.T @ y) / len(y))
+    return splu(normal + 1e-12 * sparse.identity(normal.shape[0], format="csc")).solve(
+        np.asarray(probes.T @ y) / len(y)
+    )

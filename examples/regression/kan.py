@@ -27,9 +27,7 @@ class KolmogorovArnoldNetwork(RegressorMixin, BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.random_state)
             network = import_module("inkan").KANNetwork
-            self.network_ = network(
-                [x.shape[1], _HIDDEN, target.shape[1]], grid_size=_INTERVALS, compile_basis=False
-            )
+            self.network_ = network([x.shape[1], _HIDDEN, target.shape[1]], grid_size=_INTERVALS, compile_basis=False)
         optimizer = torch.optim.AdamW(self.network_.parameters(), lr=_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for _ in range(self.steps):

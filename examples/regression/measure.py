@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_sets import Array, DataSet, Split
+from comparison.report import finite
+from peers import Method
 from sklearn.metrics import r2_score
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-
-from comparison.report import finite
-from data_sets import Array, DataSet, Split
-from peers import Method
 
 FITS_FILE = "fits.jsonl"
 TRUTH = "the true function"

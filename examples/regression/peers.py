@@ -1,4 +1,4 @@
-"""Who is compared: LReg and its peers, each as its users run it. What has to be chosen is chosen on training samples."""
+"""Who is compared: LReg and its peers, each as its users run it; what has to be chosen is chosen in training."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from finite_elements import FiniteElements
+from kan import KolmogorovArnoldNetwork
+from scattered import LinearInterpolation, RadialBasisFunctions
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
@@ -18,10 +21,7 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
-from finite_elements import FiniteElements
-from kan import KolmogorovArnoldNetwork
 from lreg_peft.regression import LagrangeRegressor
-from scattered import LinearInterpolation, RadialBasisFunctions
 
 #: Above so many samples, cross-validation of a peer's options looks at a part of them.
 CHOICE_SAMPLES = 5_000
@@ -134,7 +134,7 @@ def _ebm(seed: int) -> Any:
 
 
 class AdditiveModel(RegressorMixin, BaseEstimator):
-    """pyGAM's LinearGAM: a spline per feature, and for two features their tensor product; penalty by its grid search."""
+    """pyGAM's LinearGAM: a spline per feature, for two features their tensor product; penalty by its grid search."""
 
     def fit(self, X: Any, y: Any) -> "AdditiveModel":
         pygam = import_module("pygam")

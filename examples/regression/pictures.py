@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
-
-from data_sets import DataSet
+from benchmark_sets import DataSet
 from measure import TRUTH, Measurements
 from paper_figures import FIGURES, plt, save
 from peers import LREG, Method
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 RESULTS = "results"
 PICTURES = (RESULTS, *FIGURES)

@@ -6,20 +6,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmark_sets import synthetic
+from comparison.report import markdown_table
+from measure import score
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor, VotingRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.svm import SVR
+from tables import figure
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from comparison.report import markdown_table
-from data_sets import synthetic
 from lreg_peft.regression import LagrangeRegressor
-from measure import score
-from tables import figure
 
 _FILE = "table1.json"
 _SETS = ("A1", "B1", "A2", "B2")

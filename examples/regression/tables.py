@@ -5,9 +5,8 @@ from math import sqrt
 from statistics import mean, stdev
 
 import numpy as np
-
+from benchmark_sets import DataSet
 from comparison.report import markdown_table
-from data_sets import DataSet
 from measure import TRUTH, Measurements
 from peers import LREG, METHODS, Method
 
@@ -52,7 +51,9 @@ def seconds_table(sets: Sequence[DataSet], methods: Sequence[Method], kept: Meas
     for method in methods:
         fits = [kept.of(data.name, method.name).values() for data in sets]
         if any(fits):
-            cells = [seconds(float(np.median([fit.seconds for fit in of])) if of else 0.0) if of else "-" for of in fits]
+            cells = [
+                seconds(float(np.median([fit.seconds for fit in of])) if of else 0.0) if of else "-" for of in fits
+            ]
             lines.append([method.name, *cells])
     return markdown_table(lines)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_sets import Array, DataSet, Split
 from comparison.report import finite
-from data_sets import Array, DataSet, Split
 from peers import Method
 from sklearn.metrics import r2_score
 from threadpoolctl import threadpool_limits

@@ -11,7 +11,8 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from data_sets import Array, harmonic, sphere, synthetic
+from benchmark_sets import Array, harmonic, sphere, synthetic
+from matplotlib.ticker import NullFormatter
 from measure import score
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import RandomForestRegressor
@@ -23,6 +24,12 @@ from lreg_peft.core import fit_piecewise_linear
 from lreg_peft.regression import LagrangeRegressor
 
 _OWN, _PEER, _TRUTH = "tab:red", "tab:blue", "0.3"
+
+
+def logarithmic(panel: Any) -> None:
+    """A horizontal axis of powers of ten."""
+    panel.set_xscale("log")
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
@@ -188,7 +195,7 @@ def figure_4(folder: Path) -> None:
             panel.plot(x_test[order, 0], predicted[order], color=color, linewidth=1)
             lines.append(f"{label} {score(y_test, predicted):.4f}")
         if name != "A":
-            panel.set_xscale("log")
+            logarithmic(panel)
         panel.set_title(f"{name}: test R^2\n{', '.join(lines)}", fontsize=9)
     save(figure, folder, "figure_4")
 
@@ -230,6 +237,7 @@ def figure_c3(folder: Path) -> None:
             panel.semilogx(grid, np.sin(1 / grid), color=_TRUTH, linewidth=3, alpha=0.3)
             panel.semilogx(grid, model.predict(grid[:, None]), color=_OWN, linewidth=1)
             panel.plot(model.nodes_[0], model.coef_[0], "o", color=_OWN, markersize=3)
+            logarithmic(panel)
             panel.set_ylim(-1.5, 1.5)
             panel.set_title(f"{dof} nodes, {label}: test R^2 {model.score(x[5000:], y[5000:]):.4f}", fontsize=9)
     save(figure, folder, "figure_c3")

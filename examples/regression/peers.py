@@ -1,4 +1,4 @@
-"""Who is compared: LReg and its peers, each as its users run it. What has to be chosen is chosen on training samples."""
+"""Who is compared: LReg and its peers, each as its users run it; what has to be chosen is chosen in training."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -134,7 +134,7 @@ def _ebm(seed: int) -> Any:
 
 
 class AdditiveModel(RegressorMixin, BaseEstimator):
-    """pyGAM's LinearGAM: a spline per feature, and for two features their tensor product; penalty by its grid search."""
+    """pyGAM's LinearGAM: a spline per feature, for two features their tensor product; penalty by its grid search."""
 
     def fit(self, X: Any, y: Any) -> "AdditiveModel":
         pygam = import_module("pygam")

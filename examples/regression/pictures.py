@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from data_sets import DataSet
+from benchmark_sets import DataSet
 from measure import TRUTH, Measurements
 from paper_figures import FIGURES, plt, save
 from peers import LREG, Method

@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
 
+from benchmark_sets import ONE_FEATURE, SEVERAL_FEATURES, DataSet, real_sets, synthetic
 from comparison.environment import make_folder, provenance, set_threads, start_processes
 from comparison.errors import UserError
 from comparison.options import option, parse, require_at_least
 from comparison.protocol import run_script
 from comparison.report import JSON_FILE, MARKDOWN_FILE, finite
-from data_sets import ONE_FEATURE, SEVERAL_FEATURES, DataSet, real_sets, synthetic
 from measure import Measurements, measure
 from peers import LREG, METHODS
 from pictures import PICTURES, draw_pictures

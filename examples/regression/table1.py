@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from benchmark_sets import synthetic
 from comparison.report import markdown_table
-from data_sets import synthetic
 from measure import score
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor, VotingRegressor
 from sklearn.linear_model import LinearRegression

@@ -5,8 +5,8 @@ from math import sqrt
 from statistics import mean, stdev
 
 import numpy as np
+from benchmark_sets import DataSet
 from comparison.report import markdown_table
-from data_sets import DataSet
 from measure import TRUTH, Measurements
 from peers import LREG, METHODS, Method
 

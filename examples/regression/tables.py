@@ -10,7 +10,6 @@ from comparison.report import markdown_table
 from measure import TRUTH, Measurements
 from peers import LREG, METHODS, Method
 
-
 FIRST = f"{LREG}, seed 0 alone"
 
 

@@ -11,7 +11,7 @@ same command goes on.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,8 +130,8 @@ def compare(argv: Sequence[str]) -> None:
     print(f"Written to {folder} in {time.perf_counter() - began:.0f} s.")
 
 
-def _list(lines: Sequence[str] | object) -> str:
-    return "\n".join(f"- {line}" for line in lines)  # type: ignore[attr-defined]
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

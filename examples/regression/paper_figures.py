@@ -281,7 +281,8 @@ def figure_a2(folder: Path) -> None:
     for index, corners in enumerate(triangles):
         if index in carrying:
             flat.fill(*nodes[corners].T, color=_OWN, alpha=0.25)
-        flat.text(*nodes[corners].mean(axis=0), str(index), color=_OWN, ha="center")  # type: ignore[call-arg]
+        x, y = nodes[corners].mean(axis=0)
+        flat.text(x, y, str(index), color=_OWN, ha="center")
     for index, node in enumerate(nodes):
         flat.annotate(str(index), node, xytext=(3, 3), textcoords="offset points", weight="bold")
     flat.set_title(f"psi_3 lives on the triangles {', '.join(map(str, carrying))}", fontsize=9)

@@ -11,7 +11,7 @@ same command goes on.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class RegressionArguments:
         4.0, "A method gets further seeds on a set only while its fits there took less than so many CPU seconds."
     )
     pictures: list[str] = option([], f"Any of {', '.join(PICTURES)}, or 'none' (default: all).")
+    report_only: bool = option(False, "Fit nothing: tables from the fits that are there, of a run that was stopped.")
     progress: bool = option(True, "Show progress bars.")
 
 
@@ -80,7 +81,8 @@ def compare(argv: Sequence[str]) -> None:
     folder = Path(arguments.output_dir)
     make_folder(folder)
     kept = Measurements(folder)
-    measure(sets, methods, arguments.seeds, arguments.patience, kept, arguments.progress)
+    if not arguments.report_only:
+        measure(sets, methods, arguments.seeds, arguments.patience, kept, arguments.progress)
 
     groups = {
         "One feature": [data for data in sets if data.name in ONE_FEATURE],
@@ -104,7 +106,8 @@ def compare(argv: Sequence[str]) -> None:
         record.pop(other)
     notes = [
         f"Mean over {arguments.seeds} seeds ± standard deviation; in brackets how many where there are fewer: further "
-        f"ones only while a method's fits on a set took less than {arguments.patience:g} CPU seconds.",
+        f"ones only while a method's fits on a set took less than {arguments.patience:g} CPU seconds"
+        + (", and the run was stopped before it was through." if arguments.report_only else "."),
         *(f"{method.name}: {method.summary}." for method in methods if method.installed),
         *(f"Left out: {line}" for line in left_out(sets, methods)),
     ]
@@ -127,8 +130,8 @@ def compare(argv: Sequence[str]) -> None:
     print(f"Written to {folder} in {time.perf_counter() - began:.0f} s.")
 
 
-def _list(lines: Sequence[str] | object) -> str:
-    return "\n".join(f"- {line}" for line in lines)  # type: ignore[attr-defined,union-attr]
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,6 +10,8 @@ from comparison.report import markdown_table
 from measure import TRUTH, Measurements
 from peers import LREG, METHODS, Method
 
+FIRST = f"{LREG}, seed 0 alone"
+
 
 def figure(value: float) -> str:
     """R^2 without its leading zero, five digits near one."""
@@ -42,7 +44,15 @@ def scores_table(sets: Sequence[DataSet], methods: Sequence[Method], kept: Measu
             cells.append(cell + (f" ({len(values)})" if len(values) < wanted else ""))
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
+        if name == LREG:
+            lines.append([FIRST, *_first(sets, kept)])
     return markdown_table(lines)
+
+
+def _first(sets: Sequence[DataSet], kept: Measurements) -> list[str]:
+    """LReg with seed 0, what methods with one seed compare with."""
+    found = [kept.of(data.name, LREG).get(0) for data in sets]
+    return ["-" if fit is None else figure(fit.r2) for fit in found]
 
 
 def seconds_table(sets: Sequence[DataSet], methods: Sequence[Method], kept: Measurements) -> str:

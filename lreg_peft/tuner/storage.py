@@ -52,6 +52,10 @@ class WeightDict(nn.ParameterDict):
     def __delitem__(self, key: str) -> None:
         del self._keys[key], self._modules[key]
 
+    def extra_repr(self) -> str:
+        """Nothing: the modules say it."""
+        return ""
+
 
 class NodeDict(BufferDict):
     """Mesh nodes by adapter name: persistent buffers that keep their precision.

@@ -47,9 +47,9 @@ _HOLDOUT = 5
 
 _ADVICE: dict[Status, str] = {
     "improved": "The parameters were improved.",
-    "no_descent": "No step lowered the training loss: the state may be a minimum already; else try a larger ridge.",
+    "no_descent": "No step lowered the training loss: the state may be a minimum already; else try a larger damping.",
     "heldout_rose": "Every step that lowered the training loss raised the held-out loss: give more data, or try a "
-    "lower rank or a larger ridge.",
+    "lower rank or a larger damping.",
 }
 
 
@@ -59,14 +59,14 @@ class Candidate:
 
     Attributes:
         rank: dimension of its subspace.
-        ridge: damping of its least-squares problem, relative to the largest eigenvalue.
+        damping: of its least-squares problem, relative to the largest eigenvalue.
         step: factor in (0, 1] at which it lowered the training loss; 0 if there was none.
         loss: mean loss on the training batches there.
         heldout_loss: mean loss on the held-out batches there; None if there are none.
     """
 
     rank: int
-    ridge: float
+    damping: float
     step: float
     loss: float
     heldout_loss: float | None
@@ -78,7 +78,7 @@ class RefinementRound:
 
     Attributes:
         taken: the step that was taken; None if none was.
-        candidates: one step per rank and ridge.
+        candidates: one step per rank and damping.
     """
 
     taken: Candidate | None
@@ -124,7 +124,7 @@ def refine_linearized(
     rank: int | Sequence[int] = (8, 32, 128),
     eval_dataloader: Iterable[Mapping[str, Any]] | None = None,
     n_rounds: int = 1,
-    ridge: float | Sequence[float] = (1e-6, 1e-4, 1e-2),
+    damping: float | Sequence[float] = (1e-6, 1e-4, 1e-2),
     columns_at_once: int = 8,
     seed: int = 0,
     show_progress: bool = True,
@@ -134,7 +134,7 @@ def refine_linearized(
     With J the Jacobian of the outputs in the trainable parameters, H the Hessian of the loss in the outputs and g the
     gradient, the step minimises g.d + d.(J^T H J) d / 2 over the span of the leading eigenvectors of J^T H J, which are
     the dominant right singular vectors of H^(1/2) J. For a fixed encoder at the output of a model and the squared loss,
-    the step of full rank and small ridge is the exact minimum. Shortcuts inside the network, trained projections and
+    the step of full rank and small damping is the exact minimum. Shortcuts inside the network, trained projections and
     every head work as well; there a few rounds pay.
 
     The model runs in eval mode; buffers, gradients and the modes of modules stay as they are, and the parameters
@@ -150,7 +150,7 @@ def refine_linearized(
         rank: dimension of the subspace, or several, of which held-out data choose.
         eval_dataloader: held-out batches. None holds out every fifth batch of `dataloader` if there are several ranks.
         n_rounds: most linearisations; it ends earlier when no step is taken.
-        ridge: damping of the least-squares problem, relative to its largest eigenvalue, or several to try: they cost
+        damping: of the least-squares problem, relative to its largest eigenvalue, or several to try: they cost
             passes for the loss, no products with J. Without held-out data the lowest training loss decides.
         columns_at_once: directions that go through the model together; fewer need less memory.
         seed: of the random start of the subspace.
@@ -170,9 +170,9 @@ def refine_linearized(
     for name, value in (("rank", min(ranks, default=0)), ("n_rounds", n_rounds), ("columns_at_once", columns_at_once)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    ridges = {ridge} if isinstance(ridge, (int, float)) else set(ridge)
-    if not ridges or not all(0 <= value < math.inf for value in ridges):
-        raise ValueError(f"ridge must be finite and at least 0, got {ridge}.")
+    dampings = {damping} if isinstance(damping, (int, float)) else set(damping)
+    if not dampings or not all(0 <= value < math.inf for value in dampings):
+        raise ValueError(f"damping must be finite and at least 0, got {damping}.")
     if rank_and_world()[1] > 1:
         raise RuntimeError("refine_linearized runs in one process: save the adapter and refine it in a run of its own.")
     inner = unwrap(model)
@@ -187,12 +187,12 @@ def refine_linearized(
         for i in range(n_rounds):
             with tqdm(desc=f"LReg refinement, round {i + 1}", disable=not show_progress) as bar:
                 problem = _Linearised(train, values, columns_at_once, bar)
-                steps = list(problem.steps(ranks, ridges, seed + i))
+                steps = list(problem.steps(ranks, dampings, seed + i))
             tried = {}
-            for size, damping, step in steps:
+            for size, relative, step in steps:
                 factor, loss, state = _line_search(train, problem, step, now[0])
                 held = heldout.loss(state) if heldout and factor else now[1]
-                tried[Candidate(size, damping, factor, loss, held)] = state
+                tried[Candidate(size, relative, factor, loss, held)] = state
             taken = _best(list(tried), now[1])
             rounds.append(RefinementRound(taken, tuple(tried)))
             if taken is None:
@@ -343,16 +343,16 @@ class _Linearised:
         self._bar = bar
         self.size = sum(value.numel() for value in values.values())
 
-    def steps(self, ranks: set[int], ridges: set[float], seed: int) -> Iterator[tuple[int, float, Tensor]]:
-        """Rank, ridge and step `[size]`, of every combination."""
+    def steps(self, ranks: set[int], dampings: set[float], seed: int) -> Iterator[tuple[int, float, Tensor]]:
+        """Rank, damping and step `[size]`, of every combination."""
         products, columns = subspace_cost(self.size, max(ranks))
         self._bar.total = products * sum(map(bool, self._data.sizes)) * -(-columns // self._columns_at_once)
         values, vectors = dominant_subspace(self.multiply, self.size, max(ranks), seed=seed)
         gradient = self.gradient()
         for rank in sorted({min(rank, len(values)) for rank in ranks}):
-            for ridge in sorted(ridges):
-                damping = ridge * values[0].item()
-                yield rank, ridge, subspace_step(gradient, values[:rank], vectors[:, :rank], damping)
+            for damping in sorted(dampings):
+                absolute = damping * values[0].item()
+                yield rank, damping, subspace_step(gradient, values[:rank], vectors[:, :rank], absolute)
 
     def gradient(self) -> Tensor:
         """`[size]`."""

@@ -47,7 +47,7 @@ def mean_loss(model, batches) -> float:
 
 
 def refine(model, batches, **options):
-    return refine_linearized(model, batches, show_progress=False, **{"rank": 1000, "ridge": 1e-12, **options})
+    return refine_linearized(model, batches, show_progress=False, **{"rank": 1000, "damping": 1e-12, **options})
 
 
 class TestConvex:
@@ -139,7 +139,7 @@ class TestDescent:
     def test_the_loss_falls_from_round_to_round(self, head, targets):
         model = adapted(targets, head=head)
         batches = regression()
-        result = refine(model, batches, n_rounds=4, ridge=[1e-6, 1e-4, 1e-2])
+        result = refine(model, batches, n_rounds=4, damping=[1e-6, 1e-4, 1e-2])
         losses = [result.loss_before, *(one.taken.loss for one in result.rounds if one.taken)]
         assert all(later < earlier for earlier, later in itertools.pairwise(losses))
         assert result.loss_after == losses[-1] < 0.8 * result.loss_before
@@ -153,15 +153,15 @@ class TestDescent:
                 optimizer.zero_grad()
                 (model(x=batch["x"]) - batch["labels"]).square().mean().backward()
                 optimizer.step()
-        result = refine(model, batches, n_rounds=5, ridge=[1e-6, 1e-3])
+        result = refine(model, batches, n_rounds=5, damping=[1e-6, 1e-3])
         assert result.loss_after < 0.9 * result.loss_before
 
     def test_the_rank_is_chosen_on_held_out_data(self):
         model, train, held = adapted(), regression(2), regression(2, seed=9)
         before = state(model)
-        result = refine(model, train, rank=[2, 5, 500], eval_dataloader=held, ridge=[1e-2, 1e-6])
+        result = refine(model, train, rank=[2, 5, 500], eval_dataloader=held, damping=[1e-2, 1e-6])
         (only,) = result.rounds
-        tried = [(candidate.rank, candidate.ridge) for candidate in only.candidates]
+        tried = [(candidate.rank, candidate.damping) for candidate in only.candidates]
         assert tried == list(itertools.product([2, 5, trainable(model)], [1e-6, 1e-2]))
         best = min(only.candidates, key=lambda candidate: candidate.heldout_loss)
         assert only.taken == best
@@ -192,7 +192,7 @@ class TestDescent:
         model = adapted()
         name = add_grade(model, form="composed")
         before = state(model)
-        assert refine(model, regression(), ridge=1e-6).status == "improved"
+        assert refine(model, regression(), damping=1e-6).status == "improved"
         changed = {key for key, value in state(model).items() if not torch.equal(value, before[key])}
         assert changed
         assert all(name in key.split(".") for key in changed)
@@ -239,7 +239,7 @@ class TestModels:
         model = adapt(build_model(), dof=4, **options)
         model.train()
         batch = batch()
-        result = refine(model, [batch], rank=6, ridge=1e-3)
+        result = refine(model, [batch], rank=6, damping=1e-3)
         model.eval()
         with torch.no_grad():
             assert model(**batch).loss.item() == pytest.approx(result.loss_after, rel=1e-4)
@@ -295,7 +295,7 @@ class TestSideEffects:
         search = linearize._line_search
         monkeypatch.setattr(linearize, "_line_search", fail_later)
         with pytest.raises(KeyboardInterrupt):
-            refine(model, regression(), n_rounds=3, ridge=1e-4)
+            refine(model, regression(), n_rounds=3, damping=1e-4)
         assert same_state(before, state(model))
         assert [module.training for module in model.modules()] == modes
 
@@ -338,8 +338,8 @@ class TestBadInput:
             (flagged(), {"rank": [2, 4]}, ValueError, "there is one batch: give eval_dataloader or one rank"),
             (flagged(), {"n_rounds": 0}, ValueError, "n_rounds must be at least 1"),
             (flagged(), {"columns_at_once": 0}, ValueError, "columns_at_once must be at least 1"),
-            (flagged(), {"ridge": -1.0}, ValueError, "ridge must be finite and at least 0"),
-            (flagged(), {"ridge": [0.1, float("nan")]}, ValueError, "ridge must be finite and at least 0"),
+            (flagged(), {"damping": -1.0}, ValueError, "damping must be finite and at least 0"),
+            (flagged(), {"damping": [0.1, float("nan")]}, ValueError, "damping must be finite and at least 0"),
         ],
     )
     def test_refuses(self, batches, options, error, message):

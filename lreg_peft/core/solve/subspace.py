@@ -49,17 +49,17 @@ def dominant_subspace(
     return values.flip(0).clamp_min(0), basis @ rotation.flip(1)
 
 
-def subspace_step(gradient: Tensor, values: Tensor, vectors: Tensor, ridge: float) -> Tensor:
-    """The minimiser of g.d + d.M d / 2 + ridge |d|^2 / 2 over the span of eigenvectors of M.
+def subspace_step(gradient: Tensor, values: Tensor, vectors: Tensor, damping: float) -> Tensor:
+    """The minimiser of g.d + d.M d / 2 + damping |d|^2 / 2 over the span of eigenvectors of M.
 
     Args:
         gradient: g, `[size]`.
         values: their eigenvalues, `[k]`, not negative.
         vectors: orthonormal, `[size, k]`.
-        ridge: at least 0.
+        damping: at least 0.
 
     Returns:
         d, `[size]`; zero in directions without curvature, which no least-squares step can use.
     """
-    curvature = values + ridge
+    curvature = values + damping
     return -vectors @ torch.where(curvature > 0, (vectors.T @ gradient) / curvature, 0.0)

@@ -189,19 +189,24 @@ def _extend_native_loading(peft_type: Any) -> None:
     """Have transformers' own `load_adapter`, which renames keys by PEFT's rules, find `<weight>.<adapter>.weight`."""
     from peft.utils import transformers_weight_conversion as conversion
     from transformers.core_model_loading import WeightRenaming
+    from transformers.integrations import peft as integration
 
-    build = _original(conversion.build_peft_weight_mapping)
+    def extended(build: Any) -> Any:
+        @functools.wraps(build)
+        def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
+            rules = build(weight_conversions, adapter_name, peft_config=peft_config)
+            if getattr(peft_config, "peft_type", None) == peft_type and rules:
+                saved = rf"({METHOD}_(?!nodes)[a-z_]+\.{re.escape(adapter_name)})(?!\.weight)$"
+                rules = [*rules, WeightRenaming(source_patterns=saved, target_patterns=r"\1.weight")]
+            return rules
 
-    @functools.wraps(build)
-    def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
-        rules = build(weight_conversions, adapter_name, peft_config=peft_config)
-        if getattr(peft_config, "peft_type", None) == peft_type and rules:
-            saved = rf"({METHOD}_(?!nodes)[a-z_]+\.{re.escape(adapter_name)})(?!\.weight)$"
-            rules = [*rules, WeightRenaming(source_patterns=saved, target_patterns=r"\1.weight")]
-        return rules
+        setattr(build_peft_weight_mapping, _ORIGINAL, build)
+        return build_peft_weight_mapping
 
-    setattr(build_peft_weight_mapping, _ORIGINAL, build)
-    conversion.build_peft_weight_mapping = build_peft_weight_mapping
+    for module in (conversion, integration):  # early versions of transformers have a copy of their own
+        build = getattr(module, "build_peft_weight_mapping", None)
+        if build is not None:
+            module.build_peft_weight_mapping = extended(_original(build))  # type: ignore[attr-defined]
 
 
 def _extend_scaling(model_class: Any) -> None:

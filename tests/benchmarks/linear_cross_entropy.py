@@ -3,9 +3,9 @@
     python tests/benchmarks/linear_cross_entropy.py [--rows 256] [--hidden 768] [--classes 50257] [--width 16]
 
 Both compute loss and gradients of the shortcut's design `[rows, K]` and table `[K, classes]` beside a frozen head.
-torch's function knows one linear layer: the head's weight and the table are put side by side for it, and so are features and
-design, which leaves it to compute gradients of the frozen weight and the features as well. CPU time, one thread,
-alternating; the differences of loss and gradients are printed, too.
+torch's function knows one linear layer: the head's weight and the table are put side by side for it, and so are
+features and design, which leaves it to compute gradients of the frozen weight and the features as well. CPU time, one
+thread, alternating; the differences of loss and gradients are printed, too.
 """
 
 import argparse

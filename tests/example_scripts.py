@@ -48,6 +48,10 @@ def launch_two(kind: str, script: Path, options: list[str]) -> subprocess.Comple
 @contextmanager
 def example_modules(name: str) -> Iterator[Modules]:
     """Import modules of one example by their plain names; forget all of them and their side effects afterwards."""
+    # Two folders have modules of one name: what another test has imported of them must not stand in the way.
+    for module in [m for m in sys.modules if m.partition(".")[0] != "comparison"]:
+        if str(getattr(sys.modules[module], "__file__", None)).startswith(str(EXAMPLES)):
+            del sys.modules[module]
     before, path, n_threads = set(sys.modules), list(sys.path), torch.get_num_threads()
     verbosity = logging.get_verbosity()
     sys.path[:0] = [str(EXAMPLES / name), str(EXAMPLES)]

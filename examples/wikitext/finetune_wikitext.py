@@ -24,7 +24,6 @@ import math
 import sys
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -55,7 +54,7 @@ def read_text(args: argparse.Namespace, separator: str) -> tuple[str, str]:
     return separator.join(offline.train), separator.join(offline.test)
 
 
-def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> Any:
+def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> list:
     """A list of whole blocks of tokens; a language model's labels are its inputs."""
     lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(list(chain.from_iterable(lines)))

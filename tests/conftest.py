@@ -1,3 +1,9 @@
+import os
+
+# Before NumPy and torch: these problems are so small that a second thread only costs, and changes the last digits.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 import pytest
 import torch
 from transformers.utils import logging

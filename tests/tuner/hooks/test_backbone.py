@@ -492,7 +492,7 @@ class TestWhatIsNotDropout:
         model = adapt(build("opt", "CAUSAL_LM", dropout=0.5), task_type="CAUSAL_LM")
         model.get_base_model().model.decoder.layers[0].register_forward_hook(jitter)
         model.train()
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="lreg_peft.tuner.hooks.backbone"):
             assert not self.noisy(model)
         assert "hooks on 'model.decoder.layers.0' ask whether the module trains" in caplog.text
 

@@ -4,9 +4,9 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-import pytest
-import torch
-from transformers.utils import logging
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 # The models of these tests are so small that a second thread only costs.
 torch.set_num_threads(1)

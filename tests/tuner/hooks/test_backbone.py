@@ -498,7 +498,7 @@ class TestWhatIsNotDropout:
 
     def test_what_is_off_is_said_once(self, caplog):
         model = adapt(dropping_gpt2()).train()
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="lreg_peft.tuner.hooks.backbone"):
             for _ in range(2):
                 outputs(model)
                 model(**inputs("gpt2"))
@@ -506,7 +506,7 @@ class TestWhatIsNotDropout:
         assert len(said) == 1
         assert "attn_dropout (p=0.5)" in said[0]
         caplog.clear()
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="lreg_peft.tuner.hooks.backbone"):
             for quiet in (adapt(gpt2(**dict.fromkeys(DROPOUT, 0.0))), adapt(dropping_gpt2(), backbone_eval=False)):
                 quiet.train()(**inputs("gpt2"))
         assert "backbone_eval" not in caplog.text

@@ -126,23 +126,23 @@ def attach_lreg_mlp(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 
 def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The recommended recipe: factored shortcuts, started from gradients, on all linear layers and the LM head."""
-    components = layer_sizes(linear_layers(model), fit.size)
-    if fit.task_type in LANGUAGE_MODELS:
-        components[output_head_name(model)] = -(-fit.size // 2)  # type: ignore[index]
-    return _lreg(
-        model,
-        fit,
-        target_modules=list(components),
-        component_pattern=as_pattern(components),
-        head="factored",
-        init_weights="gradient",
-    )
+    """Factored shortcuts, started from gradients, on all linear layers and the LM head."""
+    return _lreg_everywhere(model, fit)
 
 
 def attach_lreg_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The same places and sizes as `attach_lreg`, each component with a linear term, as `recommended_config` has it."""
     recommended = recommended_config(model, task_type=_peft_task(fit), dof=fit.dof)
+    return _lreg_everywhere(
+        model,
+        fit,
+        linear_term=True,
+        profile_mean=recommended.profile_mean,
+        profile_mean_pattern=recommended.profile_mean_pattern,
+    )
+
+
+def _lreg_everywhere(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
     components = layer_sizes(linear_layers(model), fit.size)
     if fit.task_type in LANGUAGE_MODELS:
         components[output_head_name(model)] = -(-fit.size // 2)  # type: ignore[index]
@@ -152,10 +152,8 @@ def attach_lreg_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
         target_modules=list(components),
         component_pattern=as_pattern(components),
         head="factored",
-        linear_term=True,
-        profile_mean=recommended.profile_mean,
-        profile_mean_pattern=recommended.profile_mean_pattern,
         init_weights="gradient",
+        **options,
     )
 
 

@@ -54,7 +54,7 @@ def read_text(args: argparse.Namespace, separator: str) -> tuple[str, str]:
     return separator.join(offline.train), separator.join(offline.test)
 
 
-def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int) -> list:
+def make_blocks(tokenizer: AutoTokenizer, text: str, block_size: int):
     """A list of whole blocks of tokens; a language model's labels are its inputs."""
     lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(list(chain.from_iterable(lines)))

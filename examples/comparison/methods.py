@@ -7,6 +7,7 @@ examples knows their names.
 import warnings
 from collections.abc import Sequence
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -15,10 +16,21 @@ from transformers.pytorch_utils import Conv1D
 
 from comparison.errors import UserError
 from comparison.image_methods import IMAGE_METHODS
-from comparison.method import CLASSIFICATION, EVERYWHERE, IMAGES, LANGUAGE_MODELS, Fit, Method, Rates
-from comparison.placements import fresh_head_names, layer_sizes, linear_layers, output_embedding_name
+from comparison.method import (
+    CLASSIFICATION,
+    EVERYWHERE,
+    IMAGES,
+    LANGUAGE_MODELS,
+    WITH_HEAD,
+    Batches,
+    Fit,
+    Method,
+    Rates,
+)
+from comparison.placements import fresh_head_names, layer_sizes, linear_layers
+from comparison.site import ALL_PLACEMENTS, Site
 from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig, recommended_config
+from lreg_peft import LRegConfig, initialize_lreg_weights, recommended_config
 from lreg_peft.tuner.targets import output_head_name
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
@@ -55,6 +67,23 @@ def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
     return model
 
 
+def attach_vocab_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
+    """The same, from the start that the output shortcut of LReg gets: the shift in how often each label comes."""
+    name = output_head_name(model)
+    config = LRegConfig(target_modules=[name], head="factored", n_components=1, dof=2, init_weights="gradient")
+    adapted = get_peft_model(model, config)
+    initialize_lreg_weights(adapted, batches, n_batches=len(batches), output_start=True, show_progress=False)
+    shortcut = adapted.get_base_model().get_submodule(name)
+    with torch.no_grad():
+        # The start is the same at every position, so any will do.
+        features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
+        shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
+    biased = attach_vocab_bias(adapted.unload(), fit)
+    with torch.no_grad():
+        biased.get_output_embeddings().bias.add_(shift)
+    return biased
+
+
 def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The new modules alone: the control that shows what the frozen features give by themselves."""
     model.requires_grad_(False)
@@ -78,9 +107,9 @@ def attach_lora_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
     return _lora(model, fit, list(ranks), ranks)
 
 
-def attach_lora_linear_head(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LoRA on all linear layers and on the layer that makes the logits."""
-    ranks = {**layer_sizes(linear_layers(model), fit.size), output_embedding_name(model): -(-fit.size // 2)}
+def attach_lora_everywhere(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LoRA on all linear layers and on the layer that makes the logits, or on part of them where that is too large."""
+    ranks = Site(model, fit).sizes
     return _lora(model, fit, list(ranks), ranks)
 
 
@@ -126,35 +155,42 @@ def attach_lreg_mlp(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 
 def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """Factored shortcuts, started from gradients, on all linear layers and the LM head."""
-    return _lreg_everywhere(model, fit)
-
-
-def attach_lreg_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The same places and sizes as `attach_lreg`, each component with a linear term, as `recommended_config` has it."""
+    """LReg as `recommended_config` has it, where LoRA goes and with as many components as that has ranks."""
     recommended = recommended_config(model, task_type=_peft_task(fit), dof=fit.dof)
     return _lreg_everywhere(
         model,
         fit,
         linear_term=True,
         profile_mean=recommended.profile_mean,
-        profile_mean_pattern=recommended.profile_mean_pattern,
+        profile_mean_pattern=recommended.profile_mean_pattern if fit.placement == WITH_HEAD else {},
     )
 
 
+def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The same without a linear term, and with profiles whose mean is one."""
+    return _lreg_everywhere(model, fit)
+
+
 def _lreg_everywhere(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
-    components = layer_sizes(linear_layers(model), fit.size)
-    if fit.task_type in LANGUAGE_MODELS:
-        components[output_head_name(model)] = -(-fit.size // 2)  # type: ignore[index]
+    site = LRegSite(model, fit)
     return _lreg(
         model,
         fit,
-        target_modules=list(components),
-        component_pattern=as_pattern(components),
+        target_modules=site.targets,
+        component_pattern=site.pattern,
         head="factored",
         init_weights="gradient",
         **options,
     )
+
+
+class LRegSite(Site):
+    """LReg goes around the whole head of a masked language model, of which LoRA takes the last layer."""
+
+    @property
+    def head(self) -> str:
+        """The module that makes the logits of a language model."""
+        return output_head_name(self.model)  # type: ignore[return-value]
 
 
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
@@ -192,10 +228,11 @@ METHODS = {
         Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",
-            "a bias on the logits, nothing else",
+            "a bias on the logits, started as that of LReg, nothing else",
             attach_vocab_bias,
             Rates(1e-1, 5e-2, 1e-2, 1e-2),
             tasks=LANGUAGE_MODELS,
+            attach_on_data=attach_vocab_bias_on_data,
         ),
         Method(
             "head-only",
@@ -211,10 +248,11 @@ METHODS = {
         Method(
             "lora-linear-head",
             "LoRA on all linear layers and the LM head",
-            attach_lora_linear_head,
+            attach_lora_everywhere,
             Rates(2e-2, 2e-2, 1e-3, 3e-3),
             "rank",
             tasks=LANGUAGE_MODELS,
+            placements=ALL_PLACEMENTS,
         ),
         Method(
             "lreg-head",
@@ -246,22 +284,24 @@ METHODS = {
         ),
         Method(
             "lreg",
-            "LReg on all linear layers (and the LM head), factored, started from gradients",
+            "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
             attach_lreg,
-            Rates(2e-2, 2e-2, 3e-3, 3e-3),
-            "n_components",
-            dof=8,
-            start="gradient",
-        ),
-        Method(
-            "lreg-linear",
-            "LReg as recommended: the same with a linear term, and a start of the LM head from label frequencies",
-            attach_lreg_linear,
             Rates(3e-2, 3e-2, 3e-3, 3e-3),
             "n_components",
             dof=8,
             start="gradient and output",
+            placements=ALL_PLACEMENTS,
+        ),
+        Method(
+            "lreg-plain",
+            "the same without a linear term, started from gradients alone",
+            attach_lreg_plain,
+            Rates(2e-2, 2e-2, 3e-3, 3e-3),
+            "n_components",
+            dof=8,
+            start="gradient",
             by_default=False,
+            placements=ALL_PLACEMENTS,
         ),
         *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),

@@ -5,15 +5,16 @@ again after an interruption and methods, seeds, budgets and steps may be added i
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from accelerate import PartialState
 
 from comparison.budget import BudgetTooSmall, learning_rate_grids
-from comparison.environment import provenance, without_places
+from comparison.environment import provenance, start_processes, without_places
 from comparison.errors import UserError
 from comparison.ledger import Run
 from comparison.method import Method
@@ -50,6 +51,24 @@ def study_arguments(argv: Sequence[str]) -> tuple[StudyArguments, list[str]]:
     for name in ("budgets", "step_counts"):
         require_at_least(**{name: (min(getattr(arguments, name), default=None), 1)})
     return arguments, rest
+
+
+def study_of(parse: Callable[[Sequence[str]], Any], prepare: Callable[[Any], Task]) -> Callable[[Sequence[str]], None]:
+    """What a script of a study runs.
+
+    Args:
+        parse: the options that are not of the study, with `comparison` and `run` in the result.
+        prepare: the task from that result.
+    """
+
+    def study(argv: Sequence[str]) -> None:
+        began = time.perf_counter()
+        own, rest = study_arguments(argv)
+        arguments = parse(rest)
+        start_processes()
+        run_study(prepare(arguments), own, arguments.comparison, arguments.run, began)
+
+    return study
 
 
 @dataclass(frozen=True)

@@ -21,31 +21,20 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
 
 from arguments import parse_arguments
-from comparison.environment import start_processes
 from comparison.protocol import run_script
-from comparison.study import run_study, study_arguments
+from comparison.study import study_of
 from run_glue import prepare
-
-
-def study(argv: Sequence[str]) -> None:
-    """Options, samples, model, study."""
-    began = time.perf_counter()
-    own, rest = study_arguments(argv)
-    arguments = parse_arguments(rest)
-    start_processes()
-    run_study(prepare(arguments), own, arguments.comparison, arguments.run, began)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the study; a mistake in the command or its input is one sentence and exit code 2."""
-    run_script(study, argv)
+    run_script(study_of(parse_arguments, prepare), argv)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from comparison.budget import Sizes, count_trainable, given_sizes, learning_rate
 from comparison.environment import peak_memory, reset_peak_memory, start_processes, without_places
 from comparison.errors import UserError
 from comparison.ledger import LEDGER_FILE, Ledger, Run
+from comparison.method import WITH_HEAD
 from comparison.methods import METHODS, Fit, select_methods
 from comparison.options import ComparisonArguments, RunArguments, check, parse
 from comparison.placements import layer_sizes, linear_layers
@@ -186,7 +187,7 @@ def test_the_same_sizes_on_the_same_layers_for_lora_and_lreg() -> None:
     task = task_on(GPT2, "CAUSAL_LM")
     found = {}
     for name, key, dimension in (("lora-linear-head", "lora_A", 0), ("lreg", "lreg_projection.", 0)):
-        model = METHODS[name].attach(task.load_base(), Fit("CAUSAL_LM", size=3, dof=4))
+        model = METHODS[name].attach(task.load_base(), Fit("CAUSAL_LM", size=3, dof=4, placement=WITH_HEAD))
         found[name] = {n.split(f".{key[:4]}")[0]: p.shape[dimension] for n, p in model.named_parameters() if key in n}
     assert found["lora-linear-head"] == found["lreg"]
     assert {n.split(".")[-1]: size for n, size in found["lreg"].items() if "h.0.attn" in n or "lm_head" in n} == {

@@ -80,7 +80,7 @@ class Sizes:
         """What the paper's placement has with two components, or the smallest size of every method if that is more."""
         sized = [method for method in METHODS.values() if self._exists(method) and method.size_name is not None]
         paper = next(method for method in sized if method.name in ("lreg-head", "lreg-attention", "lreg-stage"))
-        return max(self.count(paper, 2), *(self.count(method, 1) for method in sized))
+        return max(self.count(paper, 2), *(self.count(method, self._sizes(method)[0]) for method in sized))
 
     def _exists(self, method: Method) -> bool:
         there = method.by_default and self._task.task_type in method.tasks
@@ -124,14 +124,15 @@ class Sizes:
                     return None
                 least.append(self.count(method, None))
                 continue
-            sizes = range(1, 1 << 40) if method.sizes is None else self._sizes(method)
+            sizes = self._sizes(method)
             if sizes and self.count(method, sizes[0]) <= budget:
                 return sizes[self._last_within(method, sizes, budget)]
             least += [self.count(method, size) for size in sizes[:1]]
         raise BudgetTooSmall(method, min(least, default=0))
 
     def _sizes(self, method: Method) -> Sequence[int]:
-        assert method.sizes is not None
+        if method.sizes is None:
+            return range(1, 1 << 40)
         return method.sizes(self._task.empty_model(), self.fit(method, None))
 
     def _last_within(self, method: Method, sizes: Sequence[int], budget: int) -> int:

@@ -13,8 +13,8 @@ EVERYWHERE = LANGUAGE_MODELS + CLASSIFICATION
 #: No task type of PEFT: it has none for images.
 IMAGES = ("IMAGE_CLS",)
 
-#: A placement that only language models have; in a classification model it is the same as that without the head.
-WITH_HEAD = "linear layers and head"
+#: Placements that only language models have; in a classification model they are the same as those without the head.
+WITH_HEAD, ATTENTION_AND_HEAD = "linear layers and head", "attention and head"
 
 Batches = Sequence[Mapping[str, Any]]
 
@@ -118,4 +118,5 @@ class Method:
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""
-        return tuple(place for place in self.placements if place != WITH_HEAD or task_type in LANGUAGE_MODELS)
+        headless = task_type not in LANGUAGE_MODELS
+        return tuple(place for place in self.placements if not (headless and place in (WITH_HEAD, ATTENTION_AND_HEAD)))

@@ -6,6 +6,7 @@ examples knows their names.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from comparison.base_layers import linear_instead_of_conv1d
 from comparison.errors import UserError
 from comparison.image_methods import IMAGE_METHODS
 from comparison.method import (
@@ -21,14 +23,13 @@ from comparison.method import (
     EVERYWHERE,
     IMAGES,
     LANGUAGE_MODELS,
-    WITH_HEAD,
     Batches,
     Fit,
     Method,
     Rates,
 )
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers
-from comparison.site import ALL_PLACEMENTS, Site
+from comparison.site import ALL_PLACEMENTS, LINEAR, Site
 from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig, initialize_lreg_weights, recommended_config
 from lreg_peft.tuner.targets import output_head_name
@@ -155,42 +156,26 @@ def attach_lreg_mlp(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 
 def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LReg as `recommended_config` has it, where LoRA goes and with as many components as that has ranks."""
-    recommended = recommended_config(model, task_type=_peft_task(fit), dof=fit.dof)
-    return _lreg_everywhere(
-        model,
-        fit,
-        linear_term=True,
-        profile_mean=recommended.profile_mean,
-        profile_mean_pattern=recommended.profile_mean_pattern if fit.placement == WITH_HEAD else {},
-    )
+    """LReg as `recommended_config` has it, filling a budget of `fit.size` parameters."""
+    return get_peft_model(model, _recommended(model, fit))
 
 
 def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The same without a linear term, and with profiles whose mean is one."""
-    return _lreg_everywhere(model, fit)
+    config = _recommended(model, fit)
+    return get_peft_model(model, replace(config, linear_term=False, profile_mean=1.0, profile_mean_pattern={}))
 
 
-def _lreg_everywhere(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
-    site = LRegSite(model, fit)
-    return _lreg(
-        model,
-        fit,
-        target_modules=site.targets,
-        component_pattern=site.pattern,
-        head="factored",
-        init_weights="gradient",
-        **options,
+def _recommended(model: PreTrainedModel, fit: Fit) -> LRegConfig:
+    return recommended_config(
+        model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save
     )
 
 
-class LRegSite(Site):
-    """LReg goes around the whole head of a masked language model, of which LoRA takes the last layer."""
-
-    @property
-    def head(self) -> str:
-        """The module that makes the logits of a language model."""
-        return output_head_name(self.model)  # type: ignore[return-value]
+def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:
+    """From a single component on the smallest linear layer on."""
+    shapes = Site(linear_instead_of_conv1d(model), replace(fit, placement=LINEAR)).shapes
+    return range(min(map(sum, shapes)) + 1 + fit.dof, 1 << 40)
 
 
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
@@ -287,21 +272,21 @@ METHODS = {
             "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
             attach_lreg,
             Rates(3e-2, 3e-2, 3e-3, 3e-3),
-            "n_components",
+            "parameters",
             dof=8,
             start="gradient and output",
-            placements=ALL_PLACEMENTS,
+            sizes=lreg_budgets,
         ),
         Method(
             "lreg-plain",
             "the same without a linear term, started from gradients alone",
             attach_lreg_plain,
             Rates(2e-2, 2e-2, 3e-3, 3e-3),
-            "n_components",
+            "parameters",
             dof=8,
             start="gradient",
             by_default=False,
-            placements=ALL_PLACEMENTS,
+            sizes=lreg_budgets,
         ),
         *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),

@@ -28,7 +28,7 @@ from comparison.environment import (
 from comparison.errors import UserError
 from comparison.hub import push_adapter
 from comparison.ledger import Ledger, Run, run_key
-from comparison.method import WITH_HEAD, Method
+from comparison.method import Method
 from comparison.methods import select_methods
 from comparison.options import ComparisonArguments, RunArguments
 from comparison.picture import write_picture
@@ -225,7 +225,7 @@ class Protocol:
         model = self._attach(method, size, seed)
         collator = task.collator(seed)
         if method.start is not None:
-            output = method.start == "gradient and output" and self.sizes.placement(method) == WITH_HEAD
+            output = method.start == "gradient and output"
             start_from_data(model, task.train_data, collator, seed, task.start_samples, output=output)
         start_seconds, start_cpu = time.perf_counter() - began, time.process_time() - cpu_began
         keep_best = None

@@ -27,6 +27,7 @@ from comparison.sampling import LengthGroupedSampler
 from comparison.sharding import shard_by_layer
 from comparison.trained_state import State, put_back, trained_state
 from lreg_peft import initialize_lreg_weights
+from lreg_peft.tuner.hooks.output_head import wrapped_head
 
 START_BATCH = 8  # samples in a batch of a start from data
 
@@ -335,10 +336,14 @@ def train(
 def start_from_data(
     model: nn.Module, samples: Sequence[dict[str, Any]], collator: Any, seed: int, n_samples: int, *, output: bool
 ) -> None:
-    """The data-driven start of an LReg adapter from a few training samples, with that of the output head if asked for.
+    """The data-driven start of an LReg adapter from a few training samples.
 
     Every process takes its share of the batches.
+
+    Args:
+        output: start the shortcut on the output head from label frequencies, where there is one.
     """
+    output = output and wrapped_head(model.get_base_model()) is not None  # type: ignore[operator]
     state = PartialState()
     own = batches_to_start_from(samples, collator, seed, n_samples)[state.process_index :: state.num_processes]
     initialize_lreg_weights(

@@ -16,6 +16,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 from comparison.errors import UserError
 from comparison.standard_library import standard_library_trees
@@ -53,6 +54,7 @@ def load_offline_pairs() -> dict[str, Samples]:
     return {name: make_pairs(splits[name], n_pairs, f"{SEED} {name}") for name, n_pairs in PAIRS.items()}
 
 
+@cache
 def functions_by_module() -> dict[str, list[Function]]:
     """Signatures and descriptions by top-level module, each description once."""
     modules: dict[str, list[Function]] = defaultdict(list)

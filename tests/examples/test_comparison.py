@@ -183,17 +183,24 @@ def test_every_method_trains_what_is_counted_within_the_budget(config: Pretraine
             assert sizes.count(method, size) <= budget < sizes.count(method, size + 1)
 
 
-def test_the_same_sizes_on_the_same_layers_for_lora_and_lreg() -> None:
+def test_lora_and_lreg_divide_a_budget_alike() -> None:
+    """LReg by `recommended_config`, which gives single components where a rank everywhere would be too much."""
     task = task_on(GPT2, "CAUSAL_LM")
-    found = {}
-    for name, key, dimension in (("lora-linear-head", "lora_A", 0), ("lreg", "lreg_projection.", 0)):
-        model = METHODS[name].attach(task.load_base(), Fit("CAUSAL_LM", size=3, dof=4, placement=WITH_HEAD))
-        found[name] = {n.split(f".{key[:4]}")[0]: p.shape[dimension] for n, p in model.named_parameters() if key in n}
-    assert found["lora-linear-head"] == found["lreg"]
-    assert {n.split(".")[-1]: size for n, size in found["lreg"].items() if "h.0.attn" in n or "lm_head" in n} == {
-        "c_attn": 3,
-        "c_proj": 3,
-        "lm_head": 2,
+    lora = METHODS["lora-linear-head"].attach(task.load_base(), Fit("CAUSAL_LM", size=2, placement=WITH_HEAD))
+    found = {"lora-linear-head": ("lora_A", lora)}
+    ranks = sum(len(p) for n, p in lora.named_parameters() if "lora_A" in n)
+    overhead = (1 + 4) * ranks  # bias and profile of every component
+    fit = Fit("CAUSAL_LM", size=count_trainable(lora) + overhead, dof=4)
+    found["lreg"] = ("lreg_projection.", METHODS["lreg"].attach(task.load_base(), fit))
+    sizes = {
+        name: {n.split(f".{key[:4]}")[0]: len(p) for n, p in model.named_parameters() if key in n}
+        for name, (key, model) in found.items()
+    }
+    assert sizes["lora-linear-head"] == sizes["lreg"]
+    assert {n.split(".")[-1]: size for n, size in sizes["lreg"].items() if "h.0.attn" in n or "lm_head" in n} == {
+        "c_attn": 2,
+        "c_proj": 2,
+        "lm_head": 1,
     }
 
 

@@ -96,8 +96,9 @@ def test_cells_rows_and_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _, found = study(tmp_path, methods, {"budgets": [100], "step_counts": [3]}, eval_steps=1)
     rows = {(row["budget"], row["steps"], row["method"]): row for row in found["rows"]}
     assert {key for key in rows if key[0] == 700} == {(700, steps, name) for steps in (2, 3) for name in methods}
-    assert {key for key in rows if key[0] == 100} == {(100, 2, "vera"), (100, 2, "ln-tuning")}
-    assert "smallest size has" in found["left_out"]["rslora, budget-100-steps-2"]
+    assert {key for key in rows if key[0] == 100} == {(100, 2, name) for name in methods[1:]}
+    assert rows[100, 2, "rslora"]["placement"] == "attention output"
+    assert "smallest size has" in found["left_out"]["lora-linear, budget-100-steps-2"]
     assert "XLORA" in found["left_out"]
     head = 34  # of the classifier
     row = rows[700, 2, "rslora"]

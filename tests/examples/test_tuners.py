@@ -148,9 +148,11 @@ def test_every_tuner_of_peft_has_an_entry_or_a_reason(tasks: dict[str, Tiny]) ->
 
 def test_a_budget_too_small_for_every_place_is_told_with_the_least_one(tasks: dict[str, Tiny]) -> None:
     sizes = Sizes(tasks["CAUSAL_LM"], None)
-    with pytest.raises(BudgetTooSmall, match="its smallest size has 192 parameters"):
-        sizes.largest(METHODS["rslora"], 100)  # on c_attn and c_proj of both layers: 16 + 48 and 16 + 16 in each
-    assert sizes.largest(METHODS["rslora"], 192) == 1
+    with pytest.raises(BudgetTooSmall, match="its smallest size has 64 parameters"):
+        sizes.largest(METHODS["rslora"], 63)  # on c_proj of both layers: 16 + 16 in each
+    assert sizes.largest(METHODS["rslora"], 191) == 2
+    assert sizes.placement(METHODS["rslora"]) == "attention output"
+    assert sizes.largest(METHODS["rslora"], 192) == 1  # and on their c_attn: 16 + 48 in each
     assert sizes.placement(METHODS["rslora"]) == "attention"
 
 

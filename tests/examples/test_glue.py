@@ -165,7 +165,7 @@ def test_finished_runs_are_not_repeated(
     ]
 
 
-@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("kind", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"])
 def test_two_processes_train_the_same_adapter(
     tiny: Path, sentiment: tuple[Path, dict[str, Any]], kind: str, tmp_path: Path
 ) -> None:

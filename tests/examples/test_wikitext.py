@@ -191,7 +191,10 @@ def tiny_command(tiny: Path, name: str, output_dir: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gpt2", "replicated"), ("gpt2", "sharded"), ("roberta", "replicated")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param("gpt2", "replicated", marks=pytest.mark.slow), ("gpt2", "sharded"), ("roberta", "replicated")],
+)
 def test_one_and_two_processes_give_the_same_figures(
     tiny: Path, name: str, kind: str, modules: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

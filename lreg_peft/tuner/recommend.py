@@ -23,6 +23,9 @@ from .targets import _LANGUAGE_MODEL_TASKS, _task_of, output_head_name
 # Means of the profiles at the start. A change of domain asks a language model's head for a constant shift above all;
 # inside the network most of what is asked varies with the input.
 _MEAN_AT_THE_HEAD, _MEAN_INSIDE = 1.0, 0.3
+# Up to this share of the budget a component at the head does more than components elsewhere: on the tuning part of
+# WikiText (a vocabulary of 8,192) at .69 it did, at .83 it did not.
+_MOST_FOR_THE_HEAD = 0.7
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -169,7 +172,7 @@ def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) 
     inside = [site for site in sites if not site.is_output_head]
     for head in sites:
         # Once, and before all others: without it the same budget reaches far less. A second component there never pays.
-        if head.is_output_head and head.cost <= rest // 2:
+        if head.is_output_head and head.cost <= _MOST_FOR_THE_HEAD * rest:
             head.components, rest = 1, rest - head.cost
     while open_sites := [site for site in inside if site.cost <= rest]:
         # Ties go to the layers near the output, whose gradients cross fewer layers.

@@ -66,6 +66,13 @@ class TestBudget:
         # What is left does not pay for one component of the cheapest module.
         assert budget - (768 + 1 + 8 + 768) < report.trainable_parameters <= budget
 
+    @pytest.mark.parametrize(("share", "adapted"), [(0.69, True), (0.71, False)])
+    def test_the_output_head_comes_first_where_it_leaves_three_tenths(self, share, adapted):
+        component = 768 + 1 + 8 + 50_257
+        names = {t.name for t in inspect_targets(gpt2(), recommended_config(gpt2(), round(component / share)))}
+        assert ("lm_head" in names) == adapted
+        assert len(names) > 5
+
     def test_shares_are_kept_as_far_as_sizes_allow(self):
         targets = inspect_targets(gpt2(), recommended_config(gpt2(), 2_000_000))
         attention = [t.n_components for t in targets if ".attn." in t.name]

@@ -1,6 +1,6 @@
 """What a training step costs: LReg beside LoRA, full fine-tuning and the frozen model's own forward pass.
 
-    python tests/benchmarks/training_speed.py --output_dir OUT [--parts gpt2 cache roberta inference dof sizes]
+    python tests/benchmarks/training_speed.py --output_dir OUT [--parts gpt2 recipe cache roberta inference dof sizes]
         [--model gpt2|gpt2-medium|gpt2-large] [--device cpu|cuda] [--dtype float32|bfloat16] [--rounds 5]
 
 Architectures at full size with random weights, which cost what trained ones cost. The methods of a part take turns,
@@ -8,9 +8,10 @@ round by round, and every ratio is formed inside a round. On a CPU the clock is 
 threads, which other programs on the machine disturb least; on a GPU it is wall time between synchronisations.
 
     gpt2       a training step on GPT-2: forward, loss, backward, AdamW
+    recipe     the same for recommended_config, with and without the output head, and LoRA in the same places and sizes
     cache      three epochs from stored features, building the cache included, against three epochs of LoRA
     roberta    a training step on RoBERTa-base, shortcuts at query and key, against LoRA there
-    inference  one token with a key-value cache, GPT-2, batch 1
+    inference  tokens with a key-value cache, GPT-2, batch 1; LoRA unmerged
     dof        one layer of 768 features, d = 8: from 8 to 1024 nodes
     sizes      a shortcut at the head, length and vocabulary varied
 
@@ -45,10 +46,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lreg_peft import LRegConfig, cache_features
+from lreg_peft import LRegConfig, cache_features, recommended_config
 
 GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}
-PARTS = ("gpt2", "cache", "roberta", "inference", "dof", "sizes")
+PARTS = ("gpt2", "recipe", "cache", "roberta", "inference", "dof", "sizes")
 
 
 class Bench:
@@ -131,6 +132,27 @@ def lora(base: PreTrainedModel, *targets: str, task: str = "CAUSAL_LM") -> nn.Mo
     return get_peft_model(base, config).train()
 
 
+#: Components of `recommended_config` without a budget, on GPT-2; LoRA gets the same ranks in the same places.
+RECIPE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1, "lm_head": 1}
+
+
+def recommended(base: PreTrainedModel, *, head: bool) -> nn.Module:
+    config = recommended_config(base, task_type="CAUSAL_LM", output_head=head, init_weights=False)
+    return get_peft_model(base, config).train()
+
+
+def lora_everywhere(base: PreTrainedModel, *, head: bool) -> nn.Module:
+    ranks = {name.replace(".", r"\."): rank for name, rank in RECIPE.items() if head or name != "lm_head"}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=[name for name in RECIPE if head or name != "lm_head"],
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        fan_in_fan_out=True,
+    )
+    return get_peft_model(base, config).train()
+
+
 def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -206,6 +228,19 @@ def part_gpt2(bench: Bench) -> list[dict[str, Any]]:
         del builders["full fine-tuning"]
     batch = tokens(bench, 50257, bench.options.batch, bench.options.length)
     return steps_of(bench, builders, batch, "gpt2")
+
+
+def part_recipe(bench: Bench) -> list[dict[str, Any]]:
+    def trained(wrap: Callable[[PreTrainedModel], nn.Module]) -> tuple[nn.Module, Callable]:
+        model = wrap(gpt2(bench))
+        return model, train_step(model)
+
+    builders = {
+        f"{name} {'with' if head else 'without'} head": partial(trained, partial(wrap, head=head))
+        for head in (True, False)
+        for name, wrap in (("LoRA", lora_everywhere), ("LReg recommended", recommended))
+    }
+    return steps_of(bench, builders, tokens(bench, 50257, bench.options.batch, bench.options.length), "recipe")
 
 
 def part_cache(bench: Bench) -> list[dict[str, Any]]:
@@ -295,6 +330,8 @@ def part_inference(bench: Bench) -> list[dict[str, Any]]:
         "base": gpt2(bench),
         "LReg head K 16": lreg(gpt2(bench), 2, 8),
         "LoRA r 8 c_attn": lora(gpt2(bench), "c_attn"),
+        "LoRA with head": lora_everywhere(gpt2(bench), head=True),
+        "LReg recommended with head": recommended(gpt2(bench), head=True),
     }
     cases = {name: generation(model) for name, model in models.items()}
     # A token takes milliseconds: more rounds cost little and steady the median.
@@ -373,7 +410,7 @@ def ratio(row: dict[str, Any], to: dict[str, Any] | None) -> str:
 
 def table(part: str, rows: list[dict[str, Any]]) -> str:
     by_name = {row["case"]: row for row in rows}
-    lora_row = next((row for row in rows if row["case"].startswith("LoRA r")), None)
+    default_lora = next((row for row in rows if row["case"].startswith("LoRA r")), None)
     first = rows[0]
     lines = [
         f"**{part}**",
@@ -385,6 +422,8 @@ def table(part: str, rows: list[dict[str, Any]]) -> str:
         base = first
         if part == "sizes":
             base = by_name[row["case"].rsplit(":", 1)[0] + ": frozen"]
+        # The recipe beside LoRA in the same places.
+        lora_row = by_name.get(f"LoRA {' '.join(row['case'].split()[-2:])}", default_lora)
         median, low, high = spread(row["seconds"])
         cells = [
             row["case"],

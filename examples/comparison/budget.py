@@ -126,7 +126,7 @@ class Sizes:
                 continue
             sizes = self._sizes(method)
             if sizes and self.count(method, sizes[0]) <= budget:
-                return sizes[self._last_within(method, sizes, budget)]
+                return budget if method.fills_budget else sizes[self._last_within(method, sizes, budget)]
             least += [self.count(method, size) for size in sizes[:1]]
         raise BudgetTooSmall(method, min(least, default=0))
 

@@ -91,6 +91,7 @@ class Method:
         by_default: whether it is compared where no methods are named.
         placements: where it may go, the preferred place first; the first one where it fits into the budget counts.
         sizes: (model, fit) -> the sizes it can have, in the order of their counts; None for all whole numbers from one.
+        fills_budget: whether its size is the number of parameters that it may have.
         reads_weights: whether its parameters can only be counted on a model that has weights.
         attach_on_data: like `attach`, with a few training batches, for methods whose start is made from data.
         after_step: (model, step) -> None, what the method does after each optimiser step, its gradients still there.
@@ -111,6 +112,7 @@ class Method:
     by_default: bool = True
     placements: tuple[str, ...] = ("",)
     sizes: Callable[[PreTrainedModel, Fit], Sequence[int]] | None = None
+    fills_budget: bool = False
     reads_weights: bool = False
     attach_on_data: Callable[[PreTrainedModel, Fit, Batches], nn.Module] | None = None
     after_step: Callable[[nn.Module, int], None] | None = None

@@ -7,6 +7,7 @@ examples knows their names.
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -70,18 +71,18 @@ def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 def attach_vocab_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
     """The same, from the start that the output shortcut of LReg gets: the shift in how often each label comes."""
-    name = output_head_name(model)
+    name = output_head_name(model) or ""
     config = LRegConfig(target_modules=[name], head="factored", n_components=1, dof=2, init_weights="gradient")
     adapted = get_peft_model(model, config)
     initialize_lreg_weights(adapted, batches, n_batches=len(batches), output_start=True, show_progress=False)
-    shortcut = adapted.get_base_model().get_submodule(name)
+    shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
         # The start is the same at every position, so any will do.
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
         shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
     biased = attach_vocab_bias(adapted.unload(), fit)
     with torch.no_grad():
-        biased.get_output_embeddings().bias.add_(shift)
+        model.get_output_embeddings().bias.add_(shift)  # type: ignore[union-attr,operator]
     return biased
 
 
@@ -276,6 +277,7 @@ METHODS = {
             dof=8,
             start="gradient and output",
             sizes=lreg_budgets,
+            fills_budget=True,
         ),
         Method(
             "lreg-plain",
@@ -287,6 +289,7 @@ METHODS = {
             start="gradient",
             by_default=False,
             sizes=lreg_budgets,
+            fills_budget=True,
         ),
         *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),

@@ -4,6 +4,7 @@ Source: Li, Cheng & Gu (2025), section 2.7: u = sigmoid(P x + b).
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,13 @@ def project_linear(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor
     """z = P x + b, what `project` takes the sigmoid of: `[..., components]`, in the same precision."""
     dtype = coordinate_dtype(features, projection)
     return F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Where coordinates are computed; nothing where there is no autocast, since entering a context takes its time."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 @checked(n_components=whole(1), in_features=whole(1))

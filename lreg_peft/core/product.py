@@ -29,6 +29,8 @@ def add_product(hidden: Tensor, design: Tensor, table: Tensor, *, in_place: bool
     """
     if not reverse_mode_only():
         return _sum(hidden, design, table)
+    if not torch.is_grad_enabled():  # for one token at a time the detour by autograd would be half of the cost
+        return _add(hidden, design, table) if in_place and _may_write(hidden) else _sum(hidden, design, table)
     return _AddProduct.apply(hidden, design, table, in_place and _may_write(hidden))  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -69,8 +71,12 @@ def _sum(hidden: Tensor, design: Tensor, table: Tensor) -> Tensor:
 def _accumulate(ctx: Any, hidden: Tensor, design: Tensor, table: Tensor, in_place: bool) -> Tensor:
     if not in_place:
         return _sum(hidden, design, table)
-    hidden.view(-1, table.shape[1]).addmm_(design.reshape(-1, table.shape[0]), table)
     ctx.mark_dirty(hidden)
+    return _add(hidden, design, table)
+
+
+def _add(hidden: Tensor, design: Tensor, table: Tensor) -> Tensor:
+    hidden.view(-1, table.shape[1]).addmm_(design.reshape(-1, table.shape[0]), table)
     return hidden
 
 

@@ -63,7 +63,7 @@ def run_example(
                 features = fresh.pop(name)
             else:
                 first = next(iter(inspect.signature(module.forward).parameters), None)
-                features = first_input(args, kwargs, first, type(module).__name__)
+                features = first_input(args, kwargs, first, lambda: module)
         except TypeError as error:
             note.error = str(error).rstrip(".")
             return

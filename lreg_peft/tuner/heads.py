@@ -51,6 +51,11 @@ class Head(ABC):
     #: Name of the weight with one entry per node.
     nodal_weight: str
 
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of all weights."""
+        return tuple(dict.fromkeys((self.nodal_weight, *self.linear_weights)))
+
     @abstractmethod
     def shapes(self, n_components: int, dof: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights by name."""

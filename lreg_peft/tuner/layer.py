@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.basis import design_matrix
-from ..core.coordinates import initial_projection, project_linear
+from ..core.coordinates import initial_projection, project_linear, without_autocast
 from ..core.fused_loss import fused_cross_entropy
 from ..core.mesh import check_nodes, uniform_nodes
 from . import penalty, statistics
@@ -206,9 +206,17 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         return not any(weight.any() for weight in self.output_weights(adapter_name))
 
     def weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The weights of an adapter's head by name, without `lreg_`."""
+        """All weights of an adapter by name, without `lreg_`."""
         names = [name for name in self.adapter_layer_names if adapter_name in getattr(self, name)]
         return {name.removeprefix("lreg_"): getattr(self, name)[adapter_name] for name in names}
+
+    def _head_weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Those of its head."""
+        return {name: self._weight(f"lreg_{name}", adapter_name) for name in self.heads[adapter_name].weight_names}
+
+    def _weight(self, name: str, adapter_name: str) -> Any:
+        # By the short way: where one token comes at a time, looking up attributes of modules is what takes the time.
+        return self._modules[name][adapter_name]  # type: ignore[index]
 
     def own_state(self, adapter_name: str) -> dict[str, Tensor]:
         """What an adapter consists of here, by its keys in the layer's `state_dict`."""
@@ -275,7 +283,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
-        self.was_called = True
+        self.__dict__["was_called"] = True  # a plain flag, without the detour by the module's own attributes
         if self.loss_request is not None and (deferred := self.loss_request(self, args, kwargs)) is not None:
             return deferred
         output = self.base_layer(*args, **kwargs)
@@ -294,21 +302,24 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
-        head, nodes = self.heads[name], self.lreg_nodes[name]
+        head, nodes = self.heads[name], self._weight("lreg_nodes", name)
         if self._drops(name):
             return hidden + self.shortcut(name, features, hidden)
         row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
             *features.shape[:-1],
             self.out_features,
         )
-        plain = row_by_row and head.design_is_faster(nodes) and self._layout(name, features, hidden) == ROW_BY_ROW
-        if not plain:
+        base = self._modules["base_layer"]
+        linear = type(base) in (nn.Linear, Conv1D)  # no other layout fits these
+        plain = linear and self.readings.get(name, UNSAID) == UNSAID
+        plain = plain or (row_by_row and self._layout(name, features, hidden) == ROW_BY_ROW)
+        if not (plain and row_by_row and head.design_is_faster(nodes)):
             return hidden + self.shortcut(name, features, hidden)
         # These two return a new tensor. What other modules return may be their input or something they keep.
-        is_new = type(self.base_layer) in (nn.Linear, Conv1D) and not self.base_layer._forward_hooks
-        with torch.autocast(features.device.type, enabled=False):
+        is_new = linear and not base._forward_hooks  # type: ignore[union-attr]
+        with without_autocast(features.device.type):
             code = self.encode(name, features)  # [..., components]
-            total = head.add(self.weights(name), nodes, code, hidden, in_place=is_new)
+            total = head.add(self._head_weights(name), nodes, code, hidden, in_place=is_new)
         self._observe(name, code, total)
         return total
 
@@ -325,7 +336,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """
         layout = self._layout(adapter_name, features, like)
         rows = layout.rows(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             code = self.encode(adapter_name, rows)  # [..., components]
             value = self._value_in(layout, adapter_name, code, like.dtype)  # [..., out_features]
         self._observe(adapter_name, code, value, layout)
@@ -393,7 +404,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """z = P x + b and u = sigmoid(z): `[..., in_features]` -> `[..., components]` each, fp32 or fp64."""
         inputs = self.encoder_input(adapter_name, features)
         return Encoded.of(
-            project_linear(inputs, self.lreg_projection[adapter_name], self.lreg_projection_bias[adapter_name])
+            project_linear(
+                inputs,
+                self._weight("lreg_projection", adapter_name),
+                self._weight("lreg_projection_bias", adapter_name),
+            )
         )
 
     def coords(self, adapter_name: str, features: Tensor) -> Tensor:
@@ -410,11 +425,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def design(self, adapter_name: str, code: Encoded) -> Tensor:
         """What the rows of `table` are weighted by, `[..., K]`: the shortcut is `design @ table`, for every head."""
-        return self.heads[adapter_name].design(self.weights(adapter_name), self.lreg_nodes[adapter_name], code)
+        return self.heads[adapter_name].design(
+            self._head_weights(adapter_name), self._weight("lreg_nodes", adapter_name), code
+        )
 
     def table(self, adapter_name: str) -> Tensor:
         """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
-        return self.heads[adapter_name].table(self.weights(adapter_name))
+        return self.heads[adapter_name].table(self._head_weights(adapter_name))
 
     @torch.no_grad()
     def set_table(self, adapter_name: str, table: Tensor) -> None:
@@ -428,7 +445,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
         if self._drops(name):
             return self._thinned(name, self.design(name, code)).to(dtype) @ self.table(name).to(dtype)
-        return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, dtype)
+        return self.heads[name].value(self._head_weights(name), self._weight("lreg_nodes", name), code, dtype)
 
     def _drops(self, name: str) -> bool:
         """Whether dropout is at work: only an adapter that trains has it, not a grade below."""
@@ -458,11 +475,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def _value_of_coords(self, name: str, coords: Tensor) -> Tensor:
         """The piecewise-linear part alone, as a function of the coordinates: what moving a mesh can change."""
         code = Encoded(torch.zeros_like(coords), coords)
-        return self.heads[name].value(self.weights(name), self.lreg_nodes[name], code, coords.dtype)
+        return self.heads[name].value(self._head_weights(name), self.lreg_nodes[name], code, coords.dtype)
 
     def nodal_coefficients(self, adapter_name: str) -> Tensor:
         """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
-        return self.heads[adapter_name].nodal_coefficients(self.weights(adapter_name))
+        return self.heads[adapter_name].nodal_coefficients(self._head_weights(adapter_name))
 
     def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
         """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
@@ -514,7 +531,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         return self._own_input(args, kwargs) if self.source is None else self.source.peek()
 
     def _own_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return first_input(args, kwargs, self._input_name, type(self.get_base_layer()).__name__)
+        return first_input(args, kwargs, self._input_name, self.get_base_layer)
 
     def _layout(self, adapter_name: str | None, features: Tensor, output: Tensor) -> Layout:
         base, reading = self.get_base_layer(), self.readings.get(adapter_name or "", UNSAID)

@@ -243,14 +243,16 @@ def _pool_matrix(fine: int, size: int, like: Tensor) -> Tensor:
     return F.adaptive_avg_pool1d(identity, size).T
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None, kind: str) -> Tensor:
+def first_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None, module: Callable[[], nn.Module]
+) -> Tensor:
     """The first input of a module, which a shortcut reads.
 
     Args:
         args: of the call.
         kwargs: of the call.
         name: of the first parameter of the module's forward.
-        kind: class name of the module, for the error.
+        module: gives the module, for the error.
 
     Raises:
         TypeError: if it is not a floating-point tensor.
@@ -259,8 +261,8 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None,
     if not isinstance(features, Tensor) or not features.is_floating_point():
         got = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(
-            f"a shortcut around {kind} needs a floating-point tensor as the first input of the module, got {got}. "
-            "Target a module whose first input is the hidden state."
+            f"a shortcut around {type(module()).__name__} needs a floating-point tensor as the first input of the "
+            f"module, got {got}. Target a module whose first input is the hidden state."
         )
     return features
 

@@ -7,14 +7,14 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 
-def _on_its_device(holder: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, fetched if accelerate has offloaded it.
+def _fetched(holder: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """What stands for a tensor on the meta device: the values, if accelerate has offloaded them.
 
     Its hooks load what a module owns before that module is called. Those here are never called.
     """
     hook = getattr(holder, "_hf_hook", None)
     weights = getattr(hook, "weights_map", None)
-    if tensor.device.type != "meta" or weights is None:
+    if weights is None:
         return tensor
     return weights[name].to(hook.execution_device)  # type: ignore[no-any-return,union-attr]
 
@@ -38,7 +38,8 @@ class WeightDict(nn.ParameterDict):
 
     def __getitem__(self, key: str) -> nn.Parameter:
         holder = self._modules[key]
-        return _on_its_device(holder, "weight", holder.weight)  # type: ignore[union-attr,arg-type,return-value]
+        weight: Any = holder.weight  # type: ignore[union-attr]
+        return _fetched(holder, "weight", weight) if weight.is_meta else weight  # type: ignore[arg-type,return-value,no-any-return]
 
     def __setitem__(self, key: str, weight: Any) -> None:
         if not isinstance(weight, nn.Parameter):
@@ -68,7 +69,8 @@ class NodeDict(BufferDict):
         super().__init__({}, persistent=True)
 
     def __getitem__(self, key: str) -> Tensor:
-        return _on_its_device(self, key, super().__getitem__(key))
+        nodes = super().__getitem__(key)
+        return _fetched(self, key, nodes) if nodes.is_meta else nodes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NodeDict":
         exact: dict[str, Any] = dict(self._buffers)

@@ -272,7 +272,9 @@ class TestHandful:
         assert few.dtype == general.dtype
         torch.testing.assert_close(few, general, rtol=1e-5, atol=1e-6, equal_nan=True)  # lerp in fp32
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings(
+        "ignore:`torch.jit.trace` is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+    )
     def test_values_are_not_frozen_into_a_trace(self):
         nodes, profile = torch.linspace(0, 1, 5).repeat(2, 1), torch.randn(2, 5)
         with torch.no_grad():

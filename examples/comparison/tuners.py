@@ -1,7 +1,7 @@
 """The tuners of PEFT, one declaration each: configuration, size, places, centre of the learning rates.
 
 The rule for all of them: the places of LReg's recipe (all linear layers, and the layer that makes the logits of a
-language model) if the smallest size fits into the budget there, else all linear layers, else the attention; there the
+language model) if the smallest size fits into the budget there, else the narrower ones of `ALL_PLACEMENTS`; there the
 largest size within the budget. A tuner that cannot go there, or has no size, stands where its authors have it.
 
 The centres of the learning rates were found on the tuning part of the text in the study of `examples/wikitext`, or are

@@ -32,15 +32,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, get_scheduler
 
-from lreg_peft import LRegConfig, initialize_lreg_weights
+from lreg_peft import initialize_lreg_weights, recommended_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
 from encoder import packaged_model
 from metrics import computed_here, task_figures
 from offline_pairs import OFFLINE_TASK, load_offline_pairs
 from tasks import TASKS, Task
-
-LINEAR_LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
 def read_samples(args: argparse.Namespace, task: Task) -> list[Dataset]:
@@ -92,16 +90,9 @@ def main(args: argparse.Namespace) -> None:
     test_loader = DataLoader(test, args.batch_size, collate_fn=collate)
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
 
-    # The recipe: factored shortcuts on all linear layers of the encoder; the new classifier is trained in full.
-    config = LRegConfig(
-        task_type="SEQ_CLS",
-        target_modules=args.target_modules,
-        head="factored",
-        n_components=args.n_components,
-        component_pattern={r".*attention\..*": 2 * args.n_components},
-        dof=args.dof,
-        init_weights="gradient",
-    )
+    # Factored shortcuts with a linear term on all linear layers of the encoder, twice the components on the attention;
+    # the new classifier is trained in full.
+    config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof)
     model = get_peft_model(model, config).to(accelerator.device)
     # Projections along the directions that lower the loss most, meshes at quantiles; the output does not change yet.
     initialize_lreg_weights(model, train_loader, show_progress=show)
@@ -131,8 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", choices=list(TASKS), help="GLUE task (default: the offline pairs)")
     parser.add_argument("--train_file", help="CSV with the columns of the task and `label`; goes with --test_file")
     parser.add_argument("--test_file", help="the same, to report on")
-    parser.add_argument("--target_modules", nargs="+", default=LINEAR_LAYERS)
-    parser.add_argument("--n_components", type=int, default=1)
+    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
     parser.add_argument("--dof", type=int, default=8, help="nodes per component")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16, help="samples in a step, over all processes")
@@ -142,7 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", default="outputs/finetune_glue")
     parser.add_argument("--no_progress", action="store_true", help="show no bar")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
+    return args
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ text is Python's language reference. Other ways to run it (the file goes between
 
     python            --model_name_or_path gpt2                   GPT-2 and WikiText-2 from the hub
     python            --train_file a.txt --test_file b.txt        local UTF-8 text; a model may be a folder, too
-    python            --model_name_or_path Qwen/Qwen3-0.6B --target_modules q_proj k_proj v_proj o_proj gate_proj \
-                          up_proj down_proj lm_head               another architecture: its linear layers and its head
+    python            --model_name_or_path Qwen/Qwen3-0.6B --budget lora:8     another architecture, as many parameters
+                                                                  as LoRA of rank 8 has there
     accelerate launch --mixed_precision bf16 ...                  mixed precision (or the option --mixed_precision)
     accelerate launch --multi_gpu --num_processes 4 ...           several GPUs; or after `accelerate config`, no flags
     torchrun          --nproc_per_node 2 ...                      two processes, on a CPU as well
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, get_linear_schedule_with_warmup
 
-from lreg_peft import LRegConfig, initialize_lreg_weights
+from lreg_peft import initialize_lreg_weights, recommended_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
 from offline_base import offline_base
@@ -92,19 +92,12 @@ def main(args: argparse.Namespace) -> None:
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
     before = perplexity(model, test_loader, accelerator)
 
-    # The recipe: factored shortcuts on all linear layers and the head, twice the components on the attention.
-    config = LRegConfig(
-        task_type="CAUSAL_LM",
-        target_modules=args.target_modules,
-        head="factored",
-        n_components=args.n_components,
-        component_pattern={r".*attn\..*": 2 * args.n_components},
-        dof=args.dof,
-        init_weights="gradient",
-    )
+    # Factored shortcuts with a linear term on all linear layers and the head, twice the components on the attention.
+    config = recommended_config(model, args.budget, task_type="CAUSAL_LM", dof=args.dof)
     model = get_peft_model(model, config)
-    # Projections along the directions that lower the loss most, meshes at quantiles; the output does not change yet.
-    initialize_lreg_weights(model, train_loader, show_progress=show)
+    # Projections along the directions that lower the loss most, meshes at quantiles, and at the head the shift in how
+    # often each token comes.
+    initialize_lreg_weights(model, train_loader, output_start=True, show_progress=show)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -130,8 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="hub id or folder of a causal model (default: the offline model)")
     parser.add_argument("--train_file", help="UTF-8 text to adapt to; goes with --test_file")
     parser.add_argument("--test_file", help="UTF-8 text for the perplexity")
-    parser.add_argument("--target_modules", nargs="+", default=["c_attn", "c_proj", "c_fc", "lm_head"])
-    parser.add_argument("--n_components", type=int, default=1)
+    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
     parser.add_argument("--dof", type=int, default=8, help="nodes per component")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step, over all processes")
@@ -142,7 +134,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", default="outputs/finetune_wikitext")
     parser.add_argument("--no_progress", action="store_true", help="show no bar")
     parser.add_argument("--smoke", action="store_true", help="a very small offline model")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
+    return args
 
 
 if __name__ == "__main__":

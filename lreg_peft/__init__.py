@@ -24,6 +24,7 @@ from .training.callback import LRegCallback
 from .training.initialization import initialize_lreg_weights
 from .training.mesh_update import MeshUpdate, ModuleUpdate, update_meshes
 from .training.output_start import OutputStart
+from .training.parameter_groups import parameter_groups
 from .training.tracking import count_hard_samples, track_statistics
 from .tuner import registration as _registration
 from .tuner.config import LRegConfig
@@ -58,6 +59,7 @@ __all__ = [
     "fit_meshes",
     "initialize_lreg_weights",
     "inspect_targets",
+    "parameter_groups",
     "load_grades",
     "plot_meshes",
     "push_model_card",

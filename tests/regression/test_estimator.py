@@ -13,11 +13,13 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 from sklearn.utils.estimator_checks import check_estimator
 
-from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor
+from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor, MultigradeRegressor
 from lreg_peft.regression.mesh1d import second_differences
 
 
-@pytest.mark.parametrize("estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier()], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier(), MultigradeRegressor()], ids=str
+)
 def test_scikit_learn_accepts_it(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # skipped checks are announced as warnings

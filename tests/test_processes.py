@@ -170,6 +170,10 @@ def scenarios(rank: int, folder: Path):
     yield "meshes: proposal", meshes, at_head(), "adapt_mesh of process 1", patch
     patch = failing(rank, meshes_module, "_residual", 2)
     yield "meshes: residuals", meshes, at_head(), "_residual of process 1", patch
+    for name in ("add", "mesh"):
+        patch = failing(rank, meshes_module.KnotProgram, name)
+        call = lambda m: meshes(m, strategy="program")  # noqa: E731
+        yield f"meshes: program, {name}", call, at_head(), f"{name} of process 1", patch
 
     yield (
         "cache: other dtype",

@@ -265,7 +265,10 @@ class _Parabolas:
 
 
 def _program(data: _Data, grid: Tensor, known: dict[int, float]) -> dict[int, tuple[Tensor, float]]:
-    """The best meshes for the numbers of elements in `known`, whose values they need not exceed, and their values."""
+    """The best meshes for the numbers of elements in `known`, and their values.
+
+    Those that would exceed the known value are left out: none is found where it was reached on another grid.
+    """
     k, most = len(grid), max(known)
     elements = _Elements.between(data, grid)
     total = elements.squares[0, -1].item()
@@ -281,6 +284,8 @@ def _program(data: _Data, grid: Tensor, known: dict[int, float]) -> dict[int, tu
     for m in known:
         last = levels[m]
         at_end = torch.where(last.knot == k - 1, last.least(), math.inf)
+        if not (at_end < math.inf).any():
+            continue
         piece = int(at_end.argmin())
         value = at_end[piece].item()
         index = []

@@ -1,7 +1,7 @@
 """Certified fits on meshes that move: every move kept provably lowers the optimum of the training loss."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
-from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
 from ..core.checks import anything, checked, number, real, whole
 from ..core.distributed import together
 from ..core.mesh import locate
@@ -19,9 +19,12 @@ from ..plotting import new_figure
 from ..tuner.moves import Move, Tentative, agreed
 from ..tuner.sites import Site
 from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
+from .knot_program import KnotProgram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+FitStrategy = Literal["exchange", "mrc", "program"]
 
 # Moves are halved when refused, and given up when they have become this small.
 _SMALLEST_SIZE = 1 / 16
@@ -84,7 +87,7 @@ def fit_meshes(
     ridge: float = 1e-4,
     tolerance: float = 1e-6,
     max_moves: int = 20,
-    strategy: Strategy = "exchange",
+    strategy: FitStrategy = "exchange",
     n_refine: int | None = None,
     max_passes: int = 500,
     adapter_name: str | None = None,
@@ -105,7 +108,9 @@ def fit_meshes(
         tolerance: as in `fit_coefficients`.
         max_moves: most moves to try.
         strategy: "exchange" or "mrc", see `core.adapt.adapt_mesh`; both look at the sum of squared residuals in every
-            element, where the paper counts hits.
+            element, where the paper counts hits. "program" is "exchange" after a first move to the best nodes that a
+            dynamic program finds for each component on a grid (up to 48 nodes): a lower objective, and with many nodes
+            and noisy labels one that says less about other data.
         n_refine: elements to split per component and move, see `adapt_mesh`.
         max_passes: most reads of the rows in each fit.
         adapter_name: as in `fit_coefficients`.
@@ -120,7 +125,8 @@ def fit_meshes(
         RuntimeError: as in `fit_coefficients`.
     """
     with together():
-        check_strategy(strategy)
+        if strategy not in get_args(FitStrategy):
+            raise ValueError(f"strategy must be one of {get_args(FitStrategy)}, got {strategy!r}.")
     options = {"ridge": ridge, "max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
     terminal = begin(model, adapter_name, tolerance, max_passes, **options)
     above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
@@ -144,17 +150,22 @@ def _alternate(
     tolerance: float,
     max_passes: int,
     max_moves: int,
-    strategy: Strategy,
+    strategy: FitStrategy,
     n_refine: int | None,
 ) -> MeshFit:
     fits = [_fitted(problem, tolerance, max_passes)]
     passes, n_refused, size = fits[0].passes, 0, 1.0
     moves = tqdm(range(max_moves), desc="LReg fit: mesh moves", unit="move", disable=not problem.show_progress)
+    program = strategy == "program" and KnotProgram.is_for(site.nodes)
+    later: Strategy = "mrc" if strategy == "mrc" else "exchange"
     for _ in moves:
         moves.set_postfix(objective=f"{fits[-1].objective:.6g}", kept=len(fits) - 1, undone=n_refused)
-        mesh = _propose(problem, site, strategy, n_refine, size)
+        first, program = program, False
+        mesh = _from_program(problem, site) if first else _propose(problem, site, later, n_refine, size)
         passes += 1
         if torch.equal(mesh.nodes, mesh.old_nodes):
+            if first:
+                continue
             break
         with _changed(site) as move:
             with together():
@@ -168,6 +179,8 @@ def _alternate(
             size = min(1.0, 2 * size)
             continue
         n_refused += 1
+        if first:  # the exchanges that follow have not been tried in any size
+            continue
         size /= 2
         if strategy == "mrc" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
             break
@@ -199,7 +212,7 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
     sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
     with together(), eval_mode(problem.terminal.model):
         for coords, chunk in problem.coords_and_chunks():
-            residual = _residual(problem.objective, chunk, table)  # [n, out]
+            residual = _residual(problem.objective, chunk, _outputs(chunk, table))  # [n, out]
             element, local = locate(coords, nodes, validate=False)  # [n, components]
             energy = residual.square().sum(dim=1, keepdim=True)
             in_coords = (residual @ slopes.T.to(residual.dtype)).gather(1, element + first)
@@ -222,14 +235,34 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
     return agreed(mesh)
 
 
-def _residual(objective: Objective | None, chunk: Chunk, table: Tensor) -> Tensor:
-    """Gradient of every sample's loss in its outputs, up to a factor: `[n, out]`."""
+@torch.no_grad()
+def _from_program(problem: FitProblem, site: Site) -> AdaptedMesh:
+    """The first proposal, from one pass: the best nodes from a grid for each component."""
+    table = site.layer.table(site.adapter).detach()
+    program = KnotProgram(site.nodes, site.layer.nodal_coefficients(site.adapter).detach(), problem.objective)
+    with together(), eval_mode(problem.terminal.model):
+        for coords, chunk in problem.coords_and_chunks():
+            outputs = _outputs(chunk, table)
+            program.add(coords, _residual(problem.objective, chunk, outputs), outputs)
+    for tensor in program.sums:
+        tensor.copy_(problem.processes.total(tensor))
+    with together():
+        mesh = program.mesh()
+    return agreed(mesh)
+
+
+def _outputs(chunk: Chunk, table: Tensor) -> Tensor:
+    """`[n, out]`."""
     assert chunk.offset is not None
     basis = chunk.basis.to(chunk.offset.dtype)
-    outputs = torch.addmm(chunk.offset, basis, table.to(basis.dtype))
+    return torch.addmm(chunk.offset, basis, table.to(basis.dtype))
+
+
+def _residual(objective: Objective | None, chunk: Chunk, outputs: Tensor) -> Tensor:
+    """Gradient of every sample's loss in its outputs, up to a factor: `[n, out]`."""
     if objective == "squared_error":
         return outputs - chunk.target
     if objective == "binary_cross_entropy":
-        return outputs.sigmoid_() - chunk.target
+        return outputs.sigmoid() - chunk.target
     own = chunk.target.unsqueeze(1)
     return torch.softmax(outputs, dim=1).scatter_add_(1, own, -torch.ones_like(own, dtype=outputs.dtype))

@@ -19,6 +19,7 @@ except ImportError as error:
 from .classifier import LagrangeClassifier
 from .encoder import LagrangeEncoder
 from .estimator import LagrangeRegressor
+from .multigrade import MultigradeRegressor
 from .relu import mesh_to_network, network_to_mesh
 from .report import Optimality
 from .terms import FittedTerm
@@ -28,6 +29,7 @@ __all__ = [
     "LagrangeClassifier",
     "LagrangeEncoder",
     "LagrangeRegressor",
+    "MultigradeRegressor",
     "Optimality",
     "mesh_to_network",
     "network_to_mesh",

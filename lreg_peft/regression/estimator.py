@@ -21,7 +21,7 @@ from .moving import moving_model
 from .relu import network_to_mesh, sum_network
 from .report import Optimality
 from .terms import FittedTerm
-from .weights import read_weights
+from .weights import in_order, read_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -313,6 +313,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
                 X, y, weight, total,
                 nodes=self.nodes, dof=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
             )  # fmt: skip
+        X, y, weight = in_order(X, y, weight)
         options: dict[str, Any] = {
             "n_nodes": n_nodes, "max_nodes": self.max_nodes, "scale": self.scale, "smoothing": self.smoothing,
         }  # fmt: skip

@@ -113,3 +113,15 @@ class TestHardData:
         ):
             with pytest.raises(ValueError, match=message):
                 optimal_knots(*arguments, **options)
+
+
+@pytest.mark.parametrize(("seed", "n"), [(1, 100), (3, 100), (1, 200)])
+def test_almost_as_many_nodes_as_the_coarse_grid_has(seed, n):
+    """The coarse grid may reach nothing as good as what is known of the fine one: then it has nothing to say."""
+    random = np.random.default_rng(seed)
+    x = torch.from_numpy(random.uniform(size=n))
+    y = torch.sin(6 * x) + 0.2 * torch.from_numpy(random.standard_normal(n))
+    (found,) = optimal_knots(x, y, [38])
+    assert len(found.nodes) == 38 and (found.nodes.diff() > 0).all()
+    # The value is what the grid leaves, up to the ridge of the program.
+    assert found.objective <= found.grid_objective <= found.lower_bound * (1 + 1e-6)

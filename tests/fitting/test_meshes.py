@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
+from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes, initialize_lreg_weights
+from lreg_peft.core.optimal_knots import optimal_knots
 from lreg_peft.fitting import meshes as mesh_fit
 
 
@@ -78,6 +79,79 @@ def test_the_rule_of_the_paper_is_there_and_falls_too():
     result = fit_meshes(regression(), step_data(), ridge=1e-6, strategy="mrc", show_progress=False)
     assert list(result.objectives) == sorted(result.objectives, reverse=True)
     assert len(result.objectives) > 1 and result.n_refused <= 1
+
+
+def waves(dof, n=1000):
+    """sin(1/x) with little noise, at the quantiles of x: exchanges from there end in a local optimum."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1 / (1 + 49 * torch.rand(n, 1, generator=generator))
+    labels = torch.sin(1 / x) + 0.01 * torch.randn(n, 1, generator=generator)
+    model = get_peft_model(
+        Regression(), LRegConfig(target_modules=["head"], n_components=1, dof=dof, init_weights="pca")
+    )
+    initialize_lreg_weights(model, [{"x": x}], show_progress=False)
+    return model, [{"x": x, "labels": labels}]
+
+
+@pytest.mark.parametrize("dof", [8, 24])
+def test_the_program_goes_further_than_exchanges(dof):
+    def fit(strategy):
+        model, data = waves(dof)
+        return fit_meshes(model, data, ridge=1e-7, strategy=strategy, show_progress=False), model
+
+    exchange, _ = fit("exchange")
+    program, model = fit("program")
+    assert program.objectives[0] == exchange.objectives[0]
+    assert program.objectives[1] < exchange.objectives[1] / 1.2  # the first move is the program's
+    assert program.objectives[-1] < exchange.objectives[-1] / 1.05
+    assert list(program.objectives) == sorted(program.objectives, reverse=True)
+    nodes = tiny.layers(model)[0].lreg_nodes["default"]
+    start = tiny.layers(waves(dof)[0])[0].lreg_nodes["default"]
+    assert nodes.shape == start.shape and torch.equal(nodes[:, [0, -1]], start[:, [0, -1]])
+
+
+def test_the_program_with_one_component_is_that_of_the_core():
+    """The squared loss, one output: the first move lands at what `optimal_knots` finds, up to bins and ends."""
+    model, data = waves(12)
+    (layer,) = tiny.layers(model)
+    u = layer.encode("default", data[0]["x"]).coords[:, 0].double()
+    found = optimal_knots(u, data[0]["labels"][:, 0].double(), [12])[0]
+    result = fit_meshes(model, data, ridge=1e-9, strategy="program", max_moves=1, show_progress=False)
+    assert result.objectives[-1] == pytest.approx(found.objective / 1000, rel=0.1)
+
+
+@pytest.mark.parametrize("yes_or_no", [False, True])
+def test_the_program_with_classes_and_components(yes_or_no):
+    """A proposal there, kept only if the objective provably falls."""
+    model, data = classes()
+    if yes_or_no:
+        data[0]["labels"] = nn.functional.one_hot(data[0]["labels"], 2).float()
+    ends = {}
+    for strategy in ("exchange", "program"):
+        model = classes()[0]
+        ends[strategy] = fit_meshes(model, data, ridge=1e-4, strategy=strategy, max_moves=6, show_progress=False)
+    assert ends["program"].objectives[0] == ends["exchange"].objectives[0]
+    assert ends["program"].objectives[-1] < ends["exchange"].objectives[-1]
+
+
+def test_a_program_that_is_refused_gives_way_to_exchanges(monkeypatch):
+    def worse(self):
+        return mesh_fit.AdaptedMesh(self._nodes.pow(4), self._nodes)
+
+    monkeypatch.setattr(mesh_fit.KnotProgram, "mesh", worse)
+    by_program, by_exchange = (
+        fit_meshes(regression(), step_data(), ridge=1e-6, strategy=strategy, max_moves=moves, show_progress=False)
+        for strategy, moves in (("program", 5), ("exchange", 4))
+    )
+    assert by_program.objectives == by_exchange.objectives and by_program.n_refused == by_exchange.n_refused + 1
+
+
+def test_the_program_has_nothing_to_say_without_variation_or_room():
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    flat = fit_meshes(regression(), [{"x": x, "labels": torch.zeros(50, 1)}], strategy="program", show_progress=False)
+    assert len(flat.objectives) == 1
+    two = fit_meshes(regression(dof=2), step_data(), ridge=1e-6, strategy="program", show_progress=False)
+    assert len(two.objectives) == 1 and two.n_refused == 0
 
 
 def test_a_refused_move_leaves_nothing_behind(monkeypatch):

@@ -13,11 +13,13 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 from sklearn.utils.estimator_checks import check_estimator
 
-from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor
+from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor, MultigradeRegressor
 from lreg_peft.regression.mesh1d import second_differences
 
 
-@pytest.mark.parametrize("estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier()], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier(), MultigradeRegressor()], ids=str
+)
 def test_scikit_learn_accepts_it(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # skipped checks are announced as warnings
@@ -195,6 +197,23 @@ class TestWeights:
         # stops at a relative progress of 1e-5.
         tolerance = 1e-6 if options.get("nodes") is None and options.get("loss") is None else 5e-3
         np.testing.assert_allclose(weighted.predict(X_test), repeated.predict(X_test), atol=tolerance)
+
+    @pytest.mark.parametrize("options", [{}, {"loss": "absolute"}])
+    @pytest.mark.parametrize("d", [1, 5])
+    def test_repetitions_and_their_order_are_the_same_to_the_last_bit(self, d, options):
+        """Whatever the number of threads: both ways give the solvers the same rows."""
+        random = np.random.default_rng(0)
+        X, y = random.uniform(size=(60, d)).round(2), random.integers(0, 3, 60)
+        weight = random.integers(0, 4, 60)
+        weighted = LagrangeRegressor(**options).fit(X, y, sample_weight=weight)
+        order = random.permutation(weight.sum())
+        repeated = LagrangeRegressor(**options).fit(X.repeat(weight, axis=0)[order], y.repeat(weight)[order])
+        np.testing.assert_array_equal(weighted.predict(X), repeated.predict(X))
+
+    def test_moving_nodes_take_repetitions_in_the_samples(self):
+        X, y, _, _ = split("A1")
+        X, y = X[:100].repeat(2, axis=0)[:150], y[:100].repeat(2)[:150]
+        assert LagrangeRegressor(nodes="free", dof=5).fit(X, y).score(X, y) > 0.9
 
     @pytest.mark.parametrize("name", ["A1", "A2"])
     def test_the_scale_of_precisions_has_no_effect(self, name):

@@ -96,7 +96,6 @@ class Method:
         attach_on_data: like `attach`, with a few training batches, for methods whose start is made from data.
         after_step: (model, step) -> None, what the method does after each optimiser step, its gradients still there.
         faster: part of the names of the parameters that learn faster than the others, and how many times faster.
-        faster_tasks: the task types in which they do.
     """
 
     name: str
@@ -118,7 +117,6 @@ class Method:
     attach_on_data: Callable[[PreTrainedModel, Fit, Batches], nn.Module] | None = None
     after_step: Callable[[nn.Module, int], None] | None = None
     faster: tuple[str, float] | None = None
-    faster_tasks: tuple[str, ...] = EVERYWHERE
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""

@@ -250,7 +250,7 @@ class Protocol:
             keep_best=keep_best,
             fixed_rate=self._fixed_rate(model),
             lengths=task.train_lengths,
-            faster=method.faster if task.task_type in method.faster_tasks else None,
+            faster=method.faster,
             after_step=method.after_step,
         )
         elapsed = list(itertools.accumulate(trained.cpu_seconds, initial=start_cpu))

@@ -13,8 +13,8 @@ EVERYWHERE = LANGUAGE_MODELS + CLASSIFICATION
 #: No task type of PEFT: it has none for images.
 IMAGES = ("IMAGE_CLS",)
 
-#: Placements that only language models have; in a classification model they are the same as those without the head.
-WITH_HEAD, ATTENTION_AND_HEAD = "linear layers and head", "attention and head"
+#: A placement that only language models have; in a classification model it is the same as that without the head.
+WITH_HEAD = "linear layers and head"
 
 Batches = Sequence[Mapping[str, Any]]
 
@@ -120,5 +120,4 @@ class Method:
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""
-        headless = task_type not in LANGUAGE_MODELS
-        return tuple(place for place in self.placements if not (headless and place in (WITH_HEAD, ATTENTION_AND_HEAD)))
+        return tuple(place for place in self.placements if place != WITH_HEAD or task_type in LANGUAGE_MODELS)

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from comparison.architecture import longest_sequence
-from comparison.method import ATTENTION_AND_HEAD, WITH_HEAD, Fit
+from comparison.method import WITH_HEAD, Fit
 from comparison.placements import LinearLayers, layer_sizes, linear_layers, output_embedding_name
 
 LINEAR, ATTENTION, ATTENTION_OUTPUT = "linear layers", "attention", "attention output"
 NORMS, EMBEDDING, INPUT = "normalisations", "embedding", "before the input"
 #: From the widest to the narrowest: where LReg's recipe goes, and where a tuner goes that is too large for that.
-ALL_PLACEMENTS = (WITH_HEAD, ATTENTION_AND_HEAD, LINEAR, ATTENTION, ATTENTION_OUTPUT)
+ALL_PLACEMENTS = (WITH_HEAD, LINEAR, ATTENTION, ATTENTION_OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Site:
     def sizes(self) -> dict[str, int]:
         """Size per module as the recipe has it: half of it, rounded up, on feed-forward block and head."""
         sizes = layer_sizes(self.layers, self.size)
-        if self.fit.placement in (ATTENTION, ATTENTION_AND_HEAD):
+        if self.fit.placement == ATTENTION:
             sizes = {name: sizes[name] for name in self.layers.attention}
         if self.fit.placement == ATTENTION_OUTPUT:
             sizes = {name: sizes[name] for name in self.layers.attention[-1:]}
-        if self.fit.placement in (WITH_HEAD, ATTENTION_AND_HEAD):
+        if self.fit.placement == WITH_HEAD:
             sizes[output_embedding_name(self.model)] = -(-self.size // 2)
         return sizes
 

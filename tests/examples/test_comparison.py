@@ -436,7 +436,8 @@ def test_an_upload_that_fails_is_one_sentence(run: Callable[..., Any], monkeypat
 
 @pytest.mark.parametrize("name", ["ft", "bitfit", "lora", "lreg"])
 def test_trained_state_comes_back(name: str, tmp_path: Path) -> None:
-    fit = Fit("SEQ_CLS", size=2, dof=4, new_modules=("classifier",))
+    # The size of lreg is a number of parameters.
+    fit = Fit("SEQ_CLS", size=2000 if name == "lreg" else 2, dof=4, new_modules=("classifier",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, other = (METHODS[name].attach(Toy().load_base(), fit) for _ in range(2))

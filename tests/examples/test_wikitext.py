@@ -27,7 +27,7 @@ import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained
 SCRIPT = EXAMPLES / "wikitext" / "run_wikitext.py"
 LORA, LREG = ["lora", "lora-linear-head"], ["lreg-head", "lreg-mlp", "lreg"]
 METHODS = ["ft", "bitfit", "vocab-bias", *LORA, *LREG]
-SIZED = {**dict.fromkeys(LORA, "rank"), **dict.fromkeys(LREG, "n_components")}
+SIZED = {**dict.fromkeys(LORA, "rank"), **dict.fromkeys(LREG, "n_components"), "lreg": "parameters"}
 
 # One worker of pytest-xdist runs this module, so the small run happens once.
 pytestmark = pytest.mark.xdist_group("wikitext")

@@ -180,9 +180,9 @@ def test_two_processes_train_the_same_adapter(
         )
         assert alone.keys() == together.keys()
         for name, values in alone.items():
-            # Gradients are summed in another order, which 30 steps let grow to 4e-6, and to little more than 1e-4 through
-            # the linear term of LReg. With a loss that is a mean over each process's share, what Trainer makes of it
-            # differs by more than 0.1.
+            # Gradients are summed in another order, which 30 steps let grow to 4e-6, and to little more than 1e-4
+            # through the linear term of LReg. With a loss that is a mean over each process's share, what Trainer makes
+            # of it differs by more than 0.1.
             assert torch.allclose(values, together[name], atol=1e-3 if method == "lreg" else 1e-4), name
 
 

@@ -200,6 +200,17 @@ def _peft_task(fit: Fit) -> str | None:
     return None if fit.task_type == "MASKED_LM" else fit.task_type
 
 
+LREG = Method(
+    "lreg",
+    "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
+    attach_lreg,
+    Rates(2e-2, 3e-2, 3e-3, 3e-3),
+    "parameters",
+    dof=8,
+    start="gradient and output",
+    sizes=lreg_budgets,
+    fills_budget=True,
+)
 METHODS = {
     method.name: method
     for method in (
@@ -268,41 +279,22 @@ METHODS = {
             dof=6,
             tasks=CLASSIFICATION,
         ),
-        Method(
-            "lreg",
-            "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
-            attach_lreg,
-            Rates(2e-2, 3e-2, 3e-3, 3e-3),
-            "parameters",
-            dof=8,
-            start="gradient and output",
-            sizes=lreg_budgets,
-            fills_budget=True,
-        ),
-        Method(
-            "lreg-fast-profiles",
-            "the same with profiles that learn four times faster, as parameter_groups has it",
-            attach_lreg,
-            Rates(2e-2, 3e-2, 3e-3, 3e-3),
-            "parameters",
-            dof=8,
-            start="gradient and output",
+        LREG,
+        replace(
+            LREG,
+            name="lreg-fast-profiles",
+            summary="the same with profiles that learn four times faster, as parameter_groups has it",
             by_default=False,
-            sizes=lreg_budgets,
-            fills_budget=True,
             faster=("lreg_profile", 4.0),
         ),
-        Method(
-            "lreg-plain",
-            "lreg without a linear term, started from gradients alone",
-            attach_lreg_plain,
-            Rates(2e-2, 2e-2, 3e-3, 3e-3),
-            "parameters",
-            dof=8,
+        replace(
+            LREG,
+            name="lreg-plain",
+            summary="lreg without a linear term, started from gradients alone",
+            attach=attach_lreg_plain,
+            rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
             start="gradient",
             by_default=False,
-            sizes=lreg_budgets,
-            fills_budget=True,
         ),
         *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),

@@ -29,7 +29,7 @@ def add_product(hidden: Tensor, design: Tensor, table: Tensor, *, in_place: bool
     """
     if not reverse_mode_only():
         return _sum(hidden, design, table)
-    if not torch.is_grad_enabled():  # for one token at a time the detour by autograd would be half of the cost
+    if not torch.is_grad_enabled():  # for one token at a time the detour by autograd costs more than the product
         return _add(hidden, design, table) if in_place and _may_write(hidden) else _sum(hidden, design, table)
     return _AddProduct.apply(hidden, design, table, in_place and _may_write(hidden))  # type: ignore[no-any-return,no-untyped-call]
 

@@ -19,7 +19,7 @@ _SAME_LOSS_HALF = 1e-2
 # Passes with other labels, until every class has been one of them.
 _MAX_OTHER_LABELS = 8
 
-Objective = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 
 
 class Rows(NamedTuple):
@@ -39,11 +39,11 @@ class Pairing(NamedTuple):
 
     Attributes:
         shift: whether position t goes with label t + 1.
-        objective: what is minimised.
+        loss_kind: what is minimised.
     """
 
     shift: bool
-    objective: Objective
+    loss_kind: LossKind
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -101,7 +101,7 @@ def last_tokens(ids: Tensor, pad: int) -> Tensor:
     return (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
 
 
-def objective_of(model: nn.Module, targets: Tensor, out_features: int, where: str) -> Objective:
+def loss_kind_of(model: nn.Module, targets: Tensor, out_features: int, where: str) -> LossKind:
     """What `model` minimises over targets as in `Rows`; `where` names the outputs in errors.
 
     Raises:
@@ -120,12 +120,12 @@ def objective_of(model: nn.Module, targets: Tensor, out_features: int, where: st
     return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
 
 
-def row_loss(objective: Objective, logits: Tensor, targets: Tensor) -> Tensor:
+def row_loss(loss_kind: LossKind, logits: Tensor, targets: Tensor) -> Tensor:
     """Mean loss over rows, as Transformers' models compute it: logits `[n, out_features]`, targets as in `Rows`."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if objective == "cross_entropy":
+    if loss_kind == "cross_entropy":
         return F.cross_entropy(logits, targets)
-    if objective == "binary_cross_entropy":
+    if loss_kind == "binary_cross_entropy":
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     return F.mse_loss(logits, targets.to(logits.dtype))
 
@@ -175,10 +175,10 @@ def find_pairing(
     if loss is None:
         return guess
     shifts = (guess.shift, not guess.shift) if is_per_token(logits, labels) else (guess.shift,)
-    kinds: tuple[Objective, ...] = (guess.objective,)
-    if guess.objective != "cross_entropy":
-        other: Objective = "binary_cross_entropy" if guess.objective == "squared_error" else "squared_error"
-        kinds = (guess.objective, other)
+    kinds: tuple[LossKind, ...] = (guess.loss_kind,)
+    if guess.loss_kind != "cross_entropy":
+        other: LossKind = "binary_cross_entropy" if guess.loss_kind == "squared_error" else "squared_error"
+        kinds = (guess.loss_kind, other)
 
     def agrees(pairing: Pairing, logits: Tensor, loss: Tensor | None, labels: Tensor) -> bool:
         rows = align(logits, labels, shift=pairing.shift, out_features=out_features, pool=pool)
@@ -186,7 +186,7 @@ def find_pairing(
             return False
         if not len(rows.targets):
             return True
-        mine = row_loss(pairing.objective, *rows).reshape(())
+        mine = row_loss(pairing.loss_kind, *rows).reshape(())
         tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
         return torch.allclose(loss.reshape(()).to(mine.dtype), mine, rtol=tolerance, atol=1e-7)
 

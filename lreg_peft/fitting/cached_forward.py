@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..labels import IGNORE_INDEX, Objective, row_loss
+from ..labels import IGNORE_INDEX, LossKind, row_loss
 from ..tuner.hooks.head_loss import asks_for_fused_loss, defer_logits
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.hooks.registry import remember
 from .output_shortcut import Terminal
 
 
-def accept_features(terminal: Terminal, objective: Objective) -> None:
+def accept_features(terminal: Terminal, loss_kind: LossKind) -> None:
     """Let the model of a terminal shortcut take `features` and `labels` as `FeatureCache` gives them.
 
     Called so, it computes the loss of the shortcut and its base module on these rows and runs nothing else; called
@@ -24,14 +24,14 @@ def accept_features(terminal: Terminal, objective: Objective) -> None:
 
     Args:
         terminal: the shortcut.
-        objective: what the model minimises over the rows of the cache.
+        loss_kind: what the model minimises over the rows of the cache.
     """
     model = terminal.model
     remember(model, release)
     own = model.__dict__.get("forward")
     if isinstance(own, _TakesFeatures):
         own = own.own
-    model.forward = _TakesFeatures(terminal, objective, own)  # type: ignore[method-assign,assignment]
+    model.forward = _TakesFeatures(terminal, loss_kind, own)  # type: ignore[method-assign,assignment]
 
 
 def release(model: nn.Module) -> None:
@@ -46,9 +46,9 @@ def release(model: nn.Module) -> None:
 class _TakesFeatures:
     """The forward method of a model that takes features too. A copy of the model has one of its own."""
 
-    def __init__(self, terminal: Terminal, objective: Objective, own: Any) -> None:
+    def __init__(self, terminal: Terminal, loss_kind: LossKind, own: Any) -> None:
         self.terminal = terminal
-        self.objective = objective
+        self.loss_kind = loss_kind
         #: What stood in the model's place for its class's forward; None if nothing did.
         self.own = own
 
@@ -91,14 +91,14 @@ class _TakesFeatures:
         logits = self._logits(features.to(next(p for p in layer.parameters() if p.is_floating_point())))
         if labels is None:
             return SequenceClassifierOutput(logits=logits)
-        if self.objective == "cross_entropy":
+        if self.loss_kind == "cross_entropy":
             # Ignored rows are not counted, and where nothing counts the loss is what the model's own would be.
             reduction = "mean" if n_items is None else "sum"
             wide = logits if logits.dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
             loss = loss if n_items is None else loss / n_items
         else:
-            loss = row_loss(self.objective, logits, labels)
+            loss = row_loss(self.loss_kind, logits, labels)
             loss = loss if n_items is None else loss * len(labels) / n_items
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

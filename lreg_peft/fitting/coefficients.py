@@ -24,7 +24,7 @@ from ..core.distributed import (
     together,
 )
 from ..core.solve.problem import Report, check_options, rows_at_once
-from ..labels import Objective, Rows
+from ..labels import LossKind, Rows
 from ..modules import eval_mode
 from ..tuner.heads import Encoded
 from ..tuner.hooks import reminder
@@ -174,7 +174,7 @@ class FitProblem:
         self._latents: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
-        self.objective: Objective | None = None
+        self.loss_kind: LossKind | None = None
         with together(), torch.no_grad(), eval_mode(terminal.model):
             if isinstance(data, StoredRows):
                 data.check_belongs_to(terminal)
@@ -182,11 +182,11 @@ class FitProblem:
                 self._add(rows)
         n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))]))
         self.n_rows = int(sum(n_rows))
-        found: list[Objective | None] = gather_objects(self.objective)
+        found: list[LossKind | None] = gather_objects(self.loss_kind)
         kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
         if len(kinds) > 1:
             raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
-        self.objective = kinds[0] if kinds else None  # a process without rows does not know
+        self.loss_kind = kinds[0] if kinds else None  # a process without rows does not know
         if not self.n_rows:
             raise ValueError(
                 "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
@@ -211,17 +211,17 @@ class FitProblem:
             yield Rows(features.to(self._place), targets.to(self._place.device))
 
     def _add(self, rows: Rows) -> None:
-        objective = self.terminal.objective(rows.targets)
-        if self.objective not in (None, objective):
-            raise ValueError(f"the labels must be all of one kind, got {self.objective} and {objective}.")
-        if not self.ridge > 0 and (objective != "squared_error" or not self.ridge == 0):
+        loss_kind = self.terminal.loss_kind(rows.targets)
+        if self.loss_kind not in (None, loss_kind):
+            raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
+        if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
             raise ValueError(
                 f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
                 "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
             )
         if self.ridge == math.inf:
             raise ValueError("ridge must be finite, got inf.")
-        self.objective = objective
+        self.loss_kind = loss_kind
         features, targets = rows
         for name, tensor in (("features", features), ("labels", targets)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -229,7 +229,7 @@ class FitProblem:
                     f"the {name} of {self.terminal.name!r} must be finite, got NaN or infinite values after row "
                     f"{sum(map(len, self._targets))}."
                 )
-        check_yes_or_no(objective, targets)
+        check_yes_or_no(loss_kind, targets)
         self._latents.append(self.layer.encode(self.adapter, features).latent)
         self._targets.append(targets)
         if self._keep_offsets:
@@ -271,9 +271,9 @@ class FitProblem:
     def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
         """The optimum on the present mesh, from the present weights; the model stays as it is."""
         # The solvers sum over outputs, and halve squares; models average over outputs.
-        if self.objective == "squared_error":
+        if self.loss_kind == "squared_error":
             solve: Callable[..., Solution] = partial(solve_least_squares, scale=2 / self.out_features)
-        elif self.objective == "binary_cross_entropy":
+        elif self.loss_kind == "binary_cross_entropy":
             solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
         else:
             solve = solve_cross_entropy
@@ -311,9 +311,9 @@ class FitProblem:
         )
 
 
-def check_yes_or_no(objective: Objective, targets: Tensor) -> None:
+def check_yes_or_no(loss_kind: LossKind, targets: Tensor) -> None:
     """Raise a `ValueError` for labels that binary cross-entropy has no minimum for."""
-    if objective == "binary_cross_entropy" and len(targets) and not 0 <= targets.min() <= targets.max() <= 1:
+    if loss_kind == "binary_cross_entropy" and len(targets) and not 0 <= targets.min() <= targets.max() <= 1:
         raise ValueError(
             "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
             f"{float(targets.min()):.6g} to {float(targets.max()):.6g}; other values are for 'regression'."

@@ -37,7 +37,7 @@ from ..core.distributed import (
     together,
 )
 from ..core.fingerprint import fingerprint_of_all
-from ..labels import Objective, Rows
+from ..labels import LossKind, Rows
 from ..tuner.layer import LRegLayer
 from .cache_files import (
     DTYPES,
@@ -106,7 +106,7 @@ class FeatureCache(Dataset):
         check_stamp(self.path, stamp)
         self.stamp: dict[str, Any] = stamp
         #: "cross_entropy", "binary_cross_entropy" or "squared_error".
-        self.objective: Objective = stamp["objective"]
+        self.objective: LossKind = stamp["objective"]
         width, target_width = stamp["in_features"], stamp["target_width"]
         self._features, self._targets, self._offsets = [], [], []
         sums = []
@@ -157,7 +157,7 @@ class FeatureCache(Dataset):
         """
         differences = _differences(self.stamp, _stamp_of_model(terminal, self.stamp["format"]), _OF_MODEL)
         if not differences and self.n_rows:
-            objective = terminal.objective(next(targets for targets in self._targets if len(targets))[:1])
+            objective = terminal.loss_kind(next(targets for targets in self._targets if len(targets))[:1])
             if objective != self.objective:
                 differences = [f"it was made for {self.objective}, and the model minimises {objective}"]
         if differences:
@@ -610,7 +610,7 @@ def _objective(terminal: Terminal, rows: Rows, shard: _Shard, number: int) -> st
         ValueError: if they are for nothing: not finite, as they are or as they would be stored, or with labels that
             do not fit.
     """
-    objective = terminal.objective(rows.targets)
+    objective = terminal.loss_kind(rows.targets)
     check_yes_or_no(objective, rows.targets)
     if shard.objective not in (None, objective):
         raise ValueError(

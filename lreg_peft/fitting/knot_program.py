@@ -12,7 +12,7 @@ from ..core.adapt.indicators import element_sums
 from ..core.adapt.move import AdaptedMesh
 from ..core.mesh import locate, separate_nodes
 from ..core.optimal_knots import optimal_knots
-from ..labels import Objective
+from ..labels import LossKind
 
 # Samples are summed up in so many bins per component at least, evenly spaced inside of each element.
 _BINS = 1024
@@ -27,11 +27,11 @@ class KnotProgram:
     Args:
         nodes: `[components, dof]`, the mesh of the fit.
         coefficients: `[components, dof, out_features]`, fitted.
-        objective: of the fit.
+        loss_kind: of the fit.
     """
 
-    def __init__(self, nodes: Tensor, coefficients: Tensor, objective: Objective | None) -> None:
-        self._nodes, self._objective = nodes, objective
+    def __init__(self, nodes: Tensor, coefficients: Tensor, loss_kind: LossKind | None) -> None:
+        self._nodes, self._loss_kind = nodes, loss_kind
         components, dof = nodes.shape
         self._n_sub = max(2, -(-_BINS // (dof - 1)))
         varying = (coefficients - coefficients.mean(dim=1, keepdim=True)).double()
@@ -60,9 +60,9 @@ class KnotProgram:
         for total, values in zip(self._sums, (torch.ones_like(along), coords.double(), along), strict=True):
             total += element_sums(place, values, n_bins)
         squares = self._direction.T.square().to(outputs.dtype)  # [out, components]
-        if self._objective == "squared_error":
+        if self._loss_kind == "squared_error":
             self._curvature += len(coords)
-        elif self._objective == "binary_cross_entropy":
+        elif self._loss_kind == "binary_cross_entropy":
             p = outputs.sigmoid()
             self._curvature += ((p * (1 - p)) @ squares).sum(dim=0).double()
         else:

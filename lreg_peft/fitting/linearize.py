@@ -25,13 +25,13 @@ from ..core.checks import checked, whole
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
 from ..labels import (
-    Objective,
+    LossKind,
     Pairing,
     align,
     find_pairing,
     logits_of,
+    loss_kind_of,
     loss_of,
-    objective_of,
     row_loss,
     shifts_labels,
 )
@@ -242,22 +242,22 @@ class _Data:
         #: Rows with a label, by batch.
         self.sizes: list[int] = []
         #: The same for every batch.
-        self.objective: Objective = "squared_error"
+        self.loss_kind: LossKind = "squared_error"
         self.shift = shifts_labels(model)
         with torch.no_grad():
             self._count_rows()
             shift = self.shift
             self._check_loss(self.batches[self.sizes.index(max(self.sizes))])
             if self.shift != shift:
-                objective = self.objective
+                loss_kind = self.loss_kind
                 self._count_rows()
-                self.objective = objective
+                self.loss_kind = loss_kind
 
     def _count_rows(self) -> None:
         self.sizes.clear()
         for batch in self.batches:
             logits, targets = self.rows({}, batch)
-            self.objective = objective_of(self.model, targets, logits.shape[1], "the model")
+            self.loss_kind = loss_kind_of(self.model, targets, logits.shape[1], "the model")
             self.sizes.append(len(targets))
         if not sum(self.sizes):
             raise ValueError("the batches hold no row with a label.")
@@ -284,7 +284,7 @@ class _Data:
         total = 0.0
         for n, batch in zip(self.sizes, self.batches, strict=True):
             if n:
-                total += n * row_loss(self.objective, *self.rows(values, batch)).item()
+                total += n * row_loss(self.loss_kind, *self.rows(values, batch)).item()
         return total / sum(self.sizes)
 
     def _check_loss(self, batch: Mapping[str, Any]) -> None:
@@ -300,16 +300,16 @@ class _Data:
         with torch.autocast(device.type, enabled=False):
             logits, own = run(batch["labels"])
             width = logits.shape[-1] if logits.ndim > 1 else 1
-            pairing = find_pairing(run, batch["labels"], Pairing(self.shift, self.objective), out_features=width)
+            pairing = find_pairing(run, batch["labels"], Pairing(self.shift, self.loss_kind), out_features=width)
         if pairing is None:
             assert own is not None
-            loss = row_loss(self.objective, *self.rows({}, batch))
+            loss = row_loss(self.loss_kind, *self.rows({}, batch))
             raise ValueError(
                 f"the loss of {type(self.model).__name__} is {own.item():.6g}, and the "
-                f"{self.objective.replace('_', ' ')} of its outputs is {loss.item():.6g}: it computes its loss in a "
+                f"{self.loss_kind.replace('_', ' ')} of its outputs is {loss.item():.6g}: it computes its loss in a "
                 "way that is not known here."
             )
-        self.shift, self.objective = pairing
+        self.shift, self.loss_kind = pairing
 
 
 def _data(
@@ -408,7 +408,7 @@ class _LocalModel:
         self._outputs = partial(data.rows, batch=batch)
         logits, self.pull, targets = vjp(self._outputs, values, has_aux=True)  # type: ignore[misc]
         # The Hessian is symmetric: its pullback is the product with it.
-        self.slope, self._bend = vjp(grad(partial(row_loss, data.objective, targets=targets)), logits)  # type: ignore[misc]
+        self.slope, self._bend = vjp(grad(partial(row_loss, data.loss_kind, targets=targets)), logits)  # type: ignore[misc]
 
     def multiply(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """J^T H J times a direction in the parameters."""

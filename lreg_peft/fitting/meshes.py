@@ -13,7 +13,7 @@ from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
 from ..core.checks import anything, checked, number, real, whole
 from ..core.distributed import together
 from ..core.mesh import locate
-from ..labels import Objective
+from ..labels import LossKind
 from ..modules import eval_mode
 from ..plotting import new_figure
 from ..tuner.moves import Move, Tentative, agreed
@@ -212,7 +212,7 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
     sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
     with together(), eval_mode(problem.terminal.model):
         for coords, chunk in problem.coords_and_chunks():
-            residual = _residual(problem.objective, chunk, _outputs(chunk, table))  # [n, out]
+            residual = _residual(problem.loss_kind, chunk, _outputs(chunk, table))  # [n, out]
             element, local = locate(coords, nodes, validate=False)  # [n, components]
             energy = residual.square().sum(dim=1, keepdim=True)
             in_coords = (residual @ slopes.T.to(residual.dtype)).gather(1, element + first)
@@ -239,11 +239,11 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
 def _from_program(problem: FitProblem, site: Site) -> AdaptedMesh:
     """The first proposal, from one pass: the best nodes from a grid for each component."""
     table = site.layer.table(site.adapter).detach()
-    program = KnotProgram(site.nodes, site.layer.nodal_coefficients(site.adapter).detach(), problem.objective)
+    program = KnotProgram(site.nodes, site.layer.nodal_coefficients(site.adapter).detach(), problem.loss_kind)
     with together(), eval_mode(problem.terminal.model):
         for coords, chunk in problem.coords_and_chunks():
             outputs = _outputs(chunk, table)
-            program.add(coords, _residual(problem.objective, chunk, outputs), outputs)
+            program.add(coords, _residual(problem.loss_kind, chunk, outputs), outputs)
     for tensor in program.sums:
         tensor.copy_(problem.processes.total(tensor))
     with together():
@@ -258,11 +258,11 @@ def _outputs(chunk: Chunk, table: Tensor) -> Tensor:
     return torch.addmm(chunk.offset, basis, table.to(basis.dtype))
 
 
-def _residual(objective: Objective | None, chunk: Chunk, outputs: Tensor) -> Tensor:
+def _residual(loss_kind: LossKind | None, chunk: Chunk, outputs: Tensor) -> Tensor:
     """Gradient of every sample's loss in its outputs, up to a factor: `[n, out]`."""
-    if objective == "squared_error":
+    if loss_kind == "squared_error":
         return outputs - chunk.target
-    if objective == "binary_cross_entropy":
+    if loss_kind == "binary_cross_entropy":
         return outputs.sigmoid() - chunk.target
     own = chunk.target.unsqueeze(1)
     return torch.softmax(outputs, dim=1).scatter_add_(1, own, -torch.ones_like(own, dtype=outputs.dtype))

@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from ..core.deferred import is_mean_cross_entropy
 from ..labels import (
     IGNORE_INDEX,
-    Objective,
+    LossKind,
     Pairing,
     Rows,
     align,
     find_pairing,
     last_tokens,
     logits_of,
+    loss_kind_of,
     loss_of,
-    objective_of,
     shifts_labels,
 )
 from ..modules import accepts, eval_mode, private_inputs, unwrap
@@ -60,7 +60,7 @@ class Terminal:
     adapter_name: str
     _known: dict[str, Pairing] = field(default_factory=dict, repr=False, compare=False)
 
-    def check(self, batch: Mapping[str, Any]) -> Objective:
+    def check(self, batch: Mapping[str, Any]) -> LossKind:
         """Run one batch in full and make sure that its rows give the model's own output and loss.
 
         Args:
@@ -74,7 +74,7 @@ class Terminal:
                 cannot repeat, or the labels do not fit.
         """
         rows = self.rows(batch)  # first: a wrong label would be an error of the model's
-        self.objective(rows.targets)
+        self.loss_kind(rows.targets)
         with self._apart():
             seen, inputs, output = self._run(batch, stop=False)
             own_logits = logits_of(output)
@@ -90,7 +90,7 @@ class Terminal:
                 f"{type(self.model).__name__} {what} ({self.name!r}), so the shortcut there cannot be trained apart "
                 "from the model. Train it in the model."
             )
-        return self.objective(rows.targets)
+        return self.loss_kind(rows.targets)
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:
         """The rows of a batch; runs the frozen part without a graph, in eval mode, and stops at the terminal module.
@@ -105,7 +105,7 @@ class Terminal:
             features, inputs, _ = self._run(batch, stop=True)
         rows = self._align(features, inputs)
         if _PAIRING not in self._known and len(rows.targets):
-            self.objective(rows.targets)
+            self.loss_kind(rows.targets)
             self._known[_PAIRING] = self._ask(batch, rows.targets) or self._guess(rows.targets)
             rows = self._align(features, inputs)
         return rows
@@ -164,7 +164,7 @@ class Terminal:
         return len(seen) == 1 and seen[0] is not None and is_mean_cross_entropy(seen[0])
 
     def _guess(self, targets: Tensor) -> Pairing:
-        guessed = objective_of(self.model, targets, self.layer.out_features, repr(self.name))
+        guessed = loss_kind_of(self.model, targets, self.layer.out_features, repr(self.name))
         return Pairing(shifts_labels(self.model), guessed)
 
     @property
@@ -292,14 +292,14 @@ class Terminal:
             )
         return values[torch.arange(len(values), device=values.device), last_tokens(ids, pad)]
 
-    def objective(self, targets: Tensor) -> Objective:
+    def loss_kind(self, targets: Tensor) -> LossKind:
         """What the model minimises over such targets.
 
         Raises:
             ValueError: for labels outside the classes, or of another number than the outputs.
         """
-        guess = objective_of(self.model, targets, self.layer.out_features, repr(self.name))
-        known = None if self.pairing is None else self.pairing.objective
+        guess = loss_kind_of(self.model, targets, self.layer.out_features, repr(self.name))
+        known = None if self.pairing is None else self.pairing.loss_kind
         return known if targets.is_floating_point() and known not in (None, "cross_entropy") else guess
 
 

@@ -14,6 +14,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from comparison.errors import UserError
 from comparison.standard_library import standard_library_trees
@@ -34,6 +35,7 @@ class OfflineText:
     test: list[str]
 
 
+@cache
 def load_offline_text(max_base_chars: int | None = None) -> OfflineText:
     """Read both domains from the running Python.
 

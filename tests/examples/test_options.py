@@ -32,7 +32,7 @@ for n_threads in (None, 3):
 """
 
 
-@pytest.mark.parametrize("given", ["1", None])
+@pytest.mark.parametrize("given", [pytest.param("1", marks=pytest.mark.slow), None])
 def test_threads_are_those_of_the_option_then_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:

@@ -193,7 +193,11 @@ def tiny_command(tiny: Path, name: str, output_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [pytest.param("gpt2", "replicated", marks=pytest.mark.slow), ("gpt2", "sharded"), ("roberta", "replicated")],
+    [
+        pytest.param("gpt2", "replicated", marks=pytest.mark.slow),
+        ("gpt2", "sharded"),
+        pytest.param("roberta", "replicated", marks=pytest.mark.slow),
+    ],
 )
 def test_one_and_two_processes_give_the_same_figures(
     tiny: Path, name: str, kind: str, modules: Callable[[str], ModuleType], tmp_path: Path
@@ -214,6 +218,7 @@ def test_one_and_two_processes_give_the_same_figures(
     assert max(adapted) < 0.999 * base
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_sharded_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     done = launch_two("sharded", SCRIPT, tiny_command(tiny, "roberta", tmp_path))
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

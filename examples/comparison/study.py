@@ -120,7 +120,7 @@ def run_study(
         left_out={name: f"PEFT's {name}: {reason}" for name, reason in LEFT_OUT.items()},
         data=task.describe(),
         settings=without_places({**root.shared, **asdict(options), **asdict(study)}),
-        provenance=provenance(task.script, options.bf16),
+        provenance=provenance("run_study.py", options.bf16),
     )
     wanted = task.base_steps > 0 or not study.search_only
     base = base_figures(task, root, root.ledger, options.seeds[0]) if wanted else {}

@@ -85,7 +85,9 @@ def _axis(report: StudyReport, axes: Any, name: str, lines: dict[str, list[Study
             x, y, yerr=error, marker="o", capsize=3, label=method, linewidth=2 if method.startswith("lreg") else 1
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # At the points themselves: powers of ten may be none or one between them.
+    axes.set_xticks(sorted({row.budget if name == "trainable parameters" else row.steps for row in report.rows}))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(name)
     axes.set_ylabel(_label(report, next(iter(lines.values()))[0]))

@@ -347,7 +347,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if layout.shrinks:
             design = self.design(name, code)  # [batch, *space, K]
             if design.shape[-1] <= self.out_features:  # averaging is linear: the narrower of the two is averaged
-                return layout.pool(design).to(dtype) @ self.table(name).to(dtype)
+                return layout.pool(self._thinned(name, design)).to(dtype) @ self.table(name).to(dtype)
         return layout.pool(self._value(name, code, dtype))
 
     def fused_loss(

@@ -44,6 +44,22 @@ def test_inference_and_a_rate_of_zero_change_nothing(head):
     assert torch.equal(linear_model(0.0, head).train()(X), expected)
 
 
+@pytest.mark.parametrize("dof", [4, 40])  # the basis is averaged where it is the narrower, else the value
+def test_positions_are_dropped_before_a_stage_with_a_stride_averages_them(dof):
+    base, _ = tiny.image_model("resnet")
+    stage = "resnet.encoder.stages.3"
+    model = tiny.adapt(base, target_modules=[stage], n_components=3, dof=dof, dropout=0.4)
+    tiny.shake(model)
+    (layer,) = tiny.layers(model.train())
+    image, like = torch.randn(2, 16, 6, 6), torch.randn(2, 24, 3, 3)
+    torch.manual_seed(0)
+    value = layer.shortcut("default", image, like)
+    torch.manual_seed(0)
+    design = nn.functional.dropout(layer.design("default", layer.encode("default", image.movedim(1, -1))), 0.4)
+    expected = nn.functional.avg_pool2d((design @ layer.table("default")).movedim(-1, 1), 2)
+    torch.testing.assert_close(value, expected)
+
+
 def test_the_fused_loss_has_it_too():
     (layer,) = tiny.layers(linear_model(0.4))
     targets = torch.arange(50) % 3

@@ -5,7 +5,8 @@ one row per token, change the number of positions, or turn all positions into on
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,20 @@ LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 Readout = Literal["mean", "first"]
 READOUTS: tuple[str, ...] = get_args(Readout)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Layers with the channels in dimension 1, by the number of dimensions of what they take.
+_ANY_SPACE = (nn.GroupNorm, nn.SyncBatchNorm)
+_CHANNELS_FIRST = {
+    3: (nn.Conv1d, nn.BatchNorm1d, nn.InstanceNorm1d, *_ANY_SPACE),
+    4: (nn.Conv2d, nn.BatchNorm2d, nn.InstanceNorm2d, *_ANY_SPACE),
+    5: (nn.Conv3d, nn.BatchNorm3d, nn.InstanceNorm3d, *_ANY_SPACE),
+}
+# The ending of layers that are for images, signals or volumes.
+_SPACE = re.compile(r"([123])d$")
+# Attributes in which layers keep how many features they take, give or normalise.
+_WIDTHS = (
+    *("in_channels", "out_channels", "num_channels", "num_features"),
+    *("in_features", "out_features", "nx", "nf", "normalized_shape"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Layout:
         """Read the layout off the shapes of the tensors that reach and leave a module.
 
         Args:
-            module: the base module: a convolution settles what shapes leave open.
+            module: the base module: what it holds settles what shapes leave open.
             in_features: channels of the input.
             out_features: channels of the output.
             features: shape of the input.
@@ -203,7 +217,49 @@ def _is_channels_first(
 ) -> bool:
     if len(features) < 3 or len(output) < 3 or features[1] != in_features or output[1] != out_features:
         return False
-    return isinstance(module, _CONVOLUTIONS) or not (features[-1] == in_features and output[-1] == out_features)
+    if not (features[-1] == in_features and output[-1] == out_features):
+        return True
+    told = _told_by_layers(module, {in_features, out_features}, len(features))
+    if told is None and len(features) > 3:
+        raise ValueError(
+            "the features may lie in dimension 1 or in the last, which are equal, and no layer in the module tells: say "
+            "layout='channels_first' or 'tokens'"
+        )
+    return bool(told)
+
+
+def _told_by_layers(module: nn.Module, widths: set[int], n_dimensions: int) -> bool | None:
+    """Whether the channels lie in dimension 1 for the first layer of a module that has one of these widths, or for a
+    pooling before it; None if no layer tells.
+
+    The first: what follows in a block may work on another layout, as the linear layers of a ConvNeXt do.
+    """
+    for layer in module.modules():
+        own = set(_widths_of(layer))
+        if own and own.isdisjoint(widths):
+            continue
+        by_name = _SPACE.search(type(layer).__name__)  # LayerNorm2d, AvgPool2d
+        by_format = getattr(layer, "data_format", None) == "channels_first"  # norms of image models, which know both
+        if by_format or (by_name and int(by_name[1]) == n_dimensions - 2):
+            return True
+        if isinstance(layer, _CHANNELS_FIRST.get(n_dimensions, ())):
+            return True
+        # One for another number of dimensions runs behind a change of shape.
+        if own and not by_name and next(layer.children(), None) is None:
+            return False
+    return None
+
+
+def _widths_of(layer: nn.Module) -> Iterator[int]:
+    for name in _WIDTHS:
+        value = getattr(layer, name, None)
+        if isinstance(value, (tuple, list)) and value:
+            value = value[-1]
+        if isinstance(value, int):
+            yield value
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.ndim == 1:  # norms that keep no size
+        yield len(weight)
 
 
 def _advice(in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]) -> str:

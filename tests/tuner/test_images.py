@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from tiny import IMAGE_MODELS, adapt, image_model, layers, same_state, shake, state
 from torch import nn
 from torch.nn import functional
+from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from lreg_peft import (
     LRegConfig,
@@ -134,6 +135,16 @@ class TestClassifierOfConvolutionalNetworks:
         features = base.stem(images)
         value = layer.shortcut("default", features.mean(dim=(2, 3)), base(images))
         torch.testing.assert_close(model(images), base(images) + value)
+
+
+def test_as_many_channels_as_the_image_is_wide():
+    config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, patch_size=4)
+    model = adapt(ConvNextForImageClassification(config), target_modules=["encoder.stages.0"], n_components=3, dof=4)
+    shake(model)
+    (layer,) = layers(model)
+    images = torch.randn(2, 8, 8, 8)
+    value = layer._value("default", layer.encode("default", images.movedim(1, -1)), torch.float32)
+    torch.testing.assert_close(layer(images), layer.base_layer(images) + value.movedim(-1, 1))
 
 
 STRIDED = {"target_modules": ["encoder.stages.3"], "n_components": 3, "dof": 6}

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import ConvNextConfig
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm, ConvNextStage
 
 from lreg_peft.tuner.layout import ROW_BY_ROW, Layout, Reading
 
@@ -50,6 +52,54 @@ def test_a_square_is_settled_by_the_module_or_by_a_word():
     assert of(*square, module=nn.Conv1d(4, 4, 1)) == Layout(**IMAGE)
     assert of(*square, layout="channels_first") == Layout(**IMAGE)
     assert of(*square, module=nn.Conv1d(4, 4, 1), layout="tokens") == ROW_BY_ROW
+
+
+class TestSquareImages:
+    """As many channels as the image is wide: the first layer that has their number tells where they lie."""
+
+    SHAPES = (2, 8, 8, 8), (2, 8, 8, 8), (8, 8)
+
+    @pytest.mark.parametrize(
+        "module",
+        [
+            nn.BatchNorm2d(8),
+            nn.GroupNorm(2, 8),
+            nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.LayerNorm(8), nn.Linear(8, 32))),
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)),
+            ConvNextLayerNorm(8, data_format="channels_first"),
+            ConvNextStage(ConvNextConfig(), 8, 8, stride=1, depth=1),
+            nn.Sequential(nn.Linear(2, 3), nn.Conv2d(8, 8, 1)),
+        ],
+        ids=lambda module: type(module).__name__,
+    )
+    def test_channels_first(self, module):
+        assert of(*self.SHAPES, module=module) == Layout(**IMAGE)
+
+    @pytest.mark.parametrize(
+        "module",
+        [
+            nn.LayerNorm(8),
+            nn.Linear(8, 8),
+            nn.RMSNorm(8),
+            ConvNextLayerNorm(8),
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.Conv2d(16, 16, 3), nn.Linear(16, 8)),
+        ],
+        ids=lambda module: type(module).__name__,
+    )
+    def test_features_last(self, module):
+        assert of(*self.SHAPES, module=module) == ROW_BY_ROW
+
+    @pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(nn.Linear(3, 4))], ids=["no size", "another size"])
+    def test_a_module_that_does_not_tell_asks_for_a_word(self, module):
+        with pytest.raises(ValueError, match="no layer in the module tells: say layout='channels_first' or 'tokens'"):
+            of(*self.SHAPES, module=module)
+        assert of(*self.SHAPES, module=module, layout="channels_first") == Layout(**IMAGE)
+        assert of(*self.SHAPES, module=module, layout="tokens") == ROW_BY_ROW
+
+    def test_a_layer_for_images_says_nothing_of_tokens(self):
+        square = (2, 8, 8), (2, 8, 8), (8, 8)
+        assert of(*square, module=nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))) == ROW_BY_ROW
+        assert of(*square, module=nn.BatchNorm1d(8)) == Layout(**IMAGE)
 
 
 @pytest.mark.parametrize(

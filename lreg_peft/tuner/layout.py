@@ -222,7 +222,7 @@ def _is_channels_first(
     told = _told_by_layers(module, {in_features, out_features}, len(features))
     if told is None and len(features) > 3:
         raise ValueError(
-            "the features may lie in dimension 1 or in the last, which are equal, and no layer in the module tells: say "
+            "the features may lie in dimension 1 or in the last, both of this size, and no layer inside tells: say "
             "layout='channels_first' or 'tokens'"
         )
     return bool(told)

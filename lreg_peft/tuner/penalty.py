@@ -1,4 +1,4 @@
-"""The curvature penalty, added to the gradient of the coefficients once per optimiser step.
+"""The curvature penalty, added to the gradient of the coefficients once per optimiser step, or per call of its closure.
 
 A penalty in the forward pass would count once per micro-batch under gradient accumulation, and again for every layer
 that gradient checkpointing recomputes. A hook before the step of every optimiser of the process leaves the user's
@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from ..core.basis import curvature_penalty
-from .step_hooks import StepHook
+from .step_hooks import LossHook
 
 
 class CurvatureTerm(NamedTuple):
@@ -51,18 +51,22 @@ def value(layers: Iterable[Penalised]) -> Tensor | None:
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _add_gradients(layer: Penalised, optimizer: Optimizer, owned: set[int]) -> None:
+def _add_gradients(layer: Penalised, optimizer: Optimizer, owned: set[int]) -> Tensor | None:
     # A fused optimiser unscales mixed-precision gradients inside its step.
     scale = getattr(optimizer, "grad_scale", None)
+    total: Tensor | None = None
     for term in layer.curvature_terms():
         if id(term.parameter) not in owned or term.parameter.grad is None:
             continue
         with torch.enable_grad():
             variable = term.parameter.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(term.of(variable), variable)
+            own = term.of(variable)
+            (gradient,) = torch.autograd.grad(own, variable)
         term.parameter.grad.add_(gradient if scale is None else gradient * scale)
+        total = own.detach() if total is None else total + own.detach()
+    return total
 
 
-penalised: StepHook[Penalised] = StepHook(register_optimizer_step_pre_hook, _add_gradients)
+penalised: LossHook[Penalised] = LossHook(_add_gradients)
 #: Penalise the coefficients of a layer from now on, in every optimiser that holds them.
 watch = penalised.add

@@ -340,7 +340,7 @@ def _commit(layer: Observed, optimizer: Optimizer, owned: set[int]) -> None:
             statistics.commit(layer.lreg_nodes[name], found_inf)
 
 
-_committed: StepHook[Observed] = StepHook(register_optimizer_step_post_hook, _commit)
+_committed: StepHook[Observed, None] = StepHook(register_optimizer_step_post_hook, _commit)
 #: Commit what a layer gathers whenever an optimiser that holds its coefficients steps.
 watch = _committed.add
 #: Undo `watch`.

@@ -91,7 +91,7 @@ class TestSquareImages:
 
     @pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(nn.Linear(3, 4))], ids=["no size", "another size"])
     def test_a_module_that_does_not_tell_asks_for_a_word(self, module):
-        with pytest.raises(ValueError, match="no layer in the module tells: say layout='channels_first' or 'tokens'"):
+        with pytest.raises(ValueError, match="no layer inside tells: say layout='channels_first' or 'tokens'"):
             of(*self.SHAPES, module=module)
         assert of(*self.SHAPES, module=module, layout="channels_first") == Layout(**IMAGE)
         assert of(*self.SHAPES, module=module, layout="tokens") == ROW_BY_ROW

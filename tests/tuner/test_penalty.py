@@ -81,6 +81,49 @@ class TestOneStep:
         check_equal(stepped(checkpointed), stepped(model(**options)))
 
 
+class TestClosures:
+    """What makes the gradients inside the step."""
+
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_the_step_is_that_of_a_loop_without(self, by_name):
+        adapted = model()
+        optimizer = torch.optim.SGD(learning(adapted), lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = data_loss(adapted)
+            loss.backward()
+            return loss
+
+        own = with_explicit_penalty(adapted).item()
+        loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert loss.item() == pytest.approx(own, rel=1e-6)
+        check_equal({n: p for n, p in adapted.named_parameters() if p.requires_grad}, stepped(model()))
+
+    def test_a_closure_that_returns_nothing(self):
+        adapted = model()
+        assert torch.optim.SGD(learning(adapted), lr=0.1).step(lambda: data_loss(adapted).backward()) is None
+        check_equal({n: p for n, p in adapted.named_parameters() if p.requires_grad}, stepped(model()))
+
+    def test_a_line_search_sees_it_at_every_evaluation(self):
+        found = []
+        for weight, objective in ((WEIGHT, data_loss), (0.0, with_explicit_penalty)):
+            adapted, losses = model(weight), []
+            optimizer = torch.optim.LBFGS(learning(adapted), max_iter=4, line_search_fn="strong_wolfe")
+
+            def closure(adapted=adapted, optimizer=optimizer, objective=objective, losses=losses):
+                optimizer.zero_grad()
+                loss = objective(adapted)
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            optimizer.step(closure)
+            found.append((len(losses), with_explicit_penalty(adapted).item()))
+        assert found[0][0] == found[1][0] > 2
+        assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
 class TestBookkeeping:
     def test_every_optimiser_sees_the_gradient(self):
         for optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):

@@ -523,7 +523,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the shortcuts read in the forward pass that is running."""
         if self.source is not None:
-            return self.source.read(keep=self.training or torch.is_grad_enabled() or bool(self._forward_hooks))
+            keep = self.training or torch.is_grad_enabled() or bool(self._forward_hooks)
+            return self.source.read(args, kwargs, keep)
         return self._own_input(args, kwargs)
 
     def seen_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,11 @@
 """Shortcuts that read another module's output."""
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -98,6 +102,135 @@ def test_checkpointing_gives_the_same_gradients(checkpointed, reentrant):
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+class Blocks(nn.Module):
+    """`first`, then what lies in `block`, which is checkpointed as a module, as a function or not at all."""
+
+    def __init__(self, how: str | None = None, reentrant: bool = False):
+        super().__init__()
+        self.first, self.how, self.reentrant = nn.Linear(4, 6), how, reentrant
+        self.block = nn.Sequential(OrderedDict(middle=nn.Linear(6, 5), act=nn.Tanh(), last=nn.Linear(5, 7)))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        if self.how is None:
+            return self.block(hidden)
+        block = self.block if self.how == "module" else lambda x: self.block.last(self.block.middle(x).tanh())
+        return checkpoint(block, hidden, use_reentrant=self.reentrant)
+
+
+def blocks(*args):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        base = Blocks(*args)
+    return spanned(base).train()
+
+
+def gradients(model, losses=lambda first, second: [first + 3 * second], between=lambda model: None):
+    """Of two forward passes before the first backward pass."""
+    first = model(X.clone().requires_grad_()).square().sum()
+    second = model(1 - X.clone().requires_grad_()).square().sum()
+    between(model)
+    for loss in losses(first, second):
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def evaluate(model):
+    model.eval()
+    with torch.no_grad():
+        model(X[:3])
+    model.train()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's: the base is frozen
+class TestCheckpointsOfSeveralPasses:
+    """Backward repeats parts of a pass when others have run since: each has its own features."""
+
+    @pytest.mark.parametrize("checkpointed", [("last",), ("first", "last"), ("first", "middle", "last")])
+    def test_single_modules(self, checkpointed, reentrant):
+        found = gradients(spanned(net(checkpointed=checkpointed, reentrant=reentrant)).train())
+        check_same(found, gradients(spanned(net()).train()))
+
+    @pytest.mark.parametrize("between", [evaluate, lambda model: None], ids=["evaluation", "nothing"])
+    @pytest.mark.parametrize("order", [lambda a, b: [a, b], lambda a, b: [b, a], lambda a, b: [a + b]])
+    def test_a_block_around_the_shortcut(self, order, between, reentrant):
+        found = gradients(blocks("module", reentrant), order, between)
+        check_same(found, gradients(blocks(), order))
+
+    def test_a_function_is_an_error_but_for_the_latest_pass(self, reentrant):
+        model = blocks("function", reentrant)
+        with pytest.raises(RuntimeError, match=r"not known any more.*call backward before the next forward pass"):
+            gradients(model)
+        model.zero_grad()
+        check_same(gradients(model, lambda a, b: [b], evaluate), gradients(blocks(), lambda a, b: [b]))
+
+    def test_passes_from_one_tensor_are_an_error_if_the_source_is_random(self, reentrant):
+        class Parallel(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.last = nn.Sequential(nn.Linear(4, 6)), nn.Linear(4, 7)
+
+            def forward(self, x, scale):
+                self.first(x * scale)
+                return checkpoint(self.last, x, use_reentrant=reentrant)
+
+        model = spanned(Parallel()).train()
+        x = X.clone().requires_grad_()
+        (model(x, 1.0) + model(x, 1.0)).sum().backward()
+        with pytest.raises(RuntimeError, match="not known any more"):
+            (model(x, 1.0) + model(x, 2.0)).sum().backward()
+
+
+def test_passes_that_are_over_hold_nothing():
+    model = spanned(net(checkpointed=("last",))).train()
+    outputs = []
+    model.base_model.model.first.register_forward_hook(lambda m, a, out: outputs.append(weakref.ref(out)))
+    for _ in range(3):
+        model(X.clone().requires_grad_()).square().sum().backward()
+    gc.collect()
+    assert sum(output() is not None for output in outputs) <= 1
+
+
+def test_what_an_interrupted_pass_left_is_not_read():
+    model = spanned(net())
+    inner = model.base_model.model
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = inner.middle.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    handle.remove()
+    inner.skip = True
+    with pytest.raises(RuntimeError, match="has not run before it in this forward pass"):
+        model(X)
+
+
+def test_threads_have_their_own_passes():
+    model = spanned(net()).eval()
+    other_is_done = []
+
+    def run_another(module, args):
+        if not other_is_done:
+            other_is_done.append(True)
+            thread = threading.Thread(target=lambda: other_is_done.append(model(-X)))
+            thread.start()
+            thread.join()
+
+    expected = model(X), model(-X)
+    model.base_model.model.middle.register_forward_pre_hook(run_another)
+    assert torch.equal(model(X), expected[0])
+    assert torch.equal(other_is_done[1], expected[1])
 
 
 @pytest.mark.parametrize("checkpointed", ["first", "last"])

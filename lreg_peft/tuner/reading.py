@@ -12,7 +12,7 @@ from .layer import LRegLayer, misfit
 from .layout import Layout, Reading
 from .names import plain_name
 from .patterns import by_pattern
-from .sizes import feature_sizes
+from .sizes import feature_sizes, source_width
 
 
 def reading_of(name: str, config: LRegConfig) -> Reading:
@@ -61,7 +61,7 @@ def sizes_of_shortcut(model: nn.Module, name: str, module: nn.Module, config: LR
     other = model.get_submodule(source)
     if isinstance(other, BaseTunerLayer):
         other = other.get_base_layer()
-    return feature_sizes(source, other, config)[1], feature_sizes(name, module, config)[1]
+    return source_width(source, other, config), feature_sizes(name, module, config)[1]
 
 
 def check_same_reading(module: nn.Module, name: str, sizes: tuple[int, int], source: str | None) -> None:

@@ -35,6 +35,17 @@ def feature_sizes(name: str, module: nn.Module, config: LRegConfig) -> tuple[int
     return found
 
 
+def source_width(name: str, module: nn.Module, config: LRegConfig) -> int:
+    """Features of the output of a module that another one's shortcut reads; an embedding may be such a module.
+
+    Raises:
+        ValueError: if they are neither given nor readable.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and by_pattern("feature_sizes", name, config, None) is None:
+        return module.embedding_dim
+    return feature_sizes(name, module, config)[1]
+
+
 def readable_sizes(module: nn.Module) -> tuple[int, int] | None:
     """The sizes of a layer or block; None if nothing in it tells."""
     if sizes := _of_experts(module) or _of_patch_merging(module):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import adapt, image_model, layers, shake, state
+from tiny import adapt, gpt2, image_model, inputs, layers, shake, state
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -322,6 +322,19 @@ def test_names_that_cannot_be(source, message):
         with pytest.raises(ValueError, match=message):
             call()
     assert state(base).keys() == before.keys()
+
+
+def test_an_embedding_has_its_width_to_read():
+    base = gpt2().eval()
+    config = LRegConfig(target_modules=["mlp"], feature_source={"mlp": "transformer.wte"}, n_components=3, dof=4)
+    batch = inputs("gpt2")
+    report = inspect_targets(base, config, example_inputs={"input_ids": batch["input_ids"]})
+    width = base.config.n_embd
+    assert {(t.in_features, t.out_features) for t in report} == {(width, width)}
+    model = get_peft_model(base, config)
+    before = model(input_ids=batch["input_ids"]).logits
+    shake(model)
+    assert not torch.allclose(model(input_ids=batch["input_ids"]).logits, before)
 
 
 def test_a_key_without_effect_warns():

@@ -102,6 +102,11 @@ def _misfit(
         return f"{name!r}: {seen.error}."
     if not seen.shapes:
         return f"{name!r} ({kind}): the model does not call it on these inputs."
+    if not seen.is_read:
+        return (
+            f"{name!r} ({kind}): nothing that the model returns on these inputs depends on the first tensor of its "
+            "output, so that a shortcut there would have no effect. Target a module whose output is read."
+        )
     try:
         sizes = sizes_of_shortcut(model, name, module, config)
     except ValueError:

@@ -137,7 +137,8 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
         config: as for `get_peft_model`.
         example_inputs: what the model is called with: a dictionary, a tuple, or a tensor. With these the model runs
             once, in eval mode and without gradients, and every module is compared with the tensors that reach and
-            leave it; without them a module that cannot be adapted may show only when the adapted model runs.
+            leave it, and must have a part in what the model returns; without them a module that cannot be adapted may
+            show only when the adapted model runs.
 
     Returns:
         One entry per module, with feature sizes and trainable parameters; `print` it for a table. With example inputs

@@ -304,6 +304,22 @@ class TestExampleInputs:
         with pytest.raises(ValueError, match=r"'idle' .*does not call it on these inputs"):
             inspect_targets(model, LRegConfig(target_modules=["used", "idle"]), example_inputs=torch.randn(2, 3))
 
+    @pytest.mark.parametrize("model_type", ["resnet", "convnext", "mobilenet_v2"])
+    def test_output_that_nothing_reads(self, model_type):
+        self.check(model_type, model_type, rf"'{model_type}' .*nothing that the model returns .* depends on the first")
+
+    def test_output_that_is_read_in_place_in_part_or_as_a_number(self):
+        class Net(nn.Sequential):
+            def forward(self, x):
+                result = torch.zeros(len(x), 6)
+                result[:, :3].copy_(self[0](x))
+                if self[1](x).sum().item() > 0:
+                    result = result + 1
+                return {"result": [result, self[2](x)[:1].relu_()]}
+
+        model = Net(*(nn.Linear(3, 3) for _ in range(4)))
+        assert len(inspect_targets(model, LRegConfig(target_modules=["0", "1", "2"]), torch.randn(2, 3))) == 3
+
     def test_input_that_is_no_hidden_state(self):
         class Block(nn.Linear):
             def forward(self, ids):

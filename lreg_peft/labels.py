@@ -4,7 +4,9 @@ A row is what one label is predicted from: a token, or a sample. Everything here
 output; nothing knows of shortcuts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,6 +59,25 @@ def shifts_labels(model: nn.Module) -> bool:
 def is_per_token(values: Tensor, labels: Tensor) -> bool:
     """Whether there is one class label for every position of `[batch, length, width]`."""
     return values.ndim == 3 and labels.shape == values.shape[:2] and not labels.is_floating_point()
+
+
+def rows_per_sample(labels: Tensor, *, shift: bool) -> list[int]:
+    """How many rows each sample of class labels `[batch]` or `[batch, length]` gives."""
+    counted = labels[:, 1:] if shift and labels.ndim == 2 else labels
+    return (counted != IGNORE_INDEX).unsqueeze(-1).flatten(1).sum(dim=1).tolist()  # type: ignore[no-any-return]
+
+
+def uneven_parts(batch: Mapping[str, Any], *, shift: bool) -> set[str]:
+    """Which of labels and attention masks make some samples or positions of a batch count for less than others.
+
+    Where nothing does, a mean over samples and one by the mask look like a mean over rows.
+    """
+    masks = {name: value for name, value in batch.items() if name.endswith("attention_mask")}
+    uneven = {name for name, mask in masks.items() if isinstance(mask, Tensor) and len(mask.unique()) > 1}
+    labels = batch["labels"]
+    if not labels.is_floating_point() and len(set(rows_per_sample(labels, shift=shift))) > 1:
+        uneven.add("labels")
+    return uneven
 
 
 def align(
@@ -158,7 +179,8 @@ def find_pairing(
     """Ask a model how it makes its loss of its logits.
 
     The loss must be, up to rounding, that of rows which are paired one way or another, for the labels given and for
-    others that name every class in turn: a loss that weights some of them, or adds anything, is another one.
+    others that name every class in turn or leave some labels out: a loss that weights some of them, or adds anything,
+    is another one.
 
     Args:
         run: the model, on inputs that fit the labels; in eval mode, without autocast.
@@ -180,27 +202,53 @@ def find_pairing(
         other: LossKind = "binary_cross_entropy" if guess.loss_kind == "squared_error" else "squared_error"
         kinds = (guess.loss_kind, other)
 
-    def agrees(pairing: Pairing, logits: Tensor, loss: Tensor | None, labels: Tensor) -> bool:
-        rows = align(logits, labels, shift=pairing.shift, out_features=out_features, pool=pool)
-        if loss is None or loss.numel() != 1:
-            return False
-        if not len(rows.targets):
-            return True
-        mine = row_loss(pairing.loss_kind, *rows).reshape(())
-        tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
-        return torch.allclose(loss.reshape(()).to(mine.dtype), mine, rtol=tolerance, atol=1e-7)
-
+    agrees = partial(repeats_loss, out_features=out_features, pool=pool)
     for pairing in (Pairing(shift, kind) for shift in shifts for kind in kinds):
         if agrees(pairing, logits, loss, labels):
             break
     else:
         return None
-    if is_plain:
-        return pairing
-    for others in _other_labels(labels, out_features):
-        if not agrees(pairing, *run(others), others):
-            return None
-    return pairing
+    trials: Iterable[Tensor] = () if is_plain else _other_labels(labels, out_features)
+    if pairing.loss_kind == "cross_entropy":
+        trials = chain(_fewer_labels(labels, pairing.shift, is_plain), trials)
+    return pairing if all(agrees(pairing, *run(others), others) for others in trials) else None
+
+
+def repeats_loss(
+    pairing: Pairing,
+    logits: Tensor,
+    loss: Tensor | None,
+    labels: Tensor,
+    *,
+    out_features: int,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> bool:
+    """Whether the loss that a model made of logits and labels is that of the rows, up to rounding."""
+    rows = align(logits, labels, shift=pairing.shift, out_features=out_features, pool=pool)
+    if loss is None or loss.numel() != 1:
+        return False
+    if not len(rows.targets):
+        return True
+    mine = row_loss(pairing.loss_kind, *rows).reshape(())
+    tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
+    return torch.allclose(loss.reshape(()).to(mine.dtype), mine, rtol=tolerance, atol=1e-7)
+
+
+def _fewer_labels(labels: Tensor, shift: bool, is_plain: bool) -> Iterator[Tensor]:
+    """The labels without half of the first sample's, if as many count in every sample.
+
+    Only where the model is known to leave labels out: another may take -100 for a class, which is an error that a GPU
+    does not recover from.
+    """
+    is_known = is_plain or bool((labels == IGNORE_INDEX).any())
+    if not is_known or len(set(rows_per_sample(labels, shift=shift))) > 1:
+        return
+    places = (labels != IGNORE_INDEX).nonzero()
+    first = places[places[:, 0] == places[0, 0]] if len(places) else places
+    if len(first) < len(places):
+        fewer = labels.clone()
+        fewer[tuple(first[len(first) // 2 :].T)] = IGNORE_INDEX
+        yield fewer
 
 
 def _other_labels(labels: Tensor, out_features: int) -> Iterator[Tensor]:

@@ -199,10 +199,10 @@ class FitProblem:
         if isinstance(data, RowSource):
             yield from bar(self._own_chunks(data))
             return
-        for i, batch in enumerate(bar(data)):
-            yield self.terminal.rows(batch)
-            if i == 0:  # after the rows, which have been found valid by now
-                self.terminal.check(batch)
+        for batch in bar(data):
+            rows = self.terminal.rows(batch)
+            yield rows
+            self.terminal.check_what_is_new(batch, rows)  # after the rows, which have been found valid by now
 
     def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
         """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""

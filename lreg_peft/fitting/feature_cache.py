@@ -587,12 +587,10 @@ def _fill(terminal: Terminal, batches: _Batches, shard: _Shard, show_progress: b
         _digest_batch(digest, batch)
         if number < shard.batches:
             continue  # done before an interruption
-        checked_already = shard.objective is not None
         rows, counts = _rows_by_sample(terminal, batch)
         objective = _objective(terminal, rows, shard, number)
-        if not checked_already:
-            terminal.check(batch)
-            shard.objective = objective
+        terminal.check_what_is_new(batch, rows)
+        shard.objective = objective
         with writing(path, row):
             shard.append(rows, counts)
             if monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:

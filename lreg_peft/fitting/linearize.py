@@ -32,8 +32,10 @@ from ..labels import (
     logits_of,
     loss_kind_of,
     loss_of,
+    repeats_loss,
     row_loss,
     shifts_labels,
+    uneven_parts,
 )
 from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.layer import LRegLayer
@@ -247,7 +249,7 @@ class _Data:
         with torch.no_grad():
             self._count_rows()
             shift = self.shift
-            self._check_loss(self.batches[self.sizes.index(max(self.sizes))])
+            self._check_loss()
             if self.shift != shift:
                 loss_kind = self.loss_kind
                 self._count_rows()
@@ -287,29 +289,42 @@ class _Data:
                 total += n * row_loss(self.loss_kind, *self.rows(values, batch)).item()
         return total / sum(self.sizes)
 
-    def _check_loss(self, batch: Mapping[str, Any]) -> None:
+    def _check_loss(self) -> None:
         """Find out how labels are paired, from the model's own loss; refuse one that is made otherwise."""
         if not accepts(self.model, "labels"):
             return
         device = next(self.model.parameters()).device
 
-        def run(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        def run(batch: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor | None]:
             output = self.model(**private_inputs({**batch, "labels": labels}, device))
             return logits_of(output), loss_of(output)
 
+        largest = self.batches[self.sizes.index(max(self.sizes))]
+        guess = Pairing(self.shift, self.loss_kind)
         with torch.autocast(device.type, enabled=False):
-            logits, own = run(batch["labels"])
+            logits, own = run(largest, largest["labels"])
+            if own is None:
+                return
             width = logits.shape[-1] if logits.ndim > 1 else 1
-            pairing = find_pairing(run, batch["labels"], Pairing(self.shift, self.loss_kind), out_features=width)
-        if pairing is None:
-            assert own is not None
-            loss = row_loss(self.loss_kind, *self.rows({}, batch))
+            pairing = find_pairing(partial(run, largest), largest["labels"], guess, out_features=width)
+            same = pairing is not None and all(
+                repeats_loss(pairing, *run(batch, batch["labels"]), batch["labels"], out_features=width)
+                for batch in self._uneven_batches(pairing.shift)
+            )
+        if pairing is None or not same:
             raise ValueError(
-                f"the loss of {type(self.model).__name__} is {own.item():.6g}, and the "
-                f"{self.loss_kind.replace('_', ' ')} of its outputs is {loss.item():.6g}: it computes its loss in a "
-                "way that is not known here."
+                f"the loss of {type(self.model).__name__} is not the {self.loss_kind.replace('_', ' ')} of its outputs "
+                "averaged over the labels: it computes its loss in a way that is not known here."
             )
         self.shift, self.loss_kind = pairing
+
+    def _uneven_batches(self, shift: bool) -> Iterator[dict[str, Any]]:
+        """The first batches whose samples or positions count unevenly, where losses show what they average over."""
+        seen: set[str] = set()
+        for batch in self.batches:
+            if not (parts := uneven_parts(batch, shift=shift)) <= seen:
+                seen |= parts
+                yield batch
 
 
 def _data(

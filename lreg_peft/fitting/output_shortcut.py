@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from ..core.deferred import is_mean_cross_entropy
 from ..labels import (
-    IGNORE_INDEX,
     LossKind,
     Pairing,
     Rows,
@@ -26,7 +25,10 @@ from ..labels import (
     logits_of,
     loss_kind_of,
     loss_of,
+    repeats_loss,
+    rows_per_sample,
     shifts_labels,
+    uneven_parts,
 )
 from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.hooks.head_loss import defer_logits
@@ -58,7 +60,8 @@ class Terminal:
     name: str
     layer: LRegLayer
     adapter_name: str
-    _known: dict[str, Pairing] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[str, Pairing | None] = field(default_factory=dict, repr=False, compare=False)
+    _checked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def check(self, batch: Mapping[str, Any]) -> LossKind:
         """Run one batch in full and make sure that its rows give the model's own output and loss.
@@ -84,13 +87,56 @@ class Terminal:
         tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF)
         close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
         same = isinstance(own_logits, Tensor) and own_logits.shape == logits.shape and close(own_logits, logits)
-        if not same or self._ask(batch, rows.targets) is None:
-            what = "weights its loss by more than the labels" if same else "changes the output of this module"
-            raise ValueError(
-                f"{type(self.model).__name__} {what} ({self.name!r}), so the shortcut there cannot be trained apart "
-                "from the model. Train it in the model."
-            )
+        if not same:
+            raise self._refusal("changes the output of this module")
+        self._check_loss(batch, rows.targets)
         return self.loss_kind(rows.targets)
+
+    def check_what_is_new(self, batch: Mapping[str, Any], rows: Rows) -> None:
+        """Check the first batch with rows in full, and the loss again as soon as samples or positions count unevenly.
+
+        Costs a look at the batch where there is nothing new.
+
+        Args:
+            batch: inputs of the model with labels.
+            rows: what `rows` gave for it.
+
+        Raises:
+            ValueError: as `check` does.
+        """
+        if not len(rows.targets):
+            return
+        parts = {"logits", *uneven_parts(batch, shift=self.shifts)}
+        if "logits" not in self._checked:
+            self.check(batch)
+        elif not parts <= self._checked:
+            self._check_loss(batch, rows.targets)
+        self._checked.update(parts)
+
+    def _check_loss(self, batch: Mapping[str, Any], targets: Tensor) -> None:
+        """Make sure that the loss of a batch is what `rows` took it for, when the model was asked."""
+        inputs = self._inputs(batch)
+        logits, loss = self._loss_of_some_logits(batch, inputs["labels"])
+        known = self._known.get(_PAIRING, self._guess(targets))
+        same = known is not None and (
+            loss is None
+            or repeats_loss(
+                Pairing(known.shift, self.loss_kind(targets)),
+                logits,
+                loss,
+                inputs["labels"],
+                out_features=self.layer.out_features,
+                pool=partial(self._pool, inputs=inputs),
+            )
+        )
+        if not same:
+            raise self._refusal("weights its loss by more than the labels")
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(
+            f"{type(self.model).__name__} {what} ({self.name!r}), so the shortcut there cannot be trained apart from "
+            "the model. Train it in the model."
+        )
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:
         """The rows of a batch; runs the frozen part without a graph, in eval mode, and stops at the terminal module.
@@ -106,7 +152,7 @@ class Terminal:
         rows = self._align(features, inputs)
         if _PAIRING not in self._known and len(rows.targets):
             self.loss_kind(rows.targets)
-            self._known[_PAIRING] = self._ask(batch, rows.targets) or self._guess(rows.targets)
+            self._known[_PAIRING] = self._ask(batch, rows.targets)
             rows = self._align(features, inputs)
         return rows
 
@@ -120,20 +166,20 @@ class Terminal:
     def _ask(self, batch: Mapping[str, Any], targets: Tensor) -> Pairing | None:
         """How the model makes its loss of rows; None if rows do not repeat it."""
 
-        def run(labels: Tensor) -> tuple[Tensor, Tensor | None]:
-            output = self._forward_instead({**batch, "labels": labels}, self._some_logits)
-            logits = logits_of(output)
-            return (logits, loss_of(output)) if isinstance(logits, Tensor) else (torch.empty(0), None)
-
         inputs = self._inputs(batch)
         return find_pairing(
-            run,
+            partial(self._loss_of_some_logits, batch),
             inputs["labels"],
             self._guess(targets),
             out_features=self.layer.out_features,
             pool=partial(self._pool, inputs=inputs),
             is_plain=self._is_seen_to_be_plain(batch),
         )
+
+    def _loss_of_some_logits(self, batch: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = self._forward_instead({**batch, "labels": labels}, self._some_logits)
+        logits = logits_of(output)
+        return (logits, loss_of(output)) if isinstance(logits, Tensor) else (torch.empty(0), None)
 
     def _forward_instead(self, batch: Mapping[str, Any], instead: Any) -> Any:
         """The model's output where `instead`, a function as `LRegLayer.loss_request`, answers for the module."""
@@ -169,7 +215,7 @@ class Terminal:
 
     @property
     def pairing(self) -> Pairing | None:
-        """How the model makes its loss of rows, once it has been asked."""
+        """How the model makes its loss of rows; None before it has been asked, and if rows do not repeat it."""
         return self._known.get(_PAIRING)
 
     @property
@@ -179,8 +225,7 @@ class Terminal:
 
     def rows_per_sample(self, labels: Tensor) -> list[int]:
         """How many rows each sample of token labels `[batch, length]` gives."""
-        counted = labels[:, 1:] if self.shifts else labels
-        return (counted != IGNORE_INDEX).sum(dim=1).tolist()  # type: ignore[no-any-return]
+        return rows_per_sample(labels, shift=self.shifts)
 
     def base_output(self, features: Tensor, without: tuple[str, ...] | None = None) -> Tensor:
         """What everything but this adapter gives for rows: the offset of a convex fit.

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import tiny
 import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -105,6 +106,22 @@ class TestContents:
         build(tmp_path / "c", model)
         assert [m.training for m in model.modules()] == modes
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class SampleMean(transformers.GPT2LMHeadModel):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **inputs):
+        output = super().forward(input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            losses = nn.functional.cross_entropy(output.logits[:, :-1].mT, labels[:, 1:], reduction="none")
+            output.loss = (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+        return output
+
+
+def test_a_loss_that_shows_later_what_it_averages_over_is_refused(tmp_path):
+    data = [{**sample, "labels": sample["input_ids"]} for sample in samples(3)] + samples()[3:]
+    with pytest.raises(ValueError, match="weights its loss by more than the labels"):
+        build(tmp_path / "c", adapted(SampleMean(tiny.gpt2().config), task_type="CAUSAL_LM"), data)
+    assert not (tmp_path / "c").exists()
 
 
 class TestTraining:

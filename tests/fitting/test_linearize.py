@@ -362,6 +362,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="it computes its loss in a way that is not known"):
             refine(model, [{"x": torch.randn(4, 2), "labels": torch.tensor([0, 1, 2, 0])}])
 
+    def test_loss_that_is_known_until_labels_are_uneven(self):
+        class SampleMean(Smoothed):
+            def forward(self, x, labels=None):
+                logits = self.out(x)
+                if labels is None:
+                    return {"logits": logits}
+                losses = F.cross_entropy(logits.mT, labels, reduction="none")
+                return {"logits": logits, "loss": (losses.sum(1) / (labels != -100).sum(1)).mean()}
+
+        model = get_peft_model(SampleMean(), LRegConfig(target_modules=["out"]))
+        even, uneven = torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.tensor([[0, -100, -100], [2, 1, 0]])
+        with pytest.raises(ValueError, match="it computes its loss in a way that is not known"):
+            refine(model, [{"x": torch.randn(2, 3, 2), "labels": labels} for labels in (even, uneven)])
+
     def test_loss_that_is_not_finite(self):
         model = adapted()
         model.get_base_model().last.base_layer.bias.data.fill_(float("nan"))

@@ -178,6 +178,39 @@ def in_place(logits, labels, **options):
 SMALL = {"ids": torch.arange(24).view(3, 8) % 13, "labels": torch.arange(3, 27).view(3, 8) % 7}
 
 
+RAGGED = SMALL["labels"].masked_fill(torch.arange(24).view(3, 8) < 3, -100)
+
+
+class Padded(Plain):
+    """One that takes a mask."""
+
+    def forward(self, ids, labels=None, attention_mask=None):
+        logits = self.out(torch.tanh(self.embed(ids)))
+        loss = None if labels is None else self.loss(logits, labels, attention_mask)
+        return {"loss": loss, "logits": logits}
+
+
+def mean_over_samples(logits, labels, mask):
+    losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+def sum_over_size(logits, labels, mask):
+    return in_place(logits, labels, reduction="sum") / labels.numel()
+
+
+def mean_over_mask(logits, labels, mask):
+    return nn.functional.cross_entropy(logits[mask.bool()], labels[mask.bool()])
+
+
+#: Losses that are a mean over rows where all samples count alike, and what shows that they are not.
+UNEVEN = {
+    "samples": (mean_over_samples, {"labels": RAGGED}),
+    "size": (sum_over_size, {"labels": RAGGED}),
+    "mask": (mean_over_mask, {"attention_mask": (RAGGED != -100).long()}),
+}
+
+
 class TestTheModelIsAsked:
     """Names say nothing: which label belongs to which row is what gives the model's own loss."""
 
@@ -237,6 +270,35 @@ class TestTheModelIsAsked:
     def test_another_loss_is_refused(self, loss):
         with pytest.raises(ValueError, match="weights its loss by more than the labels"):
             find_terminal(adapted(Plain(loss), "out")).check(SMALL)
+
+    @pytest.mark.parametrize("name", UNEVEN)
+    def test_what_a_loss_averages_over_is_seen_at_the_first_uneven_batch(self, name):
+        loss, change = UNEVEN[name]
+        terminal = find_terminal(adapted(Padded(loss), "out"))
+        even = {**SMALL, "attention_mask": torch.ones(3, 8).long()}
+        terminal.check_what_is_new(even, terminal.rows(even))
+        uneven = {**even, **change}
+        with pytest.raises(ValueError, match="weights its loss by more than the labels"):
+            terminal.check_what_is_new(uneven, terminal.rows(uneven))
+
+    def test_a_mean_over_samples_of_plain_losses_is_seen_before(self):
+        def by_sample(logits, labels):
+            return sum(nn.functional.cross_entropy(logits[i], labels[i]) for i in range(3)) / 3
+
+        with pytest.raises(ValueError, match="weights its loss by more than the labels"):
+            find_terminal(adapted(Plain(by_sample), "out")).check(SMALL)
+
+    def test_batches_that_show_nothing_new_are_not_run_again(self):
+        calls = []
+        terminal = find_terminal(adapted(Plain(lambda *inputs: calls.append(1) or in_place(*inputs)), "out"))
+        counts = []
+        for labels in (SMALL["labels"], SMALL["labels"], RAGGED, RAGGED, SMALL["labels"]):
+            batch = {**SMALL, "labels": labels}
+            rows = terminal.rows(batch)
+            calls.clear()
+            terminal.check_what_is_new(batch, rows)
+            counts.append(len(calls))
+        assert counts == [2, 0, 1, 0, 0]
 
     def test_a_plain_cross_entropy_is_recognised_at_once(self):
         calls = []

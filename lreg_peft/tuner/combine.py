@@ -5,6 +5,7 @@ A shortcut is linear in its table, so both are exact.
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,11 +63,12 @@ def combined_config(
             )
     config = copy.deepcopy(configs[adapters[0]])
     sizes = _sizes(model, adapters, kind)
-    config.target_modules = list(sizes)
+    config.target_modules = _only(model, list(sizes))
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
     config.n_components, config.dof = next(iter(sizes.values()))
-    config.component_pattern = {name: d for name, (d, _) in sizes.items() if d != config.n_components}
-    config.dof_pattern = {name: n for name, (_, n) in sizes.items() if n != config.dof}
+    config.component_pattern = {_exact(name): d for name, (d, _) in sizes.items() if d != config.n_components}
+    config.dof_pattern = {_exact(name): n for name, (_, n) in sizes.items() if n != config.dof}
+    _describe_reading(config, model, configs, adapters)
     config.init_weights, config.inference_mode = True, False
     config.trainable_token_indices = {}
     return config
@@ -75,11 +77,7 @@ def combined_config(
 def _sizes(model: nn.Module, adapters: Sequence[str], kind: str) -> dict[str, tuple[int, int]]:
     """`(n_components, dof)` of the sum, by module."""
     sizes = {}
-    for path, layer in model.named_modules():
-        here = [name for name in adapters if isinstance(layer, LRegLayer) and name in layer.lreg_nodes]
-        if not here:
-            continue
-        assert isinstance(layer, LRegLayer)
+    for path, layer, here in _layers(model, adapters):
         meshes = {name: layer.lreg_nodes[name] for name in here}
         if len(dofs := {name: mesh.shape[1] for name, mesh in meshes.items()}) and len(set(dofs.values())) > 1:
             raise ValueError(f"adapters must have the same dof in a module to be combined, got {dofs} in {path!r}.")
@@ -89,8 +87,53 @@ def _sizes(model: nn.Module, adapters: Sequence[str], kind: str) -> dict[str, tu
                 f"mesh; those of {here} differ in {path!r}. 'cat' puts their components side by side."
             )
         components = sum(mesh.shape[0] for mesh in meshes.values()) if kind == "cat" else meshes[here[0]].shape[0]
-        sizes[plain_name(path)] = (components, next(iter(dofs.values())))
+        sizes[path] = (components, next(iter(dofs.values())))
     return sizes
+
+
+def _layers(model: nn.Module, adapters: Sequence[str]) -> Iterator[tuple[str, LRegLayer, list[str]]]:
+    """Every layer that has some of the adapters: its plain name, itself, and which."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, LRegLayer) and (here := [name for name in adapters if name in layer.lreg_nodes]):
+            yield plain_name(path), layer, here
+
+
+def _describe_reading(
+    config: LRegConfig, model: nn.Module, configs: dict[str, LRegConfig], adapters: Sequence[str]
+) -> None:
+    """Write down, module by module, what the shortcuts read and how; the layers know it of all adapters."""
+    config.feature_sizes, config.feature_source = {}, {}
+    layouts, readouts = {}, {}
+    for path, layer, here in _layers(model, adapters):
+        key, readings = _exact(path), {name: layer.readings[name] for name in here}
+        reading = readings[here[0]]
+        if len(set(readings.values())) > 1:
+            raise ValueError(
+                f"adapters must have the same layout and readout in a module to be combined, got {readings} in "
+                f"{path!r}."
+            )
+        if any(configs[name].feature_sizes for name in here):
+            config.feature_sizes[key] = (layer.in_features, layer.out_features)
+        if layer.source is not None:
+            config.feature_source[key] = layer.source.name
+        if reading.layout is not None:
+            layouts[key] = reading.layout
+        if reading.readout is not None:
+            readouts[key] = reading.readout
+    config.layout, config.readout = layouts or None, readouts or None
+
+
+def _exact(name: str) -> str:
+    """A key of a pattern that stands for the module `name`, and for none whose name ends like it."""
+    return f"^{re.escape(name)}"
+
+
+def _only(model: nn.Module, names: list[str]) -> list[str] | str:
+    """`target_modules` for these modules alone: an expression if another one's name ends like one of theirs."""
+    others = {plain_name(path) for path, _ in model.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 def _same_encoder(layer: LRegLayer, one: str, other: str) -> bool:

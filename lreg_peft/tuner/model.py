@@ -244,17 +244,14 @@ class LRegModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: give the sum another name.")
         config = combined_config(self.model, self.peft_config, adapters, weights, combination_type)
-        self.peft_config[adapter_name] = config
-        try:
+        with all_or_nothing(self):
+            self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        write_sum(self.model, adapter_name, adapters, weights, combination_type)
-        for layer in self.model.modules():
-            if isinstance(layer, LRegLayer) and adapter_name in layer.lreg_nodes:
-                for weight in layer.weights(adapter_name).values():
-                    weight.requires_grad_(False)
+            write_sum(self.model, adapter_name, adapters, weights, combination_type)
+            for layer in self.model.modules():
+                if isinstance(layer, LRegLayer) and adapter_name in layer.lreg_nodes:
+                    for weight in layer.weights(adapter_name).values():
+                        weight.requires_grad_(False)
 
     # Inference with one adapter per sample
 

@@ -4,7 +4,9 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, helpers
+from torch import nn
 
+import lreg_peft.tuner.model as model_module
 from lreg_peft import LRegConfig
 from lreg_peft.tuner.heads import HEADS
 
@@ -66,6 +68,85 @@ def test_adapters_on_one_mesh_and_projection_need_no_more_components():
     model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum", combination_type="linear")
     check_sum(model)
     assert {layer.lreg_nodes["sum"].shape[0] for layer in tiny.layers(model)} == {2}
+
+
+class Pool(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.out(x.mean(dim=1))
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return x @ self.values
+
+
+class Net(nn.Module):
+    """A module whose input is pooled, one without readable sizes, and one whose name is the ending of another's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.fc, self.matrix, self.pool = nn.Sequential(), nn.Linear(6, 6), Matrix(), Pool()
+        self.block.add_module("fc", nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.pool(self.matrix(self.block(torch.tanh(self.fc(x)))))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target_modules": ["pool"], "readout": "mean"}, {"target_modules": "fc"}),
+        ({"target_modules": ["matrix"], "feature_sizes": {"matrix": (6, 6)}, "layout": "tokens"}, {}),
+        ({"target_modules": ["matrix"], "feature_sizes": {"matrix": (6, 6)}, "feature_source": {"matrix": "fc"}}, {}),
+        ({"target_modules": "fc"}, {"target_modules": "fc", "n_components": 3}),
+        ({"target_modules": "fc"}, {"target_modules": ["fc"], "n_components": 3}),
+    ],
+)
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_sum_reads_what_its_parts_read(one, other, order, tmp_path):
+    common = {"target_modules": ["block.fc"], "dof": 3}
+    model = get_peft_model(Net(), LRegConfig(**{**common, **one}), adapter_name="a")
+    model.add_adapter("b", LRegConfig(**{**common, **other}))
+    tiny.shake(model, "a", 1), tiny.shake(model, "b", 2)
+    x = torch.randn(2, 5, 6)
+    model.base_model.set_adapter(["a", "b"])
+    expected = model.eval()(x)
+    model.add_weighted_adapter(list(order), [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "sum").eval()
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_adapters_that_read_a_module_in_another_way_have_no_sum():
+    model = get_peft_model(Net(), LRegConfig(target_modules=["pool"], readout="mean"), adapter_name="a")
+    model.add_adapter("b", LRegConfig(target_modules=["pool"], readout="first"))
+    with pytest.raises(ValueError, match=r"same layout and readout in a module .*readout='first'.* in 'pool'"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+
+
+def test_a_sum_that_breaks_off_leaves_nothing(monkeypatch):
+    model = two()
+    before = tiny.state(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_module, "write_sum", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert tiny.same_state(before, tiny.state(model))
+    assert list(model.peft_config) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,8 @@ def _other_labels(labels: Tensor, out_features: int) -> Iterator[Tensor]:
     """Labels in the same places, that name all classes; two sets of others where labels are values."""
     if labels.is_floating_point() or out_features == 1:
         generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            yield torch.rand(labels.shape, generator=generator).round().to(labels)  # 0/1 labels are values too
+        for _ in range(2):  # 0/1 labels are values too
+            yield torch.rand(labels.shape, generator=generator, device="cpu").round().to(labels)
         return
     counts = labels != IGNORE_INDEX
     n = int(counts.sum())

@@ -173,7 +173,7 @@ def _one_by_one(coords: Tensor, nodes: Tensor, profile: Tensor) -> Tensor:
             i = min(max(bisect_right(mesh, coord), 1), len(mesh) - 1)
             local = min(max((coord - mesh[i - 1]) / (mesh[i] - mesh[i - 1]), 0.0), 1.0)  # NaN stays
             found.append(value[i - 1] + local * (value[i] - value[i - 1]))
-    return torch.tensor(found, dtype=coordinate_dtype(coords, nodes)).view(coords.shape)
+    return torch.tensor(found, dtype=coordinate_dtype(coords, nodes), device=coords.device).view(coords.shape)
 
 
 def evaluate_factored(

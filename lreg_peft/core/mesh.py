@@ -193,7 +193,9 @@ def spread_rounded(nodes: Tensor) -> Tensor | None:
         values, counts = row.unique_consecutive(return_counts=True)
         edges = torch.cat((values[:1], (values[1:] + values[:-1]) / 2, values[-1:]))
         inner = [
-            low + (high - low) * (torch.arange(int(count)) + 0.5) / count if count > 1 else value.unsqueeze(0)
+            low + (high - low) * (torch.arange(int(count), device=low.device) + 0.5) / count
+            if count > 1
+            else value.unsqueeze(0)
             for value, count, low, high in zip(values, counts, edges, edges[1:], strict=False)
         ]
         row[1:-1] = torch.cat(inner)[1:-1]

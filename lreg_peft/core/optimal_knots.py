@@ -276,8 +276,8 @@ def _program(data: _Data, grid: Tensor, known: dict[int, float]) -> dict[int, tu
     spread = (data.y.max() - data.y.min()).item() or 1.0
     bounds = (data.y.min().item() - 1e3 * spread, data.y.max().item() + 1e3 * spread)
     floor = _RIDGE * data.weight.mean().item()
-    zero = grid.new_zeros(1)
-    levels = [_Parabolas(torch.zeros(1, dtype=torch.long, device=grid.device), zero, zero, zero, torch.zeros(1).long())]
+    zero, first = grid.new_zeros(1), grid.new_zeros(1, dtype=torch.long)
+    levels = [_Parabolas(first, zero, zero, zero, first)]
     for m in range(1, most + 1):
         levels.append(_pruned(_extended(levels[-1], elements, limits[m], floor), limits[m], bounds))
     results = {}

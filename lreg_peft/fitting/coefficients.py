@@ -180,7 +180,7 @@ class FitProblem:
                 data.check_belongs_to(terminal)
             for rows in self._read(data):
                 self._add(rows)
-        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))]))
+        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))], device="cpu"))
         self.n_rows = int(sum(n_rows))
         found: list[LossKind | None] = gather_objects(self.loss_kind)
         kinds = [kind for kind in dict.fromkeys(found) if kind is not None]

@@ -214,7 +214,7 @@ class FeatureCache(Dataset):
         if file.stat().st_size != size:
             raise damaged(file, f"has {file.stat().st_size} bytes in place of {size}")
         if not size:
-            return torch.empty((0, width) if width else (0,), dtype=kind)
+            return torch.empty((0, width) if width else (0,), dtype=kind, device="cpu")
         # Copy on write: torch wants memory that may be written to, the file must not change.
         flat = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c")).view(kind)
         return flat.view(-1, width) if width else flat

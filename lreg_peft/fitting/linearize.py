@@ -371,7 +371,7 @@ class _Linearised:
 
     def gradient(self) -> Tensor:
         """`[size]`."""
-        total = torch.zeros(self.size, 1, dtype=torch.float64)
+        total = torch.zeros(self.size, 1, dtype=torch.float64, device="cpu")
         for n, local in self._batches():
             total += n * self._flat(local.pull(local.slope)[0], 1)
         return total[:, 0]
@@ -380,7 +380,7 @@ class _Linearised:
         """J^T H J times `[size, k]`."""
         total = torch.zeros_like(block)
         for n, local in self._batches():
-            for columns in torch.arange(block.shape[1]).split(self._columns_at_once):
+            for columns in torch.arange(block.shape[1], device="cpu").split(self._columns_at_once):
                 product = vmap(local.multiply)(self._tree(block[:, columns]))
                 total[:, columns] += n * self._flat(product, len(columns))
                 self._bar.update()

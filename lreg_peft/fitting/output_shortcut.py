@@ -196,7 +196,8 @@ class Terminal:
         if self.reads_sequences and features.ndim == 3:
             features = features[:, 0]
         generator = torch.Generator().manual_seed(0)
-        return (2 * torch.randn(*features.shape[:-1], layer.out_features, generator=generator)).to(features)
+        shape = *features.shape[:-1], layer.out_features
+        return (2 * torch.randn(shape, generator=generator, device="cpu")).to(features)
 
     def _is_seen_to_be_plain(self, batch: Mapping[str, Any]) -> bool:
         """Whether the model is seen to take the mean cross-entropy of its logits, and nothing else."""

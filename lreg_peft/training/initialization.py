@@ -267,7 +267,7 @@ class _Collector(ExitStack):
         mask = self.attention_mask
         if mask is not None and mask.ndim == 2 and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
-        chosen = torch.randperm(rows.shape[0], generator=self._generator)[: self._quota]
+        chosen = torch.randperm(rows.shape[0], generator=self._generator, device="cpu")[: self._quota]
         self.rows[name].append(self.layers[name].encoder_input(self.adapter_name, rows[chosen.to(rows.device)]))
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class _Collector(ExitStack):
         g = gradient.reshape(-1, gradient.shape[-1]).float()
         if name not in self._compress:
             draw = torch.Generator().manual_seed(0)
-            matrix = torch.randn(g.shape[1], min(_SKETCH_SIZE, g.shape[1]), generator=draw)
+            matrix = torch.randn(g.shape[1], min(_SKETCH_SIZE, g.shape[1]), generator=draw, device="cpu")
             self._compress[name] = matrix.to(g.device)
         small = g @ self._compress[name]  # [rows, sketch]
         product, total = self._products.get(name, (0, 0))

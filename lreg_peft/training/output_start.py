@@ -94,7 +94,7 @@ def start_output(
 
 def _shifts(counts: Tensor, expected: Tensor) -> Tensor:
     """One row per pseudocount, `[pseudocounts, classes]`, fp64."""
-    a = torch.tensor(PSEUDOCOUNTS, dtype=torch.float64).unsqueeze(1)
+    a = torch.tensor(PSEUDOCOUNTS, dtype=torch.float64, device="cpu").unsqueeze(1)
     return ((counts + a) / (expected + a)).log()
 
 
@@ -123,7 +123,7 @@ class _Half:
     def __init__(self, layer: LRegLayer, adapter_name: str) -> None:
         self._layer, self._adapter_name = layer, adapter_name
         self._rows: list[Rows] = []
-        self.counts, self.expected = torch.zeros(2, layer.out_features, dtype=torch.float64)
+        self.counts, self.expected = torch.zeros(2, layer.out_features, dtype=torch.float64, device="cpu")
 
     @classmethod
     def of(
@@ -170,7 +170,7 @@ class _Half:
 
     def losses(self, shifts: Tensor) -> Tensor:
         """Summed loss of the base model, then with each of the shifts `[m, classes]`: fp64 `[1 + m]`."""
-        total = torch.zeros(1 + len(shifts), dtype=torch.float64)
+        total = torch.zeros(1 + len(shifts), dtype=torch.float64, device="cpu")
         layer, adapter = self._layer, self._adapter_name
         k = layer.heads[adapter].constant(layer.weights(adapter)).float()
         for features, targets in self._pieces():

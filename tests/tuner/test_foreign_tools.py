@@ -21,7 +21,15 @@ from transformers import (
     XLMWithLMHeadModel,
 )
 
-from lreg_peft import LRegConfig, inspect_targets
+from lreg_peft import (
+    LRegConfig,
+    cache_features,
+    fit_coefficients,
+    initialize_lreg_weights,
+    inspect_targets,
+    refine_linearized,
+)
+from lreg_peft.core.basis import evaluate_profile
 from lreg_peft.core.mesh import spread_rounded, uniform_nodes
 
 IDS = torch.arange(3, 21).view(2, 9)
@@ -52,6 +60,77 @@ def test_an_offloaded_model_computes_the_same(where, buffers, tmp_path):
         accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=buffers)
     assert torch.equal(tiny.outputs(model), expected)
     remove_hook_from_submodules(model)
+
+
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+VALUES = {"x": torch.randn(6, 4), "labels": torch.randn(6, 1)}
+
+
+class Network(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 1))
+
+    def forward(self, x, labels=None):
+        output = super().forward(x)
+        loss = None if labels is None else nn.functional.mse_loss(output, labels)
+        return {"loss": loss, "logits": output}
+
+
+WORK = {
+    "a head that is a block": (
+        lambda: tiny.build("bert", "MASKED_LM"),
+        {},
+        lambda model, folder: model.train()(**BATCH).loss.backward(),
+    ),
+    "pca": (
+        tiny.gpt2,
+        {"target_modules": ["mlp", "lm_head"], "init_weights": "pca"},
+        lambda model, folder: initialize_lreg_weights(model, [BATCH] * 3, output_start=True, show_progress=False),
+    ),
+    "gradient": (
+        tiny.gpt2,
+        {"target_modules": ["mlp"], "init_weights": "gradient"},
+        lambda model, folder: initialize_lreg_weights(model, [BATCH], show_progress=False),
+    ),
+    "fit": (
+        tiny.gpt2,
+        {},
+        lambda model, folder: fit_coefficients(model, [BATCH], max_passes=3, show_progress=False),
+    ),
+    "fit of values": (
+        Network,
+        {"target_modules": ["1"]},
+        lambda model, folder: fit_coefficients(model, [VALUES], max_passes=3, show_progress=False),
+    ),
+    "cache": (
+        tiny.gpt2,
+        {},
+        lambda model, folder: cache_features(model, [BATCH], folder / "c", batch_size=None)[1],
+    ),
+    "refinement": (
+        Network,
+        {"target_modules": ["0"]},
+        lambda model, folder: refine_linearized(model, [VALUES], rank=1, show_progress=False),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of a fit that stops early
+@pytest.mark.parametrize("name", WORK)
+def test_the_default_device_of_torch_does_not_matter(name, tmp_path):
+    """Meta stands for any device that is not the model's."""
+    build, options, work = WORK[name]
+    model = get_peft_model(build(), LRegConfig(**options))
+    with torch.device("meta"):
+        work(model, tmp_path)
+
+
+def test_one_coordinate_and_meshes_are_on_their_own_device():
+    nodes, profile = uniform_nodes(2, 5), torch.randn(2, 5)
+    rounded = torch.tensor([[0, 0.5, 0.5, 0.5, 1]])
+    with torch.device("meta"):
+        assert evaluate_profile(torch.rand(1, 2, device="cpu"), nodes, profile).device.type == "cpu"
+        assert spread_rounded(rounded).device.type == "cpu"
 
 
 class TestHalfPrecisionFiles:

@@ -37,10 +37,10 @@ def dominant_subspace(
     """
     products, columns = subspace_cost(size, rank)
     if columns == size:
-        basis = torch.eye(size, dtype=torch.float64)
+        basis = torch.eye(size, dtype=torch.float64, device="cpu")
     else:
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(size, columns, dtype=torch.float64, generator=generator)
+        start = torch.randn(size, columns, dtype=torch.float64, generator=generator, device="cpu")
         basis = torch.linalg.qr(start).Q
         for _ in range(products - 1):
             basis = torch.linalg.qr(multiply(basis)).Q

@@ -134,7 +134,7 @@ def _try_rows(head: LRegLayer, features: Tensor) -> torch.dtype | None:
     """As `_dtype_of_rows`, by trying it on a few rows of random numbers; nothing is left behind."""
     base = head.base_layer
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(2, 3, head.in_features, generator=generator).to(features)
+    block = torch.randn(2, 3, head.in_features, generator=generator, device="cpu").to(features)
     kept = [buffer.clone() for buffer in base.buffers()]
     devices = [features.device] if features.device.type not in ("cpu", "meta") else []
     with torch.random.fork_rng(devices, device_type=features.device.type if devices else "cuda"):

@@ -98,17 +98,16 @@ def evaluate(
         coords: `[..., components]`; values outside the mesh are clamped to its ends.
         nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
         coefficients: `[components, dof, out_features]`.
-        form: "dense" multiplies by the dense basis (cost grows with dof, twice differentiable); "gather" reads only
-            the two nodes around each coordinate (cost flat in dof, once differentiable); "auto" takes the faster one;
-            inside a transform of `torch.func`, the dense one.
+        form: "dense" multiplies by the dense basis (cost grows with dof); "gather" reads only the two nodes
+            around each coordinate (cost flat in dof); "auto" takes the faster one; inside a transform of `torch.func`,
+            the dense one.
         validate: see `locate`.
 
     Returns:
-        `[..., out_features]` in the dtype of `coefficients`; differentiable in `coords` and `coefficients`.
+        `[..., out_features]` in the dtype of `coefficients`; differentiable in `coords` and `coefficients`, twice.
 
     Raises:
         ValueError: for invalid nodes, NaN coordinates, or shapes that do not fit; the message gives the shapes.
-        RuntimeError: in a backward pass with `create_graph=True` through the "gather" form.
     """
     if validate:
         check_nodes(nodes)
@@ -222,7 +221,7 @@ def weighted_rows(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
         table: `[K, out_features]`.
 
     Returns:
-        `[..., out_features]`; differentiable in `weights` and `table`, once.
+        `[..., out_features]`; differentiable in `weights` and `table`, twice.
     """
     m = rows.shape[-1]
     flat, flat_weights = rows.reshape(-1, m), weights.reshape(-1, m)
@@ -257,12 +256,11 @@ class _WeightedRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # in a backward pass only with create_graph=True
-            raise RuntimeError(
-                "lreg_peft: the 'gather' form of evaluate() has no second derivative. "
-                "Call evaluate(..., form='dense') where you differentiate with create_graph=True."
-            )
         rows, weights, table = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be taken: let autograd see every step
+            per_weight = (table[rows] * gradient.unsqueeze(1)).sum(dim=-1)
+            parts = weights.unsqueeze(-1) * gradient.unsqueeze(1)
+            return None, per_weight, torch.zeros_like(table).index_add(0, rows.flatten(), parts.flatten(0, 1))
         d_weights = d_table = None
         (n, size), flat, gradient = rows.shape, rows.reshape(-1), gradient.contiguous()
         sample = torch.arange(n, device=rows.device).repeat_interleave(size)

@@ -153,11 +153,15 @@ def test_auto_takes_the_form_by_dof(monkeypatch):
     assert taken == [9, 100]
 
 
-def test_second_derivative_of_the_gather_form_is_refused_with_advice():
-    coords = torch.rand(5, 1, requires_grad=True)
-    value = evaluate(coords, uniform_nodes(1, 4), torch.randn(1, 4, 2), form="gather")
-    with pytest.raises(RuntimeError, match="form='dense'"):
-        torch.autograd.grad(value.sum(), coords, create_graph=True)
+@pytest.mark.parametrize("form", ["dense", "gather"])
+def test_second_derivatives(form):
+    generator = torch.Generator().manual_seed(0)
+    nodes = uniform_nodes(2, 4, dtype=torch.float64)
+    coords = torch.rand(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    coefficients = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x, c: evaluate(torch.sigmoid(x), nodes, c, form=form).square(), (coords, coefficients)
+    )
 
 
 # torch.func's decompositions still use torch.jit.script.

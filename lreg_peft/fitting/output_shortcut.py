@@ -357,7 +357,8 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
         adapter_name: which adapter; None takes the active one.
 
     Raises:
-        ValueError: if the adapter does not exist, or is not on exactly one module that ends the model; with the reason.
+        ValueError: if the adapter does not exist, is not on exactly one module that ends the model, or reads the output
+            of another one; with the reason.
     """
     inner = unwrap(model)
     if adapter_name is None:
@@ -376,6 +377,11 @@ def find_terminal(model: nn.Module, adapter_name: str | None = None) -> Terminal
             "model head or a classifier: LRegConfig(target_modules=[...])."
         )
     ((name, layer),) = own.items()
+    if layer.source is not None:
+        raise ValueError(
+            f"a shortcut that is fitted or cached must read the input of its own module, and the one at {name!r} has "
+            f"the feature_source {layer.source.name!r}: do without that option, or train the shortcut in the model."
+        )
     return Terminal(inner, name, layer, adapter_name)
 
 

@@ -122,6 +122,12 @@ def test_what_is_not_terminal_is_refused():
         find_terminal(adapted(tiny.gpt2()), "other")
 
 
+def test_a_shortcut_that_reads_another_module_is_refused_for_that():
+    model = adapted(tiny.gpt2(), "lm_head", feature_source={"lm_head": "transformer.h.0"})
+    with pytest.raises(ValueError, match=r"'lm_head' has the feature_source 'transformer\.h\.0': do without"):
+        find_terminal(model)
+
+
 def test_wrong_batches_are_refused():
     terminal = find_terminal(adapted(tiny.build("bert", "SEQ_CLS", num_labels=3), "classifier"))
     with pytest.raises(TypeError, match="got list"):

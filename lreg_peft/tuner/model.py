@@ -315,13 +315,16 @@ class LRegModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As in PEFT, and what it left out because another adapter is called like a module of the model."""
+        """As in PEFT, but right where other adapters are called like modules: all of this one's, and none of theirs."""
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if any(f".{name}." in f"{path}." for name in unwanted_adapter_names for path, _ in model.named_modules()):
             for path, module in model.named_modules():
                 if isinstance(module, LRegLayer):
                     for key, value in module.own_state(adapter_name).items():
                         saved.setdefault(f"{path}.{key}", value)
+                    for name in unwanted_adapter_names:
+                        for key in module.own_state(name):
+                            saved.pop(f"{path}.{key}", None)
         return saved
 
     @classmethod

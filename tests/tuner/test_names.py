@@ -239,3 +239,12 @@ def test_an_adapter_may_be_called_like_a_module_of_the_model(tmp_path):
     alone = get_peft_model_state_dict(model)
     model.add_adapter("mlp", LRegConfig(target_modules=["mlp"]))
     assert tiny.same_state(alone, get_peft_model_state_dict(model))
+
+
+def test_several_adapters_may_be_called_like_modules_of_the_model():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model = get_peft_model(model, LRegConfig(target_modules=["a"]), adapter_name="other")
+    alone = get_peft_model_state_dict(model, adapter_name="other")
+    for name in ("a", "b"):
+        model.add_adapter(name, LRegConfig(target_modules=[name]))
+    assert tiny.same_state(alone, get_peft_model_state_dict(model, adapter_name="other"))

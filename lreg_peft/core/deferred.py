@@ -6,7 +6,8 @@ and slices of rows stay deferred, a plain cross-entropy is handed to the fused l
 computes the numbers first. So the loss is always the one that the model computes, whatever that is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ class LogitsSource(Protocol):
 
     Attributes:
         features: `[n, in_features]`, what they are a function of, in its graph.
-        weights: parameters that they are differentiable in as well.
+        weights: those that they were differentiable in as well, whether or not they require a gradient by now.
         n_classes: outputs per row.
         dtype: of the logits.
     """
@@ -42,8 +43,11 @@ class LogitsSource(Protocol):
             RuntimeError: if the weights are not those of the forward pass any more.
         """
 
-    def loss(self, rows: Tensor, targets: Tensor, normaliser: float | None, smoothing: float) -> Tensor:
-        """Summed cross-entropy of some rows over `normaliser`, differentiable; None takes their number."""
+    def loss(self, rows: Tensor, targets: Tensor, normaliser: float | None, smoothing: float) -> Tensor | None:
+        """Summed cross-entropy of some rows over `normaliser`, differentiable; None takes their number.
+
+        None if it would not be that of the forward pass any more, in its value or its gradients.
+        """
 
 
 class _State:
@@ -85,7 +89,7 @@ class _State:
             return self._graph
         if not differentiable:
             features = features.detach().requires_grad_(features.requires_grad)
-        with torch.enable_grad():
+        with torch.enable_grad(), _requiring_gradients(self.source.weights):
             return features, self.source.with_graph(features)
 
 
@@ -151,7 +155,21 @@ def defer(source: LogitsSource, shape: tuple[int, ...]) -> DeferredLogits:
 
 def _place(state: _State, rows: Tensor, dtype: torch.dtype, *, is_view: bool) -> DeferredLogits:
     source = state.source
-    return _Defer.apply(state, rows, dtype, is_view, source.features, *source.weights)  # type: ignore[no-any-return,no-untyped-call]
+    with _requiring_gradients(source.weights):
+        return _Defer.apply(state, rows, dtype, is_view, source.features, *source.weights)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@contextmanager
+def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Have leaves require gradients that did so once: the adapter may be switched off by now."""
+    idle = [tensor for tensor in tensors if not tensor.requires_grad]
+    for tensor in idle:
+        tensor.requires_grad_()
+    try:
+        yield
+    finally:
+        for tensor in idle:
+            tensor.requires_grad_(False)
 
 
 def is_mean_cross_entropy(logits: Tensor) -> bool:
@@ -212,6 +230,8 @@ class _Defer(torch.autograd.Function):
         with torch.enable_grad():
             logits = _pick(logits, ctx.rows, ctx.dtype)
         needed = [t for t in inputs if t.requires_grad]
+        if not needed:  # nobody waits for a gradient any more
+            return (None,) * (4 + len(inputs))
         found = iter(
             torch.autograd.grad(
                 logits, needed, gradient, retain_graph=True, create_graph=create_graph, allow_unused=True
@@ -344,6 +364,8 @@ def _cross_entropy(
     loss = logits._state.source.loss(
         logits._rows[counts], target[counts], 1.0 if reduction == "sum" else None, label_smoothing
     )
+    if loss is None:
+        return NotImplemented
     logits._state.fused = True
     logits._state.is_plain &= ignore_index == -100 and reduction == "mean" and not label_smoothing
     # Autocast computes cross-entropy in single precision; without it the loss has the dtype of the logits.

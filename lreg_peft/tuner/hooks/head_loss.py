@@ -7,6 +7,7 @@ the logits themselves. `LRegConfig(fused_loss=False)` switches all of it off.
 """
 
 import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -168,19 +169,16 @@ class _HeadLogits:
 
     def __init__(self, head: LRegLayer, features: Tensor, dtype: torch.dtype) -> None:
         self.features, self.n_classes, self.dtype = features, head.out_features, dtype
-        self._head = head
-        self._adapters = head.stacked_adapters
-        own = itertools.chain(head.named_parameters(), head.named_buffers())
-        # By the name of an adapter, which stands in those of its tensors and in no other.
-        self._own = {
-            name: tensor
-            for name, tensor in own
-            if not name.startswith("base_layer.") and not set(self._adapters).isdisjoint(name.split("."))
-        }
+        self._head, self._base = head, head.base_layer
+        self._adapters, self._mode = head.stacked_adapters, _mode(head)
+        # Tensors of this pass: later the layer may hold others, or hold them for the time of the pass only.
+        self._own = _own_tensors(head)
+        self._trains = {name: tensor.requires_grad for name, tensor in self._own.items()}
         self.weights = tuple(tensor for tensor in self._own.values() if tensor.requires_grad)
         # Small beside the weight of the head. The base is frozen: that nobody has changed it is all there is to know.
         self._then = {name: tensor.detach().clone() for name, tensor in self._own.items()}
-        self._frozen = [(t, t._version, t.data_ptr()) for t in (features, *head.base_layer.parameters())]
+        self._fixed = {f"base_layer.{name}": tensor for name, tensor in _named_tensors(self._base)}
+        self._frozen = [(t, t._version, t.data_ptr()) for t in (features, *self._fixed.values())]
         kind = features.device.type
         self._autocast = partial(
             torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
@@ -188,31 +186,73 @@ class _HeadLogits:
 
     def values(self) -> Tensor:
         """See `LogitsSource`."""
-        self._check_frozen()
-        with self._autocast():
-            sum_up = _Sum(self._head, self._adapters)
-            tensors = {f"head.{name}": tensor for name, tensor in self._then.items()}
-            return functional_call(sum_up, tensors, (self.features,))  # type: ignore[no-any-return]
+        return self._sum(self._then, self.features)
 
     def with_graph(self, features: Tensor) -> Tensor:
         """See `LogitsSource`."""
-        self._check_frozen()
-        if not all(torch.equal(tensor, self._then[name]) for name, tensor in self._own.items()):
+        if not self._own_are_unchanged():
             raise RuntimeError(_STALE.format("the weights of the adapter have changed"))
-        with self._autocast():
-            return _Sum(self._head, self._adapters)(features)  # type: ignore[no-any-return]
+        return self._sum(self._own, features)
 
-    def loss(self, rows: Tensor, targets: Tensor, normaliser: float | None, smoothing: float) -> Tensor:
+    def loss(self, rows: Tensor, targets: Tensor, normaliser: float | None, smoothing: float) -> Tensor | None:
         """See `LogitsSource`."""
+        if not self._head_is_unchanged():
+            return None
         with self._autocast():
             return self._head.fused_loss(self.features[rows], targets, normaliser, label_smoothing=smoothing)
 
-    def _check_frozen(self) -> None:
-        if any(t._version != version or t.data_ptr() != place for t, version, place in self._frozen):
+    def _sum(self, own: dict[str, Tensor], features: Tensor) -> Tensor:
+        if not self._frozen_are_unchanged():
             raise RuntimeError(_STALE.format("frozen weights or hidden states have changed"))
         absent = [name for name in self._adapters if name not in self._head.lreg_nodes]
         if absent:
             raise RuntimeError(_STALE.format(f"the adapter {absent[0]!r} has been removed"))
+        tensors = {f"head.{name}": tensor for name, tensor in (self._fixed | own).items()}
+        with self._autocast():
+            return functional_call(_Sum(self._head, self._adapters), tensors, (features,))  # type: ignore[no-any-return]
+
+    def _frozen_are_unchanged(self) -> bool:
+        return self._head.base_layer is self._base and all(
+            t._version == version and t.data_ptr() == place for t, version, place in self._frozen
+        )
+
+    def _own_are_unchanged(self) -> bool:
+        return all(_equal(tensor, self._then[name]) for name, tensor in self._own.items())
+
+    def _head_is_unchanged(self) -> bool:
+        """Whether the layer computes now what it did in this pass, with gradients of the same tensors."""
+        if _mode(self._head) != self._mode or not self._frozen_are_unchanged():
+            return False
+        now = dict(_named_tensors(self._head))
+        return (
+            all(now.get(name) is tensor for name, tensor in (self._fixed | self._own).items())
+            and all(tensor.requires_grad == self._trains[name] for name, tensor in self._own.items())
+            and self._own_are_unchanged()
+        )
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(module.named_parameters(), module.named_buffers())
+
+
+def _own_tensors(head: LRegLayer) -> dict[str, Tensor]:
+    """Those of the stacked adapters, whose names stand in those of their tensors and in no other."""
+    adapters = set(head.stacked_adapters)
+    return {
+        name: tensor
+        for name, tensor in _named_tensors(head)
+        if not name.startswith("base_layer.") and not adapters.isdisjoint(name.split("."))
+    }
+
+
+def _mode(head: LRegLayer) -> tuple[Any, ...]:
+    """What beside tensors decides what a layer computes."""
+    return head.training, head.disable_adapters, head.batch_adapter_names, head.stacked_adapters
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is one of them."""
+    return torch.equal(tensor, other) or torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 class _Sum(nn.Module):

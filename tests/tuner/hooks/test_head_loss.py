@@ -54,6 +54,11 @@ def is_deferred(output) -> bool:
     return type(logits) is DeferredLogits and logits._real is None and logits._state._values is None
 
 
+def cross_entropy(logits: Tensor) -> Tensor:
+    """As one would take it from the logits of an output."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
+
+
 def assert_same_training(fused: nn.Module, usual: nn.Module, batch: dict, **kwargs) -> None:
     losses = []
     for model in (fused, usual):
@@ -698,6 +703,69 @@ class TestLogitsOnDemand:
         change(fused)
         torch.testing.assert_close(outputs[0].logits.detach(), outputs[1].logits.detach())
 
+    def test_a_loss_of_them_is_that_of_the_forward_pass(self):
+        """Whatever has happened to the model between the two."""
+
+        def step(model):
+            cross_entropy(model(**BATCH).logits).backward()
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+
+        def replace(model):
+            weights = model.get_base_model().lm_head.lreg_coefficients
+            weights["default"] = nn.Parameter(torch.zeros_like(weights["default"]))
+
+        for change in (
+            step,
+            replace,
+            lambda m: m.get_base_model().lm_head.lreg_coefficients["default"].data.mul_(3.0),
+            lambda m: m.base_model.disable_adapter_layers(),
+            lambda m: m.add_adapter("b", LRegConfig(init_weights=False)) or m.set_adapter("b"),
+        ):
+            losses = []
+            for model in twins(tiny.gpt2):
+                output = model(**BATCH)
+                change(model)
+                losses.append(cross_entropy(output.logits).detach())
+            torch.testing.assert_close(*losses)
+
+    def test_their_gradient_goes_to_the_weights_of_the_forward_pass(self):
+        def disabled(model, logits):
+            with model.disable_adapter():
+                return cross_entropy(logits), logits.square().mean()
+
+        def replaced(model, logits):
+            weights = model.get_base_model().lm_head.lreg_coefficients
+            weights["default"] = nn.Parameter(torch.zeros_like(weights["default"]))
+            return cross_entropy(logits), logits.square().mean()
+
+        for change in (disabled, replaced):
+            found = []
+            for model in twins(tiny.gpt2):
+                then = [p for p in model.parameters() if p.requires_grad]
+                losses = change(model, model(**BATCH).logits)
+                sum(losses).backward()
+                found.append([*losses, *(p.grad for p in then)])
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
+    def test_weights_that_are_there_for_one_call(self):
+        found = []
+        for model in twins(tiny.gpt2):
+            given = {name: (3 * p).detach().requires_grad_("lreg_" in name) for name, p in model.named_parameters()}
+            output = torch.func.functional_call(model, given, (), BATCH)
+            losses = (output.loss, cross_entropy(output.logits), output.logits.square().mean())
+            sum(losses).backward()
+            assert not gradients(model)
+            found.append([*losses, *(p.grad for p in given.values() if p.requires_grad)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+    def test_weights_that_are_not_finite(self):
+        model = adapted(tiny.gpt2(), fused_loss=True)
+        model.get_base_model().lm_head.lreg_coefficients["default"].data.fill_(torch.nan)
+        output = model(**BATCH)
+        output.loss.backward()
+        assert is_deferred(output)
+        assert output.loss.isnan()
+
     @pytest.mark.parametrize(
         "change",
         [
@@ -709,8 +777,10 @@ class TestLogitsOnDemand:
         model = adapted(tiny.gpt2(), fused_loss=True)
         output = model(**BATCH)
         change(model)
-        with pytest.raises(RuntimeError, match=r"since then\. Read them before, or set LRegConfig\(fused_loss=False\)"):
-            output.logits.argmax(-1)
+        sentence = r"since then\. Read them before, or set LRegConfig\(fused_loss=False\)"
+        for read in (lambda logits: logits.argmax(-1), cross_entropy):
+            with pytest.raises(RuntimeError, match=sentence):
+                read(output.logits)
 
     @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}, {}])
     def test_under_ddp(self, tmp_path, options):

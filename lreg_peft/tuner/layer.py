@@ -447,6 +447,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             return self._thinned(name, self.design(name, code)).to(dtype) @ self.table(name).to(dtype)
         return self.heads[name].value(self._head_weights(name), self._weight("lreg_nodes", name), code, dtype)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether dropout is at work in the shortcuts that forward adds."""
+        return any(self._drops(name) for name in self.stacked_adapters)
+
     def _drops(self, name: str) -> bool:
         """Whether dropout is at work: only an adapter that trains has it, not a grade below."""
         return self.training and self.lreg_dropout.get(name, 0) > 0 and name in self.active_adapters

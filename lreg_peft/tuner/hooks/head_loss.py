@@ -80,10 +80,18 @@ def defer_logits(head: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     if head.out_features < 2 or not features.is_floating_point() or has_hooks(head, within=False) or _watches_all():
         return None
+    if head.source is not None or head.has_dropout or _keeps_watch_on_saved_tensors():
+        return None  # other features, another mask at every call, other tensors than those of a repeated pass
     dtype = _dtype_of_rows(head, features)
     if dtype is None:
         return None
     return defer(_HeadLogits(head, features.reshape(-1, features.shape[-1]), dtype), tuple(features.shape[:-1]))
+
+
+def _keeps_watch_on_saved_tensors() -> bool:
+    """Whether somebody, such as a checkpoint, has hooks on what is saved for the backward pass."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def _watches_all() -> bool:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import tiny
 import torch
+import torch.utils.checkpoint
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -183,6 +184,39 @@ class TestWhereItDoesNotApply:
         losses = [model(**BATCH).loss for model in twins(build)]
         assert losses[0].item() == losses[1].item()
         assert not self.deferred(adapted(build(), fused_loss=True))
+
+    def test_a_head_that_reads_another_module(self):
+        models = twins(tiny.gpt2, target_modules=["lm_head"], feature_source={"lm_head": "transformer.h.0"})
+        torch.testing.assert_close(*(model(**BATCH).loss for model in models))
+        assert not self.deferred(models[0])
+
+    def test_dropout_of_the_adapter(self):
+        """Two readings of the logits would have two masks."""
+        for dropout in ({}, {"dropout": 0.5}):
+            model = adapted(tiny.gpt2(), fused_loss=True, target_modules=["lm_head"])
+            model.add_adapter("b", LRegConfig(target_modules=["lm_head"], init_weights=False, **dropout))
+            model.base_model.set_adapter(["default", "b"])
+            assert self.deferred(model) == (not dropout)
+            output = model(**BATCH)
+            torch.testing.assert_close(cross_entropy(output.logits * 1), output.loss)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_around_head_and_loss(self, reentrant):
+        class Checkpointed(transformers.GPT2LMHeadModel):
+            def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+                def loss(hidden):
+                    return nn.functional.cross_entropy(self.lm_head(hidden).flatten(0, 1), labels.flatten())
+
+                hidden = self.transformer(input_ids).last_hidden_state.requires_grad_()
+                return {"loss": torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=reentrant)}
+
+        found = []
+        for model in twins(lambda: Checkpointed(tiny.gpt2().config), task_type="CAUSAL_LM"):
+            model.get_base_model().load_state_dict(tiny.gpt2().state_dict(), strict=False)
+            model(**BATCH)["loss"].backward()
+            found.append(gradients(model))
+        assert found[1]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
     def test_unloading_leaves_no_hook(self):
         base = tiny.gpt2()

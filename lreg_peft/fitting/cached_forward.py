@@ -107,8 +107,8 @@ class _TakesFeatures:
         terminal = self.terminal
         layer, head = terminal.layer, wrapped_head(terminal.model)
         may_wait = head is layer and asks_for_fused_loss(terminal.model, layer)
-        layer.loss_request = defer_logits if may_wait else None
+        layer.in_thread.loss_request = defer_logits if may_wait else None
         try:
             return layer(features.unsqueeze(1) if terminal.reads_sequences else features)  # type: ignore[no-any-return]
         finally:
-            layer.loss_request = None
+            layer.in_thread.loss_request = None

@@ -182,13 +182,13 @@ class Terminal:
         return (logits, loss_of(output)) if isinstance(logits, Tensor) else (torch.empty(0), None)
 
     def _forward_instead(self, batch: Mapping[str, Any], instead: Any) -> Any:
-        """The model's output where `instead`, a function as `LRegLayer.loss_request`, answers for the module."""
+        """The model's output where `instead`, a function as `InThread.loss_request`, answers for the module."""
         with self._apart():
-            self.layer.loss_request = instead
+            self.layer.in_thread.loss_request = instead
             try:
                 return self._forward(batch)
             finally:
-                self.layer.loss_request = None
+                self.layer.in_thread.loss_request = None
 
     def _some_logits(self, layer: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Logits of ordinary size that cost nothing; the same on every call."""

@@ -1,6 +1,7 @@
 """The shortcut around one module."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from ..core.basis import design_matrix
 from ..core.coordinates import initial_projection, project_linear, without_autocast
 from ..core.fused_loss import fused_cross_entropy
 from ..core.mesh import check_nodes, uniform_nodes
+from ..modules import is_compiling
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
 from .heads import HEADS, Encoded, Head
@@ -30,6 +32,19 @@ MERGE_REFUSED = (
 
 # Standard deviation of the coefficients for init_weights=False.
 _RANDOM_INIT_STD = 0.02
+
+
+class InThread(threading.local):
+    """Notes of one forward pass, for every thread by itself; copies and pickles start without."""
+
+    #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
+    was_called = False
+    #: Set for the time of a forward pass in which this output head may put off its logits: a function of the layer
+    #: and its arguments that returns something in their place, or None.
+    loss_request: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 class LRegLayer(nn.Module, BaseTunerLayer):
@@ -104,7 +119,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         # Attributes that PEFT declares on the class and would share between layers.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
-        #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
+        #: What forward and the hooks around it tell each other.
+        self.in_thread = InThread()
+        #: `InThread.was_called` of a compiled graph, which knows no threads.
         self.was_called = False
         #: Adapters whose configuration promises a start from data that has not been made yet.
         self.start_is_owed: set[str] = set()
@@ -112,9 +129,6 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
         #: Set for the time of a mixed batch: one adapter name per sample.
         self.batch_adapter_names: Sequence[str] | None = None
-        #: Set for the time of a forward pass in which this output head may put off its logits: a function of the layer
-        #: and its arguments that returns something in their place, or None.
-        self.loss_request: Any = None
         # Last: from here on, attributes that the base has and this layer has not are those of the base.
         self.base_layer = base_layer
         parameters = inspect.signature(base_layer.forward).parameters
@@ -283,9 +297,14 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
-        self.__dict__["was_called"] = True  # a plain flag, without the detour by the module's own attributes
-        if self.loss_request is not None and (deferred := self.loss_request(self, args, kwargs)) is not None:
-            return deferred
+        own = self.__dict__  # without the detour by the module's own attributes
+        if is_compiling():
+            own["was_called"] = True
+        else:
+            here = own["in_thread"]
+            here.was_called = True
+            if here.loss_request is not None and (deferred := here.loss_request(self, args, kwargs)) is not None:
+                return deferred
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output

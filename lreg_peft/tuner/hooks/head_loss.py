@@ -49,17 +49,17 @@ def release(model: nn.Module) -> None:
 def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: tell the head whether logits may wait. What a broken-off pass has left is overwritten."""
     head = wrapped_head(model)
-    if head is not None and head.loss_request in (None, defer_logits):  # somebody else's are not ours to change
+    if head is not None and head.in_thread.loss_request in (None, defer_logits):  # others' are not ours to change
         wanted = kwargs.get("labels") is not None and head.training and torch.is_grad_enabled()
         wanted = wanted and not is_compiling() and asks_for_fused_loss(model, head)
-        head.loss_request = defer_logits if wanted else None
+        head.in_thread.loss_request = defer_logits if wanted else None
 
 
 def _finish(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook, also after an error."""
     head = wrapped_head(model)
-    if head is not None and head.loss_request is defer_logits:
-        head.loss_request = None
+    if head is not None and head.in_thread.loss_request is defer_logits:
+        head.in_thread.loss_request = None
 
 
 def asks_for_fused_loss(model: nn.Module, head: LRegLayer) -> bool:

@@ -84,13 +84,13 @@ def wrapped_head(model: nn.Module) -> LRegLayer | None:
 
 def _clear_call_flag(model: nn.Module, args: Any) -> None:
     if not is_compiling() and (head := wrapped_head(model)) is not None:
-        head.was_called = False
+        head.was_called = head.in_thread.was_called = False
 
 
 def _check_head_was_called(model: nn.Module, args: Any, output: Any) -> Tensor | None:
-    if is_compiling() or (head := wrapped_head(model)) is None or head.was_called or head.disable_adapters:
+    if is_compiling() or (head := wrapped_head(model)) is None or head.disable_adapters:
         return None
-    if not head.stacked_adapters:
+    if head.in_thread.was_called or head.was_called or not head.stacked_adapters:
         return None
     raise RuntimeError(
         "the model computed its output without calling its output head, so the LReg adapter on that head had no part "

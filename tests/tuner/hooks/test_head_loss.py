@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -886,8 +888,31 @@ def test_trainer_takes_the_same_steps(options, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # rounded in the log
 
 
+def test_two_threads_do_not_disturb_each_other():
+    """Neither a pass without a loss nor one with another ends what a slow one has begun."""
+    model = adapted(tiny.gpt2(), fused_loss=True)
+    begun, go_on = threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def wait(module, args):
+        if threading.get_ident() != main:
+            begun.set()
+            assert go_on.wait(10)
+
+    model.get_base_model().transformer.ln_f.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(lambda: model(**BATCH))
+        assert begun.wait(10)
+        with torch.no_grad():
+            assert type(model(**BATCH).logits) is Tensor
+        assert type(model(input_ids=IDS).logits) is Tensor
+        assert is_deferred(model(**BATCH))
+        go_on.set()
+        assert is_deferred(slow.result())
+
+
 def test_a_copy_of_a_model_trains():
     model = adapted(tiny.gpt2(), fused_loss=True)
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin(**BATCH).loss, model(**BATCH).loss)
-    assert twin.get_base_model().lm_head.loss_request is None
+    assert twin.get_base_model().lm_head.in_thread.loss_request is None

@@ -1,6 +1,8 @@
 """Targeting the output head: tying, saving, generating, resizing, fused losses."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,3 +248,35 @@ class TestFusedLoss:
     def test_normal_models_pass_again_and_again(self):
         model = adapt(gpt2())
         assert torch.equal(outputs(model), outputs(model))
+
+    def test_a_pass_that_begins_in_another_thread_takes_nothing_away(self):
+        model = adapt(gpt2()).eval()
+        expected = outputs(model)
+        begun, go_on, others = threading.Event(), threading.Event(), []
+
+        def begin_another(module, args, output):
+            if threading.current_thread() is threading.main_thread():
+                others.append(threads.submit(outputs, model))
+                assert begun.wait(10)
+
+        def wait(module, args):
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                assert go_on.wait(10)
+
+        model.get_base_model().lm_head.register_forward_hook(begin_another)
+        model.get_base_model().transformer.register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as threads:
+            try:
+                assert torch.equal(outputs(model), expected)
+            finally:
+                go_on.set()
+            assert torch.equal(others[0].result(), expected)
+
+    def test_a_head_that_is_compiled_by_itself_is_seen(self):
+        torch._dynamo.reset()
+        model = adapt(gpt2())
+        expected = outputs(model)
+        model.get_base_model().lm_head.compile(backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(outputs(model), expected)

@@ -6,7 +6,7 @@ Logits over a vocabulary are by far the largest tensor of a language model's tra
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ _SQUARED_AT_ONCE = 2048
 _CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
 _CHUNK_BYTES = 256 * 2**20
+
+_LINEAR_FORWARD = nn.Linear.forward
 
 Base = Callable[[Tensor], Tensor]
 #: Rows of the batch, and what is told the squared norms of the gradient in their logits during the backward pass.
@@ -116,7 +118,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_table = table.new_zeros(table.shape, dtype=precise) if needs_table else None  # type: ignore[union-attr]
         exact_table = table.to(precise) if table is not None and needs_design else None
         energy = features.new_empty(n if watchers else 0, dtype=precise)
-        chunks = _ClassesFirst if _is_plain_linear(base, features) else _RowsFirst
+        chunks = _ClassesFirst if _takes_classes_first(base, features) else _RowsFirst
         work = chunks(base, needs_features, precise)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
@@ -253,13 +255,18 @@ class _ClassesFirst:
         return self._filled.T.to(self._weight.dtype) @ self._weight
 
 
-def _is_plain_linear(base: Base, features: Tensor) -> bool:
+def is_plain_linear(base: Base) -> TypeGuard[nn.Linear]:
+    """Whether `base` is a linear layer as torch has it: simulators of quantisation replace `forward`."""
+    return type(base) is nn.Linear and nn.Linear.forward is _LINEAR_FORWARD and "forward" not in base.__dict__
+
+
+def _takes_classes_first(base: Base, features: Tensor) -> bool:
     """Whether `base` is a linear layer on the CPU that computes with its weight and nothing else."""
     return (
-        type(base) is nn.Linear
+        is_plain_linear(base)
         and features.device.type == base.weight.device.type == "cpu"
         and base.weight.dtype == features.dtype
-        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        and not (base._forward_hooks or base._forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -75,6 +75,18 @@ def test_a_hooked_linear_layer_is_called():
     torch.testing.assert_close(loss, F.cross_entropy(layer(p["features"]) + p["design"] @ p["table"], p["targets"]))
 
 
+def test_a_linear_layer_with_another_forward_is_called(monkeypatch):
+    p = problem()
+    layer = linear(p)
+    forward = nn.Linear.forward
+    for owner, other in ((layer, lambda x: 2 * forward(layer, x)), (nn.Linear, lambda self, x: 2 * forward(self, x))):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "forward", other)
+            loss = fused_cross_entropy(layer, p["features"], p["targets"], p["design"], p["table"])
+        logits = 2 * layer(p["features"]) + p["design"] @ p["table"]
+        torch.testing.assert_close(loss, F.cross_entropy(logits, p["targets"]))
+
+
 @pytest.fixture(params=["one block", "blocks of 8"])
 def block(request, monkeypatch):
     if request.param == "blocks of 8":

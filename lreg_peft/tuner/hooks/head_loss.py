@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ...core.basis import under_transform
 from ...core.deferred import defer
+from ...core.fused_loss import is_plain_linear
 from ...modules import has_hooks, is_compiling, remove_hooks
 from ..layer import LRegLayer
 from ..layout import first_tensor
@@ -119,24 +120,25 @@ def _dtype_of_rows(head: LRegLayer, features: Tensor) -> torch.dtype | None:
             return None
     kind = features.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if type(base) is nn.Linear and "forward" not in base.__dict__:
+    if is_plain_linear(base):
+        dtypes = {_cast_by(autocast, t) for t in (features, base.weight, base.bias) if t is not None}
         fits = base.weight.shape == (head.out_features, head.in_features)
-        if (
-            not fits
-            or not base.weight.is_floating_point()
-            or (autocast is None and base.weight.dtype != features.dtype)
-        ):
-            return None
-        return autocast or features.dtype
+        return dtypes.pop() if fits and len(dtypes) == 1 else None
     key = (
         features.dtype,
         autocast,
-        *((id(m), id(m.__dict__.get("forward")), m.training) for m in base.modules()),
+        *((id(m), id(m.__dict__.get("forward")), id(type(m).forward), m.training) for m in base.modules()),
     )
     known = head.__dict__.get(_VERDICT)
     if known is None or known[0] != key:
         known = head.__dict__[_VERDICT] = (key, _try_rows(head, features))
     return known[1]  # type: ignore[no-any-return]
+
+
+def _cast_by(autocast: torch.dtype | None, tensor: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer takes a tensor: autocast leaves doubles alone."""
+    changes = autocast is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return autocast if changes else tensor.dtype  # type: ignore[return-value]
 
 
 def _try_rows(head: LRegLayer, features: Tensor) -> torch.dtype | None:

@@ -119,6 +119,17 @@ def test_autocast_reaches_the_base_head():
     assert losses[0].dtype == torch.float32
 
 
+def test_autocast_leaves_double_precision_alone():
+    outputs = []
+    for model in twins(tiny.gpt2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(model.double()(**BATCH))
+    fused, usual = outputs
+    assert fused.loss.dtype == usual.loss.dtype
+    assert fused.logits.dtype == usual.logits.dtype == torch.float64
+    torch.testing.assert_close((fused.loss, fused.logits), (usual.loss, usual.logits))
+
+
 def test_no_tensor_of_the_size_of_the_logits(monkeypatch):
     monkeypatch.setattr(core_fused_loss, "_CPU_ROWS", 4)
 
@@ -554,6 +565,15 @@ class TestTheHeadHasCompany:
             model(**BATCH).loss.backward()
             grads.append(linear.shift.grad)
         torch.testing.assert_close(*grads)
+
+    def test_linear_layers_that_are_replaced_as_a_class(self, monkeypatch):
+        """As simulators of quantisation do."""
+        plain = self.losses(lambda head: None)[1]
+        forward = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (4 * forward(self, x)).round() / 4)
+        losses = self.losses(lambda head: None)
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        assert abs(losses[0].item() - plain.item()) > 1e-4
 
     def test_weights_that_are_no_plain_tensors(self):
         class Quantised(Tensor):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.distributed import sum_over_processes, together
+from ..core.distributed import rank_and_world, sum_over_processes, together
 from ..labels import Rows, align, is_per_token, logits_of, loss_of, row_loss, shifts_labels
 from ..modules import eval_mode, unwrap
 from ..tuner.layer import LRegLayer
@@ -129,10 +129,15 @@ class _Half:
     def of(
         cls, model: nn.Module, name: str, layer: LRegLayer, adapter_name: str, batches: Iterable[Mapping[str, Any]]
     ) -> "tuple[_Half, _Half]":
-        """Both halves, from one pass."""
+        """Both halves, from one pass.
+
+        Batches are counted over all processes, one from each in turn, as they are dealt out: the halves, and what they
+        choose, are then those of one process, and with a batch for each process neither half is empty.
+        """
         halves = cls(layer, adapter_name), cls(layer, adapter_name)
+        rank, world = rank_and_world()
         for i, batch in enumerate(batches):
-            halves[i % 2].add(model, name, batch)
+            halves[(i * world + rank) % 2].add(model, name, batch)
         return halves
 
     def add(self, model: nn.Module, name: str, batch: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
@@ -18,6 +19,23 @@ def test_two_processes_end_with_the_same_start(tmp_path):
     for method in ("pca", "gradient"):
         for mine, other in zip(first[method], second[method], strict=True):
             assert torch.equal(mine, other)
+    # Batches dealt out in turn make the same halves as in one process, so that the same pseudocount is chosen.
+    report = _start_of_the_output(0, 1)
+    for together in (first["output"], second["output"]):
+        assert together == pytest.approx(report, rel=1e-6)
+
+
+def _start_of_the_output(rank: int, world: int) -> tuple[float, float, float]:
+    """Held-out loss, loss and pseudocount of a start from four batches of which every process has its share."""
+    from tiny import gpt2
+
+    torch.manual_seed(0)
+    model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], dof=4))
+    generator = torch.Generator().manual_seed(7)
+    ids = [torch.randint(3, 13 + 4 * i, (2, 10), generator=generator) for i in range(4)]
+    batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
+    found = initialize_lreg_weights(model, batches, output_start=True, show_progress=False)
+    return found.heldout_after, found.loss_after, found.pseudocount
 
 
 def _start(folder: Path) -> None:
@@ -37,6 +55,7 @@ def _start(folder: Path) -> None:
         names = ("lreg_projection", "lreg_projection_bias", "lreg_nodes")
         results[method] = [getattr(layer, name)["default"].detach() for layer in layers for name in names]
         results["rows"] = ids[0].tolist()
+    results["output"] = _start_of_the_output(rank, 2)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -83,6 +83,8 @@ def defer_logits(head: LRegLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     if head.source is not None or head.has_dropout or _keeps_watch_on_saved_tensors():
         return None  # other features, another mask at every call, other tensors than those of a repeated pass
+    if any(weight._backward_hooks for weight in head.parameters()):
+        return None  # a gradient taken on demand passes by them, and then they act once more where it is accumulated
     dtype = _dtype_of_rows(head, features)
     if dtype is None:
         return None

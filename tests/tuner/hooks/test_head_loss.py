@@ -231,6 +231,16 @@ class TestWhereItDoesNotApply:
         assert found[1]
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
+    def test_a_hook_on_a_weight_acts_once(self):
+        found = []
+        for model in twins(tiny.gpt2):
+            weight = model.base_model.model.lm_head.lreg_coefficients["default"]
+            weight.register_hook(lambda gradient: 2 * gradient)
+            output = model(**BATCH)
+            (output.loss + output.logits.square().mean()).backward()
+            found.append(gradients(model))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
     def test_unloading_leaves_no_hook(self):
         base = tiny.gpt2()
         before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (base, base.transformer)]

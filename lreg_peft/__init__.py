@@ -22,8 +22,8 @@ from .fitting.meshes import MeshFit, fit_meshes
 from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
 from .training.callback import LRegCallback
 from .training.initialization import initialize_lreg_weights
+from .training.label_shift import LabelShift
 from .training.mesh_update import MeshUpdate, ModuleUpdate, update_meshes
-from .training.output_start import OutputStart
 from .training.parameter_groups import parameter_groups
 from .training.tracking import count_hard_samples, track_statistics
 from .tuner import registration as _registration
@@ -47,7 +47,7 @@ __all__ = [
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
-    "OutputStart",
+    "LabelShift",
     "Refinement",
     "Target",
     "TargetReport",

@@ -27,7 +27,7 @@ from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.moves import Tentative
-from .output_start import OutputStart, start_output
+from .label_shift import LabelShift, start_output
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
@@ -45,7 +45,7 @@ def initialize_lreg_weights(
     seed: int = 0,
     output_start: bool = False,
     show_progress: bool = True,
-) -> OutputStart | None:
+) -> LabelShift | None:
     """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
 
     The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to

@@ -6,8 +6,8 @@ import torch
 from peft import get_peft_model
 
 from lreg_peft import LRegConfig, initialize_lreg_weights
-from lreg_peft.training import output_start
-from lreg_peft.training.output_start import PSEUDOCOUNTS
+from lreg_peft.training import label_shift
+from lreg_peft.training.label_shift import PSEUDOCOUNTS
 
 HEADS = {
     "full": {"head": "full", "dof": 3},
@@ -81,7 +81,7 @@ def test_refused_where_the_loss_is_another_one():
 
 
 def test_a_full_head_gets_the_closed_form(monkeypatch):
-    monkeypatch.setattr(output_start, "PSEUDOCOUNTS", (3.0,))
+    monkeypatch.setattr(label_shift, "PSEUDOCOUNTS", (3.0,))
     model = adapted()
     initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
     counts, expected = torch.zeros(2, tiny.VOCABULARY)
@@ -129,7 +129,7 @@ def test_a_failure_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output_start, "_shifts", fail)
+    monkeypatch.setattr(label_shift, "_shifts", fail)
     with pytest.raises(KeyboardInterrupt):
         initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))

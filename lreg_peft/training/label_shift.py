@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class OutputStart:
+class LabelShift:
     """What a start of the output shortcut did; losses are means over the labels of the batches.
 
     Attributes:
@@ -49,7 +49,7 @@ class OutputStart:
 
 def start_output(
     model: nn.Module, name: str, layer: LRegLayer, adapter_name: str, batches: Iterable[Mapping[str, Any]]
-) -> OutputStart:
+) -> LabelShift:
     """Let the shortcut on the output head begin with the shift in label frequencies, if that pays.
 
     Args:
@@ -77,7 +77,7 @@ def start_output(
         (judged,) = sum_over_processes([losses[0] + losses[1]])
         before, best = judged[0].item() / n.item(), int(judged.argmin())
         if best == 0:
-            return OutputStart(before, before, before, None, 0.0)
+            return LabelShift(before, before, before, None, 0.0)
         shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[best - 1]
         sizes = [0.5**halvings for halvings in range(_HALVINGS + 1)]
         with together():
@@ -88,8 +88,8 @@ def start_output(
             if loss <= own[0].item():
                 k = layer.heads[adapter_name].constant(layer.weights(adapter_name))
                 layer.set_table(adapter_name, torch.outer(k, (size * shift).to(k)))
-                return OutputStart(before, loss / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
-    return OutputStart(before, before, heldout, None, 0.0)
+                return LabelShift(before, loss / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
+    return LabelShift(before, before, heldout, None, 0.0)
 
 
 def _shifts(counts: Tensor, expected: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .fitting.feature_cache import FeatureCache, cache_features
 from .fitting.linearize import Refinement, refine_linearized
 from .fitting.meshes import MeshFit, fit_meshes
 from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
+from .training.calibration import calibrate_output
 from .training.callback import LRegCallback
 from .training.initialization import initialize_lreg_weights
 from .training.label_shift import LabelShift
@@ -52,6 +53,7 @@ __all__ = [
     "Target",
     "TargetReport",
     "cache_features",
+    "calibrate_output",
     "add_grade",
     "count_hard_samples",
     "fused_cross_entropy",

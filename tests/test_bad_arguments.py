@@ -53,6 +53,7 @@ CHUNKS = lambda: [core.Chunk(ROWS, torch.tensor([0, 1, 0, 1, 1]))]  # noqa: E731
 RIGHT: dict[str, dict] = {
     "cache_features": {"model": MODEL, "data": BATCHES, "path": "never"},
     "add_grade": {"model": MODEL},
+    "calibrate_output": {"model": MODEL, "dataloader": BATCHES},
     "count_hard_samples": {"model": MODEL, "losses": torch.rand(2), "n_hard_samples": 1},
     "fused_cross_entropy": {"base": nn.Linear(3, 4), "features": ROWS, "targets": torch.zeros(5, dtype=torch.long)},
     "fit_coefficients": {"model": MODEL, "data": BATCHES},
@@ -187,6 +188,8 @@ OUT_OF_RANGE = [
     ("fit_meshes", "strategy", "none"),
     ("fit_meshes", "tolerance", 0.0),
     ("fit_meshes", "max_passes", 0),
+    ("calibrate_output", "n_batches", 0),
+    ("calibrate_output", "adapter_name", "other"),
     ("initialize_lreg_weights", "method", "random"),
     ("initialize_lreg_weights", "n_batches", 0),
     ("initialize_lreg_weights", "max_samples", -3),

@@ -22,10 +22,12 @@ import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
 import lreg_peft.fitting.meshes as meshes_module
 import lreg_peft.training.initialization as start_module
+import lreg_peft.training.label_shift as shift_module
 from lreg_peft import (
     LRegConfig,
     LRegLayer,
     cache_features,
+    calibrate_output,
     fit_coefficients,
     fit_meshes,
     initialize_lreg_weights,
@@ -54,6 +56,11 @@ def batches(rank: int, n: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(rank)
     ids = [torch.randint(3, tiny.VOCABULARY, (2, 7), generator=generator) for _ in range(n)]
     return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def skewed(rank: int) -> list[dict[str, torch.Tensor]]:
+    """Text of eight tokens, which a random model does not expect."""
+    return [{name: 3 + ids % 8 for name, ids in batch.items()} for batch in batches(rank, 8)]
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
@@ -127,6 +134,9 @@ def scenarios(rank: int, folder: Path):
     def start(model, data=None, **options):
         initialize_lreg_weights(model, batches(rank) if data is None else data, **quiet, **options)
 
+    def output(model, data=None, **options):
+        calibrate_output(model, skewed(rank) if data is None else data, **quiet, **options)
+
     def fit(model, data=None, **options):
         fit_coefficients(model, batches(rank) if data is None else data, **quiet, **options)
 
@@ -151,6 +161,14 @@ def scenarios(rank: int, folder: Path):
         yield f"start: at the end {at}", start, inside(), "set_encoder of process 1", patch
     patch = failing(rank, start_module, "_backward", 2)
     yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "_backward of process 1", patch
+
+    yield "output: other options", lambda m: output(m, n_batches=2 + rank), at_head(), "'n_batches' of process 1", None
+    yield "output: no head", output, inside() if rank else at_head(), "add the head to target_modules", None
+    yield "output: other base", output, copy.deepcopy(base), "h.0.mlp.c_fc.bias' of process 1", None
+    yield "output: data", lambda m: output(m, Breaking(batches(rank), rank)), at_head(), "the disk of process 1", None
+    for name in ("moments", "losses"):
+        yield f"output: {name}", output, at_head(), f"{name} of process 1", failing(rank, shift_module._Half, name, 2)
+    yield "output: writing", output, at_head(), "set_table of process 1", failing(rank, LRegLayer, "set_table")
 
     for kind, call in (("fit", fit), ("meshes", meshes)):
         yield f"{kind}: other projections", call, at_head(seed=rank), "lreg_projection", None

@@ -31,8 +31,11 @@ from comparison.method import (
 )
 from comparison.placements import fresh_head_names, layer_sizes, linear_layers
 from comparison.site import ALL_PLACEMENTS, LINEAR, Site
+from comparison.training import share_of
 from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig, initialize_lreg_weights, recommended_config
+from lreg_peft import LRegConfig, calibrate_output, initialize_lreg_weights, recommended_config
+from lreg_peft.modules import unwrap
+from lreg_peft.tuner.hooks.output_head import wrapped_head
 from lreg_peft.tuner.targets import output_head_name
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
@@ -71,19 +74,30 @@ def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 def attach_vocab_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
     """The same, from the start that the output shortcut of LReg gets: the shift in how often each label comes."""
+    attach_vocab_bias(model, fit)
+    shift_vocab_bias(model, batches)
+    return model
+
+
+def shift_vocab_bias(model: nn.Module, batches: Batches) -> None:
+    """Add to the bias what LReg's output shortcut gets at its start or, since both are closed forms, after training."""
+    assert isinstance(model, PreTrainedModel)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name = output_head_name(model) or ""
     config = LRegConfig(target_modules=[name], head="factored", n_components=1, dof=2, init_weights="gradient")
     adapted = get_peft_model(model, config)
-    initialize_lreg_weights(adapted, batches, n_batches=len(batches), output_start=True, show_progress=False)
+    own, n_batches = share_of(batches)
+    initialize_lreg_weights(adapted, own, n_batches=n_batches, output_start=True, show_progress=False)
     shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
-        # The start is the same at every position, so any will do.
+        # The shift is the same at every position, so any will do.
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
         shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
-    biased = attach_vocab_bias(adapted.unload(), fit)
+    adapted.unload()
     with torch.no_grad():
         model.get_output_embeddings().bias.add_(shift)  # type: ignore[union-attr,operator]
-    return biased
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
@@ -161,6 +175,13 @@ def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
     return get_peft_model(model, _recommended(model, fit))
 
 
+def finish_lreg(model: nn.Module, batches: Batches) -> None:
+    """What the output shortcut has not learned of label frequencies, in closed form; without one nothing is done."""
+    if wrapped_head(unwrap(model)) is not None:
+        own, n_batches = share_of(batches)
+        calibrate_output(model, own, n_batches=n_batches, show_progress=False)
+
+
 def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The same without a linear term, and with profiles whose mean is one."""
     config = _recommended(model, fit)
@@ -210,6 +231,7 @@ LREG = Method(
     start="gradient and output",
     sizes=lreg_budgets,
     fills_budget=True,
+    finish=finish_lreg,
 )
 METHODS = {
     method.name: method
@@ -225,11 +247,12 @@ METHODS = {
         Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",
-            "a bias on the logits, started as that of LReg, nothing else",
+            "a bias on the logits, started and calibrated as that of LReg, nothing else",
             attach_vocab_bias,
             Rates(1e-1, 5e-2, 1e-2, 1e-2),
             tasks=LANGUAGE_MODELS,
             attach_on_data=attach_vocab_bias_on_data,
+            finish=shift_vocab_bias,
         ),
         Method(
             "head-only",
@@ -289,12 +312,20 @@ METHODS = {
         ),
         replace(
             LREG,
+            name="lreg-uncalibrated",
+            summary="lreg as training leaves it",
+            by_default=False,
+            finish=None,
+        ),
+        replace(
+            LREG,
             name="lreg-plain",
-            summary="lreg without a linear term, started from gradients alone",
+            summary="lreg as training leaves it, without a linear term, started from gradients alone",
             attach=attach_lreg_plain,
             rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
             start="gradient",
             by_default=False,
+            finish=None,
         ),
         *IMAGE_METHODS,
         *(tuner.method() for tuner in TUNERS),

@@ -28,7 +28,7 @@ from comparison.environment import (
 from comparison.errors import UserError
 from comparison.hub import push_adapter
 from comparison.ledger import Ledger, Run, run_key
-from comparison.method import Method
+from comparison.method import LANGUAGE_MODELS, Method
 from comparison.methods import select_methods
 from comparison.options import ComparisonArguments, RunArguments
 from comparison.picture import write_picture
@@ -37,6 +37,7 @@ from comparison.search import next_rate
 from comparison.task import Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, weight_bytes, write_state
 from comparison.training import KeepBest, Progress, TrainSettings, batches_to_start_from, start_from_data, train
+from lreg_peft.core.fingerprint import is_sharded
 
 #: Settings of the comparison that every run of a folder shares. What is not here (methods, sizes, rates, seeds) may
 #: change between two starts: it tells the runs apart.
@@ -236,6 +237,8 @@ class Protocol:
                 lambda trained: task.evaluate(trained, "tuning"),
                 lambda figures: task.metric.score(figures[task.metric.name]),
             )
+        # What a method does in the end is about the output of language models.
+        finish = method.finish if task.task_type in LANGUAGE_MODELS else None
         trained = train(
             model,
             task.train_data,
@@ -252,9 +255,19 @@ class Protocol:
             lengths=task.train_lengths,
             faster=method.faster,
             after_step=method.after_step,
+            keep_batches=finish is not None,
         )
         elapsed = list(itertools.accumulate(trained.cpu_seconds, initial=start_cpu))
         figures = keep_best.figures if keep_best is not None else None
+        finish_seconds = finish_cpu = 0.0
+        if finish is not None:
+            began, cpu_began = time.perf_counter(), time.process_time()
+            if is_sharded(model):
+                model, state = self._attach(method, size, seed), trained_state(model)
+                put_back(model, state)
+            finish(model, trained.batches)
+            finish_seconds, finish_cpu = time.perf_counter() - began, time.process_time() - cpu_began
+            figures = None
         run = Run(
             method=method.name,
             size=size,
@@ -264,12 +277,12 @@ class Protocol:
             tuning=figures or task.evaluate(model, "tuning"),
             steps=trained.steps,
             best_step=trained.steps if keep_best is None else keep_best.best_step,
-            seconds=trained.seconds + start_seconds,
+            seconds=start_seconds + trained.seconds + finish_seconds,
             step_seconds=trained.step_seconds,
             peak_memory=peak_memory(),
             placement=self.sizes.placement(method) or None,
             trainable=count_trainable(model),
-            cpu_seconds=elapsed[-1],
+            cpu_seconds=elapsed[-1] + finish_cpu,
             curve=[]
             if keep_best is None
             else [{"step": step, "cpu_seconds": elapsed[step], **at} for step, at in keep_best.curve],

@@ -1,6 +1,7 @@
 """One training run with Trainer, and one progress bar for everything."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from comparison.errors import UserError
+from comparison.method import Batches
 from comparison.sampling import LengthGroupedSampler
 from comparison.sharding import shard_by_layer
 from comparison.trained_state import State, put_back, trained_state
@@ -30,6 +33,7 @@ from lreg_peft import initialize_lreg_weights
 from lreg_peft.tuner.hooks.output_head import wrapped_head
 
 START_BATCH = 8  # samples in a batch of a start from data
+KEPT_BATCHES = 32  # batches of a run, the last ones, that a method may see again when training is over
 
 
 @dataclass(frozen=True)
@@ -190,12 +194,14 @@ class Training:
         step_seconds: median of a step.
         steps: optimiser steps.
         cpu_seconds: processor time of each step, over all threads of this process.
+        batches: the last ones that the model was trained on, where they are to be kept: the same on all processes.
     """
 
     seconds: float
     step_seconds: float
     steps: int
     cpu_seconds: list[float]
+    batches: list[dict[str, Any]]
 
 
 class _Trainer(Trainer):
@@ -204,6 +210,13 @@ class _Trainer(Trainer):
     slow: tuple[tuple[str, ...], float] | None = None  # modules, learning rate
     faster: tuple[str, float] | None = None  # part of the names, factor on the learning rate
     order: LengthGroupedSampler | None = None
+    kept: deque[dict[str, Any]] | None = None  # the last batches
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As there."""
+        if self.kept is not None:
+            self.kept.append(dict(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return self.order or super()._get_train_sampler(train_dataset)
@@ -253,6 +266,7 @@ def train(
     lengths: Sequence[int] | None = None,
     faster: tuple[str, float] | None = None,
     after_step: Callable[[nn.Module, int], None] | None = None,
+    keep_batches: bool = False,
 ) -> Training:
     """Train what requires gradients, in place.
 
@@ -268,6 +282,7 @@ def train(
         lengths: of the samples, if batches are to be made of samples of similar length.
         faster: part of the names of parameters, and how many times `learning_rate` they have.
         after_step: (model, step) -> None, called after each optimiser step.
+        keep_batches: keep the last batches for what follows the training.
     """
     state = PartialState()
     if len(samples) < settings.batch_size:
@@ -320,6 +335,8 @@ def train(
         # A tracker that does not exist or is not installed.
         raise UserError(f"--report_to {' '.join(settings.report_to)}: {str(error).splitlines()[0]}") from error
     trainer.slow, trainer.faster = fixed_rate, faster
+    if keep_batches:
+        trainer.kept = deque(maxlen=KEPT_BATCHES * settings.accumulation)  # as many samples, however they are taken
     if lengths is not None:
         trainer.order = LengthGroupedSampler(lengths, settings.batch_size, seed)
     if trainer.is_fsdp_enabled:
@@ -330,7 +347,17 @@ def train(
     trainer.train()
     if keep_best is not None and keep_best.state is not None:
         put_back(model, keep_best.state)
-    return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds), clock.cpu_seconds)
+    batches = _of_all_processes(list(trainer.kept or ()))
+    return Training(sum(clock.seconds), median(clock.seconds), len(clock.seconds), clock.cpu_seconds, batches)
+
+
+def _of_all_processes(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shares that the processes had of each batch, put together again in the order of the ranks."""
+    shares = gather_object([[{name: values.cpu() for name, values in batch.items()} for batch in batches]])
+    return [
+        {name: torch.cat([share[name] for share in whole]).to(PartialState().device) for name in whole[0]}
+        for whole in zip(*shares, strict=True)
+    ]
 
 
 def start_from_data(
@@ -344,11 +371,16 @@ def start_from_data(
         output: start the shortcut on the output head from label frequencies, where there is one.
     """
     output = output and wrapped_head(model.get_base_model()) is not None  # type: ignore[operator]
-    state = PartialState()
-    own = batches_to_start_from(samples, collator, seed, n_samples)[state.process_index :: state.num_processes]
+    own, n_batches = share_of(batches_to_start_from(samples, collator, seed, n_samples))
     initialize_lreg_weights(
-        model, own, method="gradient", n_batches=len(own), seed=seed, output_start=output, show_progress=False
+        model, own, method="gradient", n_batches=n_batches, seed=seed, output_start=output, show_progress=False
     )
+
+
+def share_of(batches: Batches) -> tuple[Batches, int]:
+    """This process's share of batches that all have, and the most that any process gets."""
+    state = PartialState()
+    return batches[state.process_index :: state.num_processes], -(-len(batches) // state.num_processes)
 
 
 def batches_to_start_from(

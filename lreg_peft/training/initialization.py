@@ -27,10 +27,12 @@ from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.moves import Tentative
-from .label_shift import LabelShift, start_output
+from .label_shift import LabelShift, ShiftedHead, shift_labels
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
+# What to do where the output cannot start from label frequencies.
+_WITHOUT = "start the other modules alone (output_start=False)"
 
 
 @checked(stage=together, adapter_name=named(), n_batches=whole(1), max_samples=whole(1))
@@ -130,7 +132,12 @@ def initialize_lreg_weights(
             with together():
                 for name, layer in layers.items():
                     layer.set_encoder(adapter_name, *starts[name])
-            report = None if head is None else start_output(model, head, layers[head], adapter_name, batches)
+            report = None
+            if head is not None:
+                layer = layers[head]
+                constant = layer.heads[adapter_name].constant(layer.weights(adapter_name))
+                shifted = ShiftedHead(model, layer, adapter_name, f"a start of {head!r}", _WITHOUT)
+                report = shift_labels(shifted, batches, n_batches, constant)
             trial.keep()
     except BaseException:
         for layer in owed:

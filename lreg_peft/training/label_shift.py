@@ -1,9 +1,9 @@
-"""A closed-form start of the shortcut on a model's output: the shift in how often each label comes.
+"""The shift in how often each label comes, put into the shortcut on a model's output in closed form.
 
 With n_v the count of label v in some batches and q_v the sum of the probabilities that the model gives it there, the
 constant log((n_v + a) / (q_v + a)) added to the logits brings these two together, where the shift is the same
 everywhere. The pseudocount a shrinks it for rare labels. How much shrinking the data want differs from one task to the
-next, so it is chosen on rows that the counts have not seen, down to leaving the start out.
+next, so it is chosen on rows that the counts have not seen, down to leaving the shift out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.distributed import rank_and_world, sum_over_processes, together
+from ..core.distributed import rank_and_world, sum_over_processes, tensor_from_main, together
 from ..labels import Rows, align, is_per_token, logits_of, loss_of, row_loss, shifts_labels
 from ..modules import eval_mode, unwrap
 from ..tuner.layer import LRegLayer
@@ -22,21 +22,29 @@ from ..tuner.layout import first_tensor
 
 #: Pseudocounts that are tried.
 PSEUDOCOUNTS = (1.0, 3.0, 10.0, 30.0, 100.0)
-# A start that raises the loss on its own batches is halved so many times before it is left out.
+# A shift that raises the loss on its own batches is halved so many times before it is left out.
 _HALVINGS = 3
 # Rows whose logits exist at the same time while losses are compared.
 _ROWS_AT_ONCE = 256
+# Rows that judge, over all batches and processes: enough to tell pseudocounts apart, however much is counted.
+_JUDGES = 4096
+# Rows of a batch whose logits are made again from what the head was given, to see that these are the model's own.
+_CHECKED = 64
+# Singular values of a basis, over the largest one, that its rounding in fp32 cannot be told from.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class LabelShift:
-    """What a start of the output shortcut did; losses are means over the labels of the batches.
+    """What was done about the shift in label frequencies; losses are means over the labels that judge.
+
+    Those are the labels of the batches: all of them up to about 4096, else as many, evenly spaced.
 
     Attributes:
-        loss_before: with the base model.
-        loss_after: with the start in place; equal if it was left out.
+        loss_before: with the model as it was.
+        loss_after: with the shift in place; equal if it was left out.
         heldout_after: with what each half of the batches says, on the other half, at the pseudocount that was chosen.
-        pseudocount: a; None if the start was left out.
+        pseudocount: a; None if the shift was left out.
         size: factor in (0, 1] by which it was scaled back so that the loss did not rise; 0 if it was left out.
     """
 
@@ -47,48 +55,83 @@ class LabelShift:
     size: float
 
 
-def start_output(
-    model: nn.Module, name: str, layer: LRegLayer, adapter_name: str, batches: Iterable[Mapping[str, Any]]
+@dataclass(frozen=True)
+class ShiftedHead:
+    """The output head whose shortcut takes the shift, and how errors speak of that.
+
+    Attributes:
+        model: the model, with its output head wrapped.
+        layer: the wrapped head.
+        adapter_name: the adapter.
+        purpose: what is done, with the name of the head.
+        instead: what to do where it cannot be done.
+    """
+
+    model: nn.Module
+    layer: LRegLayer
+    adapter_name: str
+    purpose: str
+    instead: str
+
+    def output(self, features: Tensor) -> Tensor:
+        """Logits of rows, active shortcuts included, in at least fp32."""
+        return first_tensor(self.layer(features))[0].float()
+
+    def design(self, features: Tensor) -> Tensor:
+        """What the table of the shortcut is weighted by, `[n, K]`."""
+        return self.layer.design(self.adapter_name, self.layer.encode(self.adapter_name, features)).float()
+
+
+def shift_labels(
+    head: ShiftedHead, batches: Iterable[Mapping[str, Any]], n_batches: int, constant: Tensor | None = None
 ) -> LabelShift:
-    """Let the shortcut on the output head begin with the shift in label frequencies, if that pays.
+    """Add the shift in label frequencies to the shortcut on the output head, if that pays.
 
     Args:
-        model: the model, with its output head wrapped.
-        name: of the head in the model, for errors.
-        layer: the wrapped head, its shortcut still the identity.
-        adapter_name: the adapter.
+        head: where.
         batches: this process's share, with labels; each half of them judges what the other says.
+        n_batches: how many there are at most.
+        constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to one
+            on the rows that judge, by least squares.
 
     Returns:
-        What was done. The loss on the batches does not rise.
+        What was done. The loss on the rows that judge does not rise.
 
     Raises:
         ValueError: if there is no label that counts, labels are not classes, or the model's logits are not what this
             module gives.
+        TypeError: if a batch is not a dictionary.
     """
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(head.model):
         with together():
-            halves = _Half.of(model, name, layer, adapter_name, batches)
+            halves = _Half.of(head, batches, n_batches)
         counts, expected = sum_over_processes([torch.stack([getattr(half, kind) for half in halves]) for kind in _SUMS])
-        if not (n := counts.sum()):
-            raise ValueError(f"a start of {name!r} needs labels, and those of the batches are all ignored (-100).")
+        if not counts.sum():
+            raise ValueError(
+                f"{head.purpose} needs labels, and there are none: no batches, or those of the batches are all ignored "
+                "(-100)."
+            )
+        k = _closest_to_one(halves) if constant is None else constant.float()
         with together():
-            losses = [half.losses(_shifts(counts[1 - i], expected[1 - i])) for i, half in enumerate(halves)]
-        (judged,) = sum_over_processes([losses[0] + losses[1]])
-        before, best = judged[0].item() / n.item(), int(judged.argmin())
+            losses = [half.losses(k, _shifts(counts[1 - i], expected[1 - i])) for i, half in enumerate(halves)]
+        n = torch.tensor([sum(half.n_judges for half in halves)], dtype=torch.float64, device="cpu")
+        judged, n = sum_over_processes([losses[0] + losses[1], n])
+        judged = judged / n
+        before, best = judged[0].item(), int(judged.argmin())
         if best == 0:
             return LabelShift(before, before, before, None, 0.0)
+        heldout = judged[best].item()
         shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[best - 1]
-        sizes = [0.5**halvings for halvings in range(_HALVINGS + 1)]
-        with together():
-            losses = [half.losses(torch.stack([size * shift for size in sizes])) for half in halves]
-        (own,) = sum_over_processes([losses[0] + losses[1]])
-        heldout = judged[best].item() / n.item()
-        for size, loss in zip(sizes, own[1:].tolist(), strict=True):
-            if loss <= own[0].item():
-                k = layer.heads[adapter_name].constant(layer.weights(adapter_name))
-                layer.set_table(adapter_name, torch.outer(k, (size * shift).to(k)))
-                return LabelShift(before, loss / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
+        for halvings in range(_HALVINGS + 1):
+            size = 0.5**halvings
+            with together():
+                losses = [half.losses(k, size * shift.unsqueeze(0)) for half in halves]
+            (own,) = sum_over_processes([losses[0] + losses[1]])
+            if own[1] <= own[0]:
+                with together():
+                    table = head.layer.table(head.adapter_name)
+                    head.layer.set_table(head.adapter_name, table + torch.outer(k, size * shift.float()).to(table))
+                return LabelShift(before, own[1].item() / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
     return LabelShift(before, before, heldout, None, 0.0)
 
 
@@ -98,57 +141,77 @@ def _shifts(counts: Tensor, expected: Tensor) -> Tensor:
     return ((counts + a) / (expected + a)).log()
 
 
-def _pairing(name: str, model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> bool:
-    """Whether position t predicts label t + 1: the pairing whose mean cross-entropy is the model's own loss."""
-    guess = shifts_labels(unwrap(model))
+def _closest_to_one(halves: "tuple[_Half, _Half]") -> Tensor:
+    """k `[K]` for which design @ k is closest to one; the shortest one where the basis says one thing twice."""
+    with together():
+        sums = [half.moments() for half in halves]
+    gram, total = sum_over_processes([sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]])
+    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=_ROUNDING)
+    return tensor_from_main((inverse @ total).float())
+
+
+def _pair(head: ShiftedHead, logits: Tensor, labels: Tensor, loss: Tensor | None) -> tuple[bool, Rows]:
+    """Whether position t predicts label t + 1, and logits with targets: the pairing whose mean cross-entropy is the
+    model's own loss."""
+    model = unwrap(head.model)
+    guess = shifts_labels(model)
     for shift in (guess, not guess):
         rows = align(logits, labels, shift=shift, out_features=logits.shape[-1])
         if loss is None or not len(rows.targets):
-            return guess
+            return guess, align(logits, labels, shift=guess, out_features=logits.shape[-1])
         own = row_loss("cross_entropy", rows.features, rows.targets)
         if torch.isclose(own.float(), loss.float(), rtol=1e-2 if logits.dtype.itemsize < 4 else 1e-4):
-            return shift
+            return shift, rows
     raise ValueError(
-        f"the loss of {type(unwrap(model)).__name__} is not the mean cross-entropy of its logits, which the start of "
-        f"{name!r} is about: start the other modules alone (output_start=False)."
+        f"the loss of {type(model).__name__} is not the mean cross-entropy of its logits, which {head.purpose} is "
+        f"about: {head.instead}."
     )
+
+
+def _spaced(n: int, most: int, device: torch.device) -> Tensor:
+    """Positions of at most so many of n rows, evenly spaced."""
+    few = min(n, most)
+    return torch.arange(few, device=device) * n // max(few, 1)
 
 
 _SUMS = ("counts", "expected")
 
 
 class _Half:
-    """Every other batch: what its rows look like to the head, and the sums over them."""
+    """Every other batch: the sums over its rows, and some of them as the head sees them, to judge by."""
 
-    def __init__(self, layer: LRegLayer, adapter_name: str) -> None:
-        self._layer, self._adapter_name = layer, adapter_name
-        self._rows: list[Rows] = []
-        self.counts, self.expected = torch.zeros(2, layer.out_features, dtype=torch.float64, device="cpu")
+    def __init__(self, head: ShiftedHead, judges_per_batch: int) -> None:
+        self._head, self._judges_per_batch = head, judges_per_batch
+        self._judges: list[Rows] = []
+        self.counts, self.expected = torch.zeros(2, head.layer.out_features, dtype=torch.float64, device="cpu")
 
     @classmethod
-    def of(
-        cls, model: nn.Module, name: str, layer: LRegLayer, adapter_name: str, batches: Iterable[Mapping[str, Any]]
-    ) -> "tuple[_Half, _Half]":
+    def of(cls, head: ShiftedHead, batches: Iterable[Mapping[str, Any]], n_batches: int) -> "tuple[_Half, _Half]":
         """Both halves, from one pass.
 
         Batches are counted over all processes, one from each in turn, as they are dealt out: the halves, and what they
         choose, are then those of one process, and with a batch for each process neither half is empty.
         """
-        halves = cls(layer, adapter_name), cls(layer, adapter_name)
         rank, world = rank_and_world()
+        judges_per_batch = -(-_JUDGES // (n_batches * world))
+        halves = cls(head, judges_per_batch), cls(head, judges_per_batch)
         for i, batch in enumerate(batches):
-            halves[(i * world + rank) % 2].add(model, name, batch)
+            halves[(i * world + rank) % 2]._add(batch)
         return halves
 
-    def add(self, model: nn.Module, name: str, batch: Mapping[str, Any]) -> None:
+    def _add(self, batch: Mapping[str, Any]) -> None:
         """Run the model on a batch."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"a batch must be a dictionary of model inputs with labels, got {type(batch).__name__}.")
+        head = self._head
+        model, classes = head.model, head.layer.out_features
         device = next(model.parameters()).device
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise ValueError(f"a start of {name!r} needs batches with labels that are classes.")
+            raise ValueError(f"{head.purpose} needs batches with labels that are classes.")
         seen: list[Tensor] = []
-        remove = self._layer.register_input_hook(seen.append)
+        remove = head.layer.register_input_hook(seen.append)
         try:
             output = model(**inputs)
         finally:
@@ -156,39 +219,53 @@ class _Half:
         logits = logits_of(output)
         if len(seen) != 1 or not isinstance(logits, Tensor) or not is_per_token(logits, labels):
             raise ValueError(
-                f"{type(model).__name__} must give one row of logits per label through {name!r}, called once: start "
-                "the other modules alone (output_start=False)."
+                f"{type(model).__name__} must give one row of logits per label through its output head, called once, "
+                f"for {head.purpose}: {head.instead}."
             )
-        shift = _pairing(name, model, logits, labels, loss_of(output))
-        rows = align(seen[0], labels, shift=shift, out_features=self._layer.out_features)
-        theirs = align(logits, labels, shift=shift, out_features=self._layer.out_features).features
-        at_once = zip(rows.features.split(_ROWS_AT_ONCE), theirs.split(_ROWS_AT_ONCE), strict=True)
-        for features, own in at_once:
-            if not torch.allclose(self._base(features), own.float(), rtol=1e-2, atol=1e-2):
-                raise ValueError(
-                    f"{type(model).__name__} changes what {name!r} gives before it is the model's output: start the "
-                    "other modules alone (output_start=False)."
-                )
-            self.expected += own.float().softmax(dim=-1).sum(dim=0).double().cpu()
-        self.counts += torch.bincount(rows.targets, minlength=self._layer.out_features).double().cpu()
-        self._rows.append(rows)
+        shift, (own, targets) = _pair(head, logits, labels, loss_of(output))
+        features = align(seen[0], labels, shift=shift, out_features=classes).features
+        n = len(targets)
+        few = _spaced(n, _CHECKED, targets.device)
+        if not torch.allclose(head.output(features[few]), own[few].float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(model).__name__} changes what its output head gives before it is the model's output, which "
+                f"{head.purpose} does not know of: {head.instead}."
+            )
+        for logits in own.split(_ROWS_AT_ONCE):
+            self.expected += logits.float().softmax(dim=-1).sum(dim=0).double().cpu()
+        self.counts += torch.bincount(targets, minlength=classes).double().cpu()
+        judges = _spaced(n, self._judges_per_batch, targets.device)
+        self._judges.append(Rows(features[judges], targets[judges]))
 
-    def losses(self, shifts: Tensor) -> Tensor:
-        """Summed loss of the base model, then with each of the shifts `[m, classes]`: fp64 `[1 + m]`."""
+    @property
+    def n_judges(self) -> int:
+        """Rows that judge, of this process."""
+        return sum(len(rows.targets) for rows in self._judges)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Sums of phi phi^T `[K, K]` and of phi `[K]` over the rows that judge, phi the row of the design; fp64."""
+        size = self._head.layer.table(self._head.adapter_name).shape[0]
+        gram, total = (
+            torch.zeros(size, size, dtype=torch.float64, device="cpu"),
+            torch.zeros(size, dtype=torch.float64, device="cpu"),
+        )
+        for features, _ in self._pieces():
+            design = self._head.design(features).double().cpu()
+            gram += design.T @ design
+            total += design.sum(dim=0)
+        return gram, total
+
+    def losses(self, k: Tensor, shifts: Tensor) -> Tensor:
+        """Summed loss of the model as it is, then with each of the shifts `[m, classes]`: fp64 `[1 + m]`."""
         total = torch.zeros(1 + len(shifts), dtype=torch.float64, device="cpu")
-        layer, adapter = self._layer, self._adapter_name
-        k = layer.heads[adapter].constant(layer.weights(adapter)).float()
         for features, targets in self._pieces():
-            logits = self._base(features)
-            factor = layer.design(adapter, layer.encode(adapter, features)).float() @ k
+            logits = self._head.output(features)
+            factor = self._head.design(features) @ k.to(features.device)
             for i, shift in enumerate([None, *shifts.to(logits)]):
                 moved = logits if shift is None else torch.addcmul(logits, factor.unsqueeze(1), shift)
                 total[i] += F.cross_entropy(moved, targets, reduction="sum").double().cpu()
         return total
 
-    def _base(self, features: Tensor) -> Tensor:
-        return first_tensor(self._layer.base_layer(features))[0].float()
-
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for features, targets in self._rows:
+        for features, targets in self._judges:
             yield from zip(features.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True)

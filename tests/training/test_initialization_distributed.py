@@ -9,7 +9,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from processes import run_on_two
 
-from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
+from lreg_peft import LRegConfig, LRegLayer, calibrate_output, initialize_lreg_weights
 
 
 def test_two_processes_end_with_the_same_start(tmp_path):
@@ -20,9 +20,10 @@ def test_two_processes_end_with_the_same_start(tmp_path):
         for mine, other in zip(first[method], second[method], strict=True):
             assert torch.equal(mine, other)
     # Batches dealt out in turn make the same halves as in one process, so that the same pseudocount is chosen.
-    report = _start_of_the_output(0, 1)
-    for together in (first["output"], second["output"]):
-        assert together == pytest.approx(report, rel=1e-6)
+    for name, work in (("output", _start_of_the_output), ("calibration", _calibration)):
+        report = work(0, 1)
+        for together in (first[name], second[name]):
+            assert together == pytest.approx(report, rel=1e-6)
 
 
 def _start_of_the_output(rank: int, world: int) -> tuple[float, float, float]:
@@ -36,6 +37,22 @@ def _start_of_the_output(rank: int, world: int) -> tuple[float, float, float]:
     batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
     found = initialize_lreg_weights(model, batches, output_start=True, show_progress=False)
     return found.heldout_after, found.loss_after, found.pseudocount
+
+
+def _calibration(rank: int, world: int) -> tuple[float, float, float, float]:
+    """The same of a calibration, and what it wrote."""
+    from tiny import adapt, gpt2, shake
+
+    torch.manual_seed(0)
+    model = adapt(gpt2(), target_modules=["lm_head"], dof=4, head="factored", n_components=2, linear_term=True)
+    shake(model)
+    generator = torch.Generator().manual_seed(8)
+    ids = [torch.randint(3, 13 + 4 * i, (2, 10), generator=generator) for i in range(4)]
+    batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
+    found = calibrate_output(model, batches, show_progress=False)
+    assert found.pseudocount is not None
+    written = model.get_base_model().lm_head.table("default").norm().item()
+    return found.heldout_after, found.loss_after, found.pseudocount, written
 
 
 def _start(folder: Path) -> None:
@@ -56,6 +73,7 @@ def _start(folder: Path) -> None:
         results[method] = [getattr(layer, name)["default"].detach() for layer in layers for name in names]
         results["rows"] = ids[0].tolist()
     results["output"] = _start_of_the_output(rank, 2)
+    results["calibration"] = _calibration(rank, 2)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

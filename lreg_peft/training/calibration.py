@@ -1,0 +1,110 @@
+"""After training: the output shortcut made to expect every label as often as it comes."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..core.checks import checked, whole
+from ..core.distributed import rank_and_world, require_equal, require_equal_models, together
+from ..core.fingerprint import is_sharded
+from ..modules import unwrap
+from ..tuner.hooks import reminder
+from ..tuner.hooks.output_head import wrapped_head
+from ..tuner.layer import LRegLayer
+from ..tuner.moves import Tentative
+from .label_shift import LabelShift, ShiftedHead, shift_labels
+
+
+@checked(stage=together, n_batches=whole(1))
+def calibrate_output(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    *,
+    adapter_name: str | None = None,
+    n_batches: int = 32,
+    show_progress: bool = True,
+) -> LabelShift:
+    """Make a trained language model expect every token as often as it comes, in one forward pass over some batches.
+
+    A short training leaves the expected frequencies of most tokens where an optimiser with equal steps for all of them
+    got to. What is missing has a closed form: n times a token comes in the batches where the model expects q, and
+    log((n + a) / (q + a)) goes into the shortcut on the output head, along the direction in which this is closest to
+    a constant. That is the step of `initialize_lreg_weights(..., output_start=True)`, from where the model is now.
+    Each half of the batches judges what the other half says, which chooses a; where it does not pay nothing is done.
+
+    Parameters and cost of the model stay what they are. Call it when training is over, with batches it was trained on:
+
+        trainer.train()
+        lreg_peft.calibrate_output(model, trainer.get_train_dataloader())
+
+    Args:
+        model: a language model with an active LReg adapter that has a shortcut on the output head.
+        dataloader: batches as the model takes them, dictionaries with labels, of which every process gives its own
+            share; only the first `n_batches` are read.
+        adapter_name: which adapter; None takes the active one.
+        n_batches: batches to run, of each process. The gain grows with the labels in them.
+        show_progress: show a progress bar on the main process.
+
+    Returns:
+        What was done, with the losses before and after.
+
+    Raises:
+        ValueError: if the model has no shortcut of an active adapter on its output head, is sharded (FSDP: load the
+            saved adapter into a whole model first), or changes the logits behind the head; if its loss is not the mean
+            cross-entropy of the logits; if no label counts; and if processes differ in model or options. The model is
+            then as it was.
+        TypeError: if a batch is not a dictionary.
+
+        What one process raises, all raise.
+
+    Warns:
+        UserWarning: if the start from data that the configuration promises has not been made.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
+        model = model.module
+    with together():
+        layer, adapter_name = _head(model, adapter_name)
+    require_equal({"adapter_name": adapter_name, "n_batches": n_batches}, "Give every process the same options.")
+    require_equal_models(model, "Load the same model on every process.")
+    if adapter_name in layer.start_is_owed:
+        reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
+    rank, _ = rank_and_world()
+    batches = tqdm(
+        islice(dataloader, n_batches),
+        total=n_batches,
+        desc="LReg calibration",
+        disable=not (show_progress and rank == 0),
+    )
+    head = ShiftedHead(model, layer, adapter_name, "a calibration of the output", "do without calibrate_output")
+    with Tentative(layer.output_weights(adapter_name)) as trial:
+        report = shift_labels(head, batches, n_batches)
+        trial.keep()
+    return report
+
+
+def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
+    """The output head and the adapter on it."""
+    inner = unwrap(model)
+    layer = wrapped_head(inner)
+    if layer is None:
+        raise ValueError(
+            "calibrate_output is about a shortcut on the output head of a language model, and "
+            f"{type(inner).__name__} has none: add the head to target_modules and train it there."
+        )
+    if is_sharded(inner):
+        raise ValueError(
+            "calibrate_output needs whole parameters, and those of this model are sharded: save the adapter, load it "
+            "into a model that is not, and calibrate that."
+        )
+    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_nodes]
+    if adapter_name is None and len(active) == 1:
+        return layer, active[0]
+    if adapter_name is None or adapter_name not in active:
+        raise ValueError(
+            f"adapter_name must be one of the active adapters on the output head, {active}, got {adapter_name!r}: "
+            "activate it with set_adapter."
+        )
+    return layer, adapter_name

@@ -182,15 +182,20 @@ def finish_lreg(model: nn.Module, batches: Batches) -> None:
         calibrate_output(model, own, n_batches=n_batches, show_progress=False)
 
 
+def attach_lreg_no_norm(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The same without the norm before the output head."""
+    return get_peft_model(model, _recommended(model, fit, final_norm=False))
+
+
 def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The same without a linear term, and with profiles whose mean is one."""
-    config = _recommended(model, fit)
+    """Without that norm and without a linear term, and with profiles whose mean is one."""
+    config = _recommended(model, fit, final_norm=False)
     return get_peft_model(model, replace(config, linear_term=False, profile_mean=1.0, profile_mean_pattern={}))
 
 
-def _recommended(model: PreTrainedModel, fit: Fit) -> LRegConfig:
+def _recommended(model: PreTrainedModel, fit: Fit, **options: bool) -> LRegConfig:
     return recommended_config(
-        model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save
+        model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save, **options
     )
 
 
@@ -319,8 +324,16 @@ METHODS = {
         ),
         replace(
             LREG,
+            name="lreg-no-norm",
+            summary="lreg as training leaves it, without the norm before the output head",
+            attach=attach_lreg_no_norm,
+            by_default=False,
+            finish=None,
+        ),
+        replace(
+            LREG,
             name="lreg-plain",
-            summary="lreg as training leaves it, without a linear term, started from gradients alone",
+            summary="the same without a linear term, started from gradients alone",
             attach=attach_lreg_plain,
             rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
             start="gradient",

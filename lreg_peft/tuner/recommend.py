@@ -1,7 +1,8 @@
 """The configuration that did best in the measurements of this project, sized to a budget, for any architecture.
 
-The recipe: factored heads with a linear term on every linear layer of the backbone and around the output head of a
-language model; a gradient start; twice as many components on the attention as elsewhere, one on the output head.
+The recipe: factored heads with a linear term on every linear layer of the backbone, and, of a language model, around
+the output head and the norm before it; a gradient start; twice as many components on the attention as elsewhere, one on
+the output head, up to sixteen at the norm.
 """
 
 import re
@@ -17,7 +18,7 @@ from ..core.checks import checked, whole
 from .config import LRegConfig
 from .heads import HEADS
 from .layer import LRegLayer
-from .sizes import feature_sizes, linear_sizes
+from .sizes import feature_sizes, linear_sizes, readable_sizes
 from .targets import _LANGUAGE_MODEL_TASKS, _task_of, output_head_name
 
 # Means of the profiles at the start. A change of domain asks a language model's head for a constant shift above all;
@@ -26,6 +27,12 @@ _MEAN_AT_THE_HEAD, _MEAN_INSIDE = 1.0, 0.3
 # Up to this share of the budget a component at the head does more than components elsewhere: on the tuning part of
 # WikiText (a vocabulary of 8,192) at .69 it did, at .83 it did not.
 _MOST_FOR_THE_HEAD = 0.7
+# Of what the head leaves, the norm before it gets a quarter, and no more than so many components. What is added there
+# moves all logits at once, for the price of a hidden state in place of a vocabulary: on the tuning part of WikiText a
+# quarter did best or nearly so at all budgets, and sixteen components no better than ten.
+_SHARE_OF_THE_NORM, _MOST_AT_THE_NORM = 0.25, 16
+# What it gets where every module has its smallest share.
+_LEAST_AT_THE_NORM = 4
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -37,6 +44,7 @@ class _Site:
     cost: int  # of one component
     share: int  # how many components it gets where the others get one
     is_output_head: bool = False
+    is_final_norm: bool = False
     components: int = 0
 
 
@@ -47,6 +55,7 @@ def recommended_config(
     *,
     task_type: str | None = None,
     output_head: bool = True,
+    final_norm: bool = True,
     dof: int = 8,
     **options: Any,
 ) -> LRegConfig:
@@ -59,10 +68,12 @@ def recommended_config(
         model: a Transformers model without adapters.
         budget: trainable parameters of the shortcuts, at most: a number, or "lora:8" for as many as
             `LoraConfig(r=8)` has on its default modules of this architecture, "lora:8:all-linear" on all linear
-            layers. None gives every module its smallest share: one component, two on the attention.
+            layers. None gives every module its smallest share: one component, two on the attention, four at the norm
+            before the output head.
         task_type: as in PEFT; None takes that of the model's class.
         output_head: adapt the output head of a language model too. False for trainers that refuse adapters on
-            `lm_head`, as those of TRL do.
+            `lm_head`, as those of TRL do; the norm before it stays adapted.
+        final_norm: adapt the norm before the output head of a language model, too. Some architectures have none there.
         dof: nodes of every mesh.
         options: further fields of `LRegConfig`.
 
@@ -80,8 +91,11 @@ def recommended_config(
     if taken:
         raise ValueError(f"recommended_config chooses {sorted(taken)} itself: leave them out, or write an LRegConfig.")
     task = task_type or _task_of(model)
-    head = output_head_name(model) if output_head and task in (*_LANGUAGE_MODEL_TASKS, "MASKED_LM") else None
+    is_language_model = task in (*_LANGUAGE_MODEL_TASKS, "MASKED_LM")
+    head = output_head_name(model) if output_head and is_language_model else None
     sites = _sites(model, head, dof)
+    if final_norm and is_language_model and (norm := _final_norm(model)) is not None:
+        sites.insert(0, _Site(norm, _cost(*_feature_sizes(model, norm), dof), _LEAST_AT_THE_NORM, is_final_norm=True))
     _fill(sites, _parameters(model, budget), budget)
     chosen = [site for site in sites if site.components]
     names = [site.name for site in chosen]
@@ -103,9 +117,8 @@ def recommended_config(
 
 def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
     """The linear layers of the backbone, attention first, and the output head, which comes before all."""
-    prefix = getattr(model, "base_model_prefix", "")
     embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    backbone = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    backbone = _backbone(model)
     sites = []
     for name, module in model.named_modules():
         sizes = linear_sizes(module)
@@ -119,9 +132,29 @@ def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
             "modules in LRegConfig(target_modules=[...])."
         )
     if head is not None:
-        sizes = feature_sizes(head, model.get_submodule(head), LRegConfig())
-        sites.insert(0, _Site(head, _cost(*sizes, dof), 1, is_output_head=True))
+        sites.insert(0, _Site(head, _cost(*_feature_sizes(model, head), dof), 1, is_output_head=True))
     return sites
+
+
+def _backbone(model: nn.Module) -> str:
+    """What the names of the backbone's modules begin with."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+
+def _final_norm(model: nn.Module) -> str | None:
+    """The normalisation between the last layer and the output head; some architectures have none, or in the head."""
+    found = None
+    for name, module in model.named_modules():
+        is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
+        inside = name.startswith(_backbone(model)) and not _is_repeated(name) and "embed" not in name.lower()
+        if is_norm and inside and readable_sizes(module) is not None:
+            found = name  # the last one: decoders come after encoders, language models after those of images
+    return found
+
+
+def _feature_sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    return feature_sizes(name, model.get_submodule(name), LRegConfig())
 
 
 def _is_repeated(name: str) -> bool:
@@ -163,20 +196,24 @@ def _parameters(model: nn.Module, budget: int | str | None) -> int | None:
 
 
 def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) -> None:
-    """Give out components: whole rounds of shares first, then singly to whoever has the least of its share."""
+    """Give out components: to head and norm first, then singly to whoever has the least of its share."""
     if parameters is None:
         for site in sites:
             site.components = site.share
         return
     rest = parameters
-    inside = [site for site in sites if not site.is_output_head]
+    inside = [site for site in sites if not (site.is_output_head or site.is_final_norm)]
     for head in sites:
         # Once, and before all others: without it the same budget reaches far less. A second component there never pays.
         if head.is_output_head and head.cost <= _MOST_FOR_THE_HEAD * rest:
             head.components, rest = 1, rest - head.cost
+    for norm in sites:
+        if norm.is_final_norm and norm.cost <= rest:
+            norm.components = min(max(round(_SHARE_OF_THE_NORM * rest / norm.cost), 1), _MOST_AT_THE_NORM)
+            rest -= norm.components * norm.cost
     while open_sites := [site for site in inside if site.cost <= rest]:
-        # Ties go to the layers near the output, whose gradients cross fewer layers.
-        site = min(reversed(open_sites), key=lambda site: site.components / site.share)
+        # Ties go to the attention, then to the layers near the output, whose gradients cross fewer layers.
+        site = min(reversed(open_sites), key=lambda site: (site.components / site.share, -site.share))
         site.components += 1
         rest -= site.cost
     if not any(site.components for site in sites):
@@ -203,12 +240,15 @@ def _short_names(model: nn.Module, names: list[str]) -> list[str]:
 def _pattern(sites: list[_Site]) -> dict[str, int]:
     """`component_pattern`, of keys that exclude each other: files keep it in alphabetical order."""
     groups: dict[tuple[str, str], dict[int, list[str]]] = {}
+    norms = [site for site in sites if site.is_final_norm]
     for site in sites:
+        if site.is_final_norm:
+            continue
         parts = site.name.split(".")
         number = max(i for i, part in enumerate(parts) if part.isdigit())
         around = ".".join(parts[:number]), ".".join(parts[number + 1 :])
         groups.setdefault(around, {}).setdefault(site.components, []).append(parts[number])
-    pattern = {}
+    pattern = {re.escape(site.name): site.components for site in norms if site.components > 1}
     for (before, after), by_count in groups.items():
         for count, numbers in by_count.items():
             if len(by_count) == 1 and count > 1:

@@ -21,14 +21,35 @@ def gpt2():
 class TestPlacement:
     def test_language_model(self):
         targets = {t.name: t for t in inspect_targets(gpt2(), recommended_config(gpt2()))}
-        assert len(targets) == 4 * 12 + 1
+        assert len(targets) == 4 * 12 + 2
+        assert targets["transformer.ln_f"].n_components == 4
         assert targets["lm_head"].n_components == targets["transformer.h.3.mlp.c_fc"].n_components == 1
         assert targets["transformer.h.3.attn.c_proj"].n_components == 2
 
     def test_without_the_output_head(self):
         names = [t.name for t in inspect_targets(gpt2(), recommended_config(gpt2(), output_head=False))]
-        assert len(names) == 48
+        assert len(names) == 49
         assert "lm_head" not in names
+        assert "transformer.ln_f" in names
+
+    @pytest.mark.parametrize(
+        ("model_type", "task", "norm"),
+        [
+            ("llama", "CAUSAL_LM", "model.norm"),
+            ("opt", "CAUSAL_LM", "model.decoder.final_layer_norm"),
+            ("gpt_neox", "CAUSAL_LM", "gpt_neox.final_layer_norm"),
+            ("t5", "SEQ_2_SEQ_LM", "decoder.final_layer_norm"),
+            ("roberta", None, None),  # its norm is part of the output head
+            ("gpt2", "SEQ_CLS", None),
+            ("bert", "SEQ_CLS", None),
+        ],
+    )
+    def test_the_norm_before_the_output_head(self, model_type, task, norm):
+        base = tiny.build(model_type, task or "MASKED_LM")
+        names = [t.name for t in inspect_targets(base, recommended_config(base, task_type=task))]
+        assert [name for name in names if "norm" in name.lower() or "ln_f" in name] == [norm] * (norm is not None)
+        without = recommended_config(base, task_type=task, final_norm=False)
+        assert [t.name for t in inspect_targets(base, without)] == [name for name in names if name != norm]
 
     def test_classifiers_train_their_head_in_full_and_poolers_are_left_alone(self):
         model = meta(RobertaForSequenceClassification, RobertaConfig(num_hidden_layers=2))
@@ -72,6 +93,21 @@ class TestBudget:
         names = {t.name for t in inspect_targets(gpt2(), recommended_config(gpt2(), round(component / share)))}
         assert ("lm_head" in names) == adapted
         assert len(names) > 5
+
+    def test_the_norm_gets_a_quarter_of_what_the_head_leaves_up_to_sixteen_components(self):
+        counts = {}
+        for budget in (40_000, 75_000, 2_000_000):
+            targets = {t.name: t for t in inspect_targets(gpt2(), recommended_config(gpt2(), budget))}
+            counts[budget] = targets["transformer.ln_f"].n_components
+        component = 768 + 1 + 8 + 768
+        head = 768 + 1 + 8 + 50_257
+        quarters = [round(rest / 4 / component) for rest in (40_000, 75_000 - head)]
+        assert list(counts.values()) == [*quarters, 16]
+
+    def test_what_does_not_pay_for_all_layers_goes_to_the_attention(self):
+        names = {t.name for t in inspect_targets(gpt2(), recommended_config(gpt2(), 20_000))}
+        assert not any(".mlp." in name for name in names)
+        assert "transformer.h.11.attn.c_attn" in names
 
     def test_shares_are_kept_as_far_as_sizes_allow(self):
         targets = inspect_targets(gpt2(), recommended_config(gpt2(), 2_000_000))

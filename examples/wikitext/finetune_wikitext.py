@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, get_linear_schedule_with_warmup
 
-from lreg_peft import initialize_lreg_weights, recommended_config
+from lreg_peft import calibrate_output, initialize_lreg_weights, recommended_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
 from offline_base import offline_base
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     train_loader, test_loader = accelerator.prepare(train_loader, test_loader)
     before = perplexity(model, test_loader, accelerator)
 
-    # Factored shortcuts with a linear term on all linear layers and the head, twice the components on the attention.
+    # Factored shortcuts with a linear term on all linear layers, the last norm and the head, most on the attention.
     config = recommended_config(model, args.budget, task_type="CAUSAL_LM", dof=args.dof)
     model = get_peft_model(model, config)
     # Projections along the directions that lower the loss most, meshes at quantiles, and at the head the shift in how
@@ -112,6 +112,8 @@ def main(args: argparse.Namespace) -> None:
         schedule.step()
         optimizer.zero_grad()
 
+    # What so few steps have not learned of how often each token comes has a closed form.
+    calibrate_output(model, train_loader, show_progress=show)
     after = perplexity(model, test_loader, accelerator)
     n_trained, folder = sum(parameter.numel() for parameter in trainable), output_dir / "adapter"
     accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)

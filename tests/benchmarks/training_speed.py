@@ -8,7 +8,8 @@ round by round, and every ratio is formed inside a round. On a CPU the clock is 
 threads, which other programs on the machine disturb least; on a GPU it is wall time between synchronisations.
 
     gpt2       a training step on GPT-2: forward, loss, backward, AdamW
-    recipe     the same for recommended_config, with and without the output head, and LoRA in the same places and sizes
+    recipe     the same for recommended_config, with and without the output head, and LoRA in the same places and
+               sizes, but for the norm before the head
     cache      three epochs from stored features, building the cache included, against three epochs of LoRA
     roberta    a training step on RoBERTa-base, shortcuts at query and key, against LoRA there
     inference  tokens with a key-value cache, GPT-2, batch 1; LoRA unmerged
@@ -132,7 +133,8 @@ def lora(base: PreTrainedModel, *targets: str, task: str = "CAUSAL_LM") -> nn.Mo
     return get_peft_model(base, config).train()
 
 
-#: Components of `recommended_config` without a budget, on GPT-2; LoRA gets the same ranks in the same places.
+#: Components of `recommended_config` without a budget, on GPT-2, where LoRA can follow with the same ranks. The norm before
+#: the head, with four components more, is LReg's alone.
 RECIPE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1, "lm_head": 1}
 
 

@@ -102,7 +102,7 @@ def test_the_language_model_learns_the_text_and_the_saved_adapter_is_what_was_me
     base = AutoModelForCausalLM.from_pretrained(reader / "model")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
-    assert len(layers) == 5, "four linear layers and the head"
+    assert len(layers) == 6, "four linear layers, the norm and the head"
     assert sum(p.numel() for n, p in model.named_parameters() if ".lreg_" in n) == int(count.replace(",", ""))
     tokenizer = AutoTokenizer.from_pretrained(reader / "model")
     ids = tokenizer((reader / "text.txt").read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]

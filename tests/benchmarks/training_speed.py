@@ -133,8 +133,8 @@ def lora(base: PreTrainedModel, *targets: str, task: str = "CAUSAL_LM") -> nn.Mo
     return get_peft_model(base, config).train()
 
 
-#: Components of `recommended_config` without a budget, on GPT-2, where LoRA can follow with the same ranks. The norm before
-#: the head, with four components more, is LReg's alone.
+#: Components of `recommended_config` without a budget, on GPT-2, where LoRA can follow with the same ranks. The norm
+#: before the head, with four components more, is LReg's alone.
 RECIPE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1, "lm_head": 1}
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 
 STUDY_PICTURE = "study.png"
 OURS, OTHERS = "#c23b22", "#4a5568"
+_FAR_APART = 5  # times the smallest figure, from which on they stand on a logarithmic axis
 
 
 def draw_study(report: StudyReport, directory: Path) -> None:
@@ -69,6 +70,9 @@ def _ranking(report: StudyReport, axes: Any, rows: list[StudyRow], cell: tuple[i
             color=OURS if row.method.startswith("lreg") else OTHERS,
             capsize=3,
         )
+    means = [row.mean(report.metric) for row in rows]
+    if min(means, default=0.0) > 0 and max(means) > _FAR_APART * min(means):
+        axes.set_xscale("log")  # a few that diverged would press all others together
     axes.set_yticks(range(len(rows)), [row.method for row in reversed(rows)], fontsize=8)
     axes.set_title(f"{cell[0]:,} parameters, {cell[1]} steps", fontsize=9)
     axes.set_xlabel(_label(report, rows[0]) if rows else "")

@@ -186,8 +186,8 @@ def test_every_method_trains_what_is_counted_within_the_budget(config: Pretraine
 
 
 def test_lora_and_lreg_divide_a_budget_alike() -> None:
-    """LReg by `recommended_config`, which gives single components where a rank everywhere would be too much; without the
-    norm before the head, which LoRA cannot take."""
+    """LReg by `recommended_config`, which gives single components where a rank everywhere would be too much; without
+    the norm before the head, which LoRA cannot take."""
     task = task_on(GPT2, "CAUSAL_LM")
     lora = METHODS["lora-linear-head"].attach(task.load_base(), Fit("CAUSAL_LM", size=2, placement=WITH_HEAD))
     found = {"lora-linear-head": ("lora_A", lora)}

@@ -4,13 +4,14 @@ Adding a method is adding an entry to `METHODS`, or to `TUNERS` if it is another
 examples knows their names.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
@@ -74,30 +75,33 @@ def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 def attach_vocab_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
     """The same, from the start that the output shortcut of LReg gets: the shift in how often each label comes."""
-    attach_vocab_bias(model, fit)
-    shift_vocab_bias(model, batches)
-    return model
+    return with_shifted_bias(attach_vocab_bias(model, fit), batches)
 
 
-def shift_vocab_bias(model: nn.Module, batches: Batches) -> None:
+def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
     """Add to the bias what LReg's output shortcut gets at its start or, since both are closed forms, after training."""
     assert isinstance(model, PreTrainedModel)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name = output_head_name(model) or ""
     config = LRegConfig(target_modules=[name], head="factored", n_components=1, dof=2, init_weights="gradient")
-    adapted = get_peft_model(model, config)
     own, n_batches = share_of(batches)
+    with warnings.catch_warnings():
+        # The model may have an adapter of its own; this is a copy.
+        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        adapted = get_peft_model(copy.deepcopy(model), config)
     initialize_lreg_weights(adapted, own, n_batches=n_batches, output_start=True, show_progress=False)
     shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
         # The shift is the same at every position, so any will do.
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
         shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
-    adapted.unload()
-    with torch.no_grad():
         model.get_output_embeddings().bias.add_(shift)  # type: ignore[union-attr,operator]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    return model
+
+
+def finish_vocab_bias(model: nn.Module, batches: Batches) -> None:
+    """The same at the end."""
+    with_shifted_bias(model, batches)
 
 
 def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
@@ -129,9 +133,34 @@ def attach_lora_everywhere(model: PreTrainedModel, fit: Fit) -> nn.Module:
     return _lora(model, fit, list(ranks), ranks)
 
 
+def attach_lora_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """LoRA on all linear layers of the backbone and a bias on the logits: the control that shows what LReg's start and
+    calibration of the output do for LoRA."""
+    ranks = layer_sizes(linear_layers(model), fit.size)
+    attach_vocab_bias(model, fit)
+    inject_adapter_in_model(_lora_config(model, fit, list(ranks), ranks), model)
+    model.get_output_embeddings().bias.requires_grad_(True)  # type: ignore[union-attr]
+    return model
+
+
+def attach_lora_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
+    """The same with the bias started from token frequencies."""
+    return with_shifted_bias(attach_lora_bias(model, fit), batches)
+
+
 def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
+    with warnings.catch_warnings():
+        # GPT-2 has both kinds of layer, and PEFT sets this flag right for each of them, with a warning.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # A head whose weight is the embedding's: only merging would be a problem, and nothing is merged here.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        warnings.filterwarnings("ignore", message=".*tied_target_modules")
+        return get_peft_model(model, _lora_config(model, fit, targets, ranks))
+
+
+def _lora_config(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> LoraConfig:
     pattern = as_pattern(ranks)
-    config = LoraConfig(
+    return LoraConfig(
         task_type=_peft_task(fit),
         r=fit.size,
         lora_alpha=fit.size,  # a scale of one in every module; the learning-rate search does the rest
@@ -142,13 +171,6 @@ def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: di
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         modules_to_save=fit.modules_to_save,
     )
-    with warnings.catch_warnings():
-        # GPT-2 has both kinds of layer, and PEFT sets this flag right for each of them, with a warning.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        # A head whose weight is the embedding's: only merging would be a problem, and nothing is merged here.
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        warnings.filterwarnings("ignore", message=".*tied_target_modules")
-        return get_peft_model(model, config)
 
 
 # --- LReg -----------------------------------------------------------------------------------------------------------
@@ -257,7 +279,7 @@ METHODS = {
             Rates(1e-1, 5e-2, 1e-2, 1e-2),
             tasks=LANGUAGE_MODELS,
             attach_on_data=attach_vocab_bias_on_data,
-            finish=shift_vocab_bias,
+            finish=finish_vocab_bias,
         ),
         Method(
             "head-only",
@@ -278,6 +300,17 @@ METHODS = {
             "rank",
             tasks=LANGUAGE_MODELS,
             placements=ALL_PLACEMENTS,
+        ),
+        Method(
+            "lora-linear-bias",
+            "LoRA on all linear layers and a bias on the logits, started and calibrated as the output shortcut of LReg",
+            attach_lora_bias,
+            Rates(2e-2, 2e-2, 1e-3, 3e-3),
+            "rank",
+            tasks=LANGUAGE_MODELS,
+            by_default=False,
+            attach_on_data=attach_lora_bias_on_data,
+            finish=finish_vocab_bias,
         ),
         Method(
             "lreg-head",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from example_scripts import EXAMPLES, Modules, example_modules, launch, launch_two
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -216,6 +217,24 @@ def test_one_and_two_processes_give_the_same_figures(
         assert figure(together) == pytest.approx(figure(alone), rel=1e-5), alone["method"]
     base, *adapted = map(figure, one["rows"])
     assert max(adapted) < 0.999 * base
+
+
+def test_the_calibration_and_its_controls(tiny: Path, modules: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """LReg with and without its last pass over the batches, and LoRA with a bias that gets the same."""
+    names = ["lora-linear", "lora-linear-bias", "lreg", "lreg-uncalibrated", "lreg-no-norm"]
+    command = tiny_command(tiny, "gpt2", tmp_path)
+    at = command.index("--methods")
+    command[at : at + 6] = ["--methods", *names, "--learning_rates", *(f"{name}=1e-2" for name in names)]
+    modules("run_wikitext").main(command)
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    found = {row["method"]: figure(row) for row in rows}
+    assert found["lreg"] < found["lreg-uncalibrated"]
+    assert found["lora-linear-bias"] < found["lora-linear"]
+    trained = {row["method"]: row["trainable_parameters"] for row in rows}
+    assert trained["lreg"] == trained["lreg-uncalibrated"]
+    saved = load_file(tmp_path / "adapters" / "lora-linear-bias" / "trained.safetensors")
+    assert saved["lm_head.bias"].any()
+    assert sum(map(torch.numel, saved.values())) == trained["lora-linear-bias"]
 
 
 @pytest.mark.slow

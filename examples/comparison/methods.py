@@ -99,11 +99,6 @@ def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
     return model
 
 
-def finish_vocab_bias(model: nn.Module, batches: Batches) -> None:
-    """The same at the end."""
-    with_shifted_bias(model, batches)
-
-
 def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The new modules alone: the control that shows what the frozen features give by themselves."""
     model.requires_grad_(False)
@@ -146,6 +141,11 @@ def attach_lora_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
 def attach_lora_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
     """The same with the bias started from token frequencies."""
     return with_shifted_bias(attach_lora_bias(model, fit), batches)
+
+
+def finish_lora_bias(model: nn.Module, batches: Batches) -> None:
+    """What the bias has not learned of label frequencies."""
+    with_shifted_bias(model, batches)
 
 
 def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
@@ -274,12 +274,11 @@ METHODS = {
         Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
             "vocab-bias",
-            "a bias on the logits, started and calibrated as that of LReg, nothing else",
+            "a bias on the logits, started as that of LReg, nothing else",
             attach_vocab_bias,
             Rates(1e-1, 5e-2, 1e-2, 1e-2),
             tasks=LANGUAGE_MODELS,
             attach_on_data=attach_vocab_bias_on_data,
-            finish=finish_vocab_bias,
         ),
         Method(
             "head-only",
@@ -310,7 +309,7 @@ METHODS = {
             tasks=LANGUAGE_MODELS,
             by_default=False,
             attach_on_data=attach_lora_bias_on_data,
-            finish=finish_vocab_bias,
+            finish=finish_lora_bias,
         ),
         Method(
             "lreg-head",

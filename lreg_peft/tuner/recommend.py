@@ -212,8 +212,7 @@ def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) 
             norm.components = min(max(round(_SHARE_OF_THE_NORM * rest / norm.cost), 1), _MOST_AT_THE_NORM)
             rest -= norm.components * norm.cost
     while open_sites := [site for site in inside if site.cost <= rest]:
-        # Ties go to the attention, then to the layers near the output, whose gradients cross fewer layers.
-        site = min(reversed(open_sites), key=lambda site: (site.components / site.share, -site.share))
+        site = min(reversed(open_sites), key=_turn)
         site.components += 1
         rest -= site.cost
     if not any(site.components for site in sites):
@@ -222,6 +221,15 @@ def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) 
             f"budget={budget!r} ({parameters:,} parameters) does not pay for one component: the cheapest, at "
             f"{cheapest.name!r}, has {cheapest.cost:,}."
         )
+
+
+def _turn(site: _Site) -> tuple[float, int]:
+    """What is lowest for the site that gets the next component.
+
+    The first ones go to the attention before they go elsewhere. Other ties go to the layers near the output, whose
+    gradients cross fewer layers.
+    """
+    return site.components / site.share, 0 if site.components else -site.share
 
 
 def _short_names(model: nn.Module, names: list[str]) -> list[str]:

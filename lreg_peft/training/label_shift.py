@@ -130,7 +130,7 @@ def shift_labels(
             if own[1] <= own[0]:
                 with together():
                     table = head.layer.table(head.adapter_name)
-                    head.layer.set_table(head.adapter_name, table + torch.outer(k, size * shift.float()).to(table))
+                    head.layer.set_table(head.adapter_name, table + torch.outer(k, (size * shift).to(k)).to(table))
                 return LabelShift(before, own[1].item() / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
     return LabelShift(before, before, heldout, None, 0.0)
 
@@ -222,6 +222,8 @@ class _Half:
                 f"{type(model).__name__} must give one row of logits per label through its output head, called once, "
                 f"for {head.purpose}: {head.instead}."
             )
+        if logits.isnan().any():
+            raise ValueError(f"{head.purpose} needs finite logits, and some of {type(model).__name__} are NaN.")
         shift, (own, targets) = _pair(head, logits, labels, loss_of(output))
         features = align(seen[0], labels, shift=shift, out_features=classes).features
         n = len(targets)
@@ -245,10 +247,8 @@ class _Half:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Sums of phi phi^T `[K, K]` and of phi `[K]` over the rows that judge, phi the row of the design; fp64."""
         size = self._head.layer.table(self._head.adapter_name).shape[0]
-        gram, total = (
-            torch.zeros(size, size, dtype=torch.float64, device="cpu"),
-            torch.zeros(size, dtype=torch.float64, device="cpu"),
-        )
+        gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        total = torch.zeros(size, dtype=torch.float64, device="cpu")
         for features, _ in self._pieces():
             design = self._head.design(features).double().cpu()
             gram += design.T @ design

@@ -155,11 +155,16 @@ def _scaled(model):
     inner.forward = forward
 
 
+def _spoilt(model):
+    head_of(model).base_layer.register_forward_hook(lambda module, args, output: output * torch.nan)
+
+
 NONE = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)} for IDS in [skewed()[0]["input_ids"]]]
 REFUSED = {
     "without a shortcut on the head": ({"target_modules": ["mlp"]}, None, skewed(), "add the head to target_modules"),
     "switched off": ({}, _switched_off, skewed(), r"active adapters on the output head, \[\], got None"),
     "logits changed behind the head": ({}, _scaled, skewed(), "changes what its output head gives"),
+    "NaN": ({}, _spoilt, skewed(), "a calibration of the output needs finite logits, and some of .* are NaN"),
     "no batches": ({}, None, [], r"a calibration of the output needs labels, and there are none: no batches"),
     "ignored labels": ({}, None, NONE, r"ignored \(-100\)"),
     "no labels": ({}, None, [{"input_ids": NONE[0]["input_ids"]}], "needs batches with labels that are classes"),

@@ -82,18 +82,17 @@ def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
     """Add to the bias what LReg's output shortcut gets at its start or, since both are closed forms, after training."""
     assert isinstance(model, PreTrainedModel)
     name = output_head_name(model) or ""
-    config = LRegConfig(target_modules=[name], head="factored", n_components=1, dof=2, init_weights="pca")
+    # A head that has a constant: the same at every position.
+    config = LRegConfig(target_modules=[name], head="reduced", n_components=1, dof=2, init_weights="pca")
     own, n_batches = share_of(batches)
     with warnings.catch_warnings():
         # The model may have an adapter of its own; this is a copy.
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         adapted = get_peft_model(copy.deepcopy(model), config)
-    # The projection does not matter to a constant: the cheaper start.
     initialize_lreg_weights(adapted, own, method="pca", n_batches=n_batches, output_start=True, show_progress=False)
     shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
-        # The shift is the same at every position, so any will do.
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
         shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
         model.get_output_embeddings().bias.add_(shift)  # type: ignore[union-attr,operator]

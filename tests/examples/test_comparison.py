@@ -42,6 +42,8 @@ from comparison.task import Metric, Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
 from comparison.training import KeepBest, _Trainer, start_batches
 
+from lreg_peft.training.label_shift import PSEUDOCOUNTS
+
 # One worker of pytest-xdist runs this module: its runs share the process state of Accelerate.
 pytestmark = pytest.mark.xdist_group("comparison")
 
@@ -205,6 +207,22 @@ def test_lora_and_lreg_divide_a_budget_alike() -> None:
         "c_proj": 2,
         "lm_head": 1,
     }
+
+
+def test_the_bias_of_the_controls_is_the_closed_form() -> None:
+    """The same at every position, log((n + a) / (q + a)) with one of the pseudocounts."""
+    base = task_on(GPT2, "CAUSAL_LM").load_base().eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 13, (8, 16), generator=generator) for _ in range(4)]
+    counts = torch.bincount(torch.cat(ids)[:, 1:].flatten(), minlength=base.config.vocab_size)
+    with torch.no_grad():
+        before = base(torch.cat(ids)).logits
+    model = METHODS["vocab-bias"].attach_on_data(base, Fit("CAUSAL_LM"), [{"input_ids": i, "labels": i} for i in ids])
+    with torch.no_grad():
+        shift = model(torch.cat(ids)).logits - before
+    expected = before[:, :-1].softmax(-1).sum((0, 1))
+    forms = [((counts + a) / (expected + a)).log() for a in PSEUDOCOUNTS]
+    assert min((shift - form).abs().max() for form in forms) < 1e-4
 
 
 def test_the_attention_comes_first_in_a_pattern() -> None:

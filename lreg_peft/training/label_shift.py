@@ -121,24 +121,25 @@ def shift_labels(
         if best == 0:
             return LabelShift(before, before, before, None, 0.0)
         heldout = judged[best].item()
-        shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[best - 1]
+        shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[best]
         for halvings in range(_HALVINGS + 1):
             size = 0.5**halvings
             with together():
                 losses = [half.losses(k, size * shift.unsqueeze(0)) for half in halves]
             (own,) = sum_over_processes([losses[0] + losses[1]])
-            if own[1] <= own[0]:
+            after = (own / n).item()
+            if after <= before:
                 with together():
                     table = head.layer.table(head.adapter_name)
                     head.layer.set_table(head.adapter_name, table + torch.outer(k, (size * shift).to(k)).to(table))
-                return LabelShift(before, own[1].item() / n.item(), heldout, PSEUDOCOUNTS[best - 1], size)
+                return LabelShift(before, after, heldout, PSEUDOCOUNTS[best - 1], size)
     return LabelShift(before, before, heldout, None, 0.0)
 
 
 def _shifts(counts: Tensor, expected: Tensor) -> Tensor:
-    """One row per pseudocount, `[pseudocounts, classes]`, fp64."""
+    """No shift, then one row per pseudocount, `[1 + pseudocounts, classes]`, fp64."""
     a = torch.tensor(PSEUDOCOUNTS, dtype=torch.float64, device="cpu").unsqueeze(1)
-    return ((counts + a) / (expected + a)).log()
+    return F.pad(((counts + a) / (expected + a)).log(), (0, 0, 1, 0))
 
 
 def _closest_to_one(halves: "tuple[_Half, _Half]") -> Tensor:
@@ -256,13 +257,13 @@ class _Half:
         return gram, total
 
     def losses(self, k: Tensor, shifts: Tensor) -> Tensor:
-        """Summed loss of the model as it is, then with each of the shifts `[m, classes]`: fp64 `[1 + m]`."""
-        total = torch.zeros(1 + len(shifts), dtype=torch.float64, device="cpu")
+        """Summed loss with each of the shifts `[m, classes]`: fp64 `[m]`."""
+        total = torch.zeros(len(shifts), dtype=torch.float64, device="cpu")
         for features, targets in self._pieces():
             logits = self._head.output(features)
             factor = self._head.design(features) @ k.to(features.device)
-            for i, shift in enumerate([None, *shifts.to(logits)]):
-                moved = logits if shift is None else torch.addcmul(logits, factor.unsqueeze(1), shift)
+            for i, shift in enumerate(shifts.to(logits)):
+                moved = torch.addcmul(logits, factor.unsqueeze(1), shift)
                 total[i] += F.cross_entropy(moved, targets, reduction="sum").double().cpu()
         return total
 

@@ -96,7 +96,8 @@ class Method:
         attach_on_data: like `attach`, with a few training batches, for methods whose start is made from data.
         after_step: (model, step) -> None, what the method does after each optimiser step, its gradients still there.
         faster: part of the names of the parameters that learn faster than the others, and how many times faster.
-        finish: (model, batches) -> None, what the method does when training is over, with batches it was trained on.
+        finish: (model, batches) -> anything, what the method does to the model when training is over, with batches it
+            was trained on.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Method:
     attach_on_data: Callable[[PreTrainedModel, Fit, Batches], nn.Module] | None = None
     after_step: Callable[[nn.Module, int], None] | None = None
     faster: tuple[str, float] | None = None
-    finish: Callable[[nn.Module, Batches], None] | None = None
+    finish: Callable[[nn.Module, Batches], object] | None = None
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""

@@ -34,7 +34,7 @@ from comparison.placements import fresh_head_names, layer_sizes, linear_layers
 from comparison.site import ALL_PLACEMENTS, LINEAR, Site
 from comparison.training import share_of
 from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig, calibrate_output, initialize_lreg_weights, recommended_config
+from lreg_peft import LRegConfig, calibrate_output, recommended_config
 from lreg_peft.modules import unwrap
 from lreg_peft.tuner.hooks.output_head import wrapped_head
 from lreg_peft.tuner.targets import output_head_name
@@ -83,14 +83,14 @@ def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
     assert isinstance(model, PreTrainedModel)
     name = output_head_name(model) or ""
     # A head that has a constant: the same at every position.
-    config = LRegConfig(target_modules=[name], head="reduced", n_components=1, dof=2, init_weights="pca")
+    config = LRegConfig(target_modules=[name], head="reduced", n_components=1, dof=2)
     own, n_batches = share_of(batches)
     with warnings.catch_warnings():
         # The model may have an adapter of its own; this is a copy.
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         adapted = get_peft_model(copy.deepcopy(model), config)
-    initialize_lreg_weights(adapted, own, method="pca", n_batches=n_batches, output_start=True, show_progress=False)
+    calibrate_output(adapted, own, n_batches=n_batches, show_progress=False)
     shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
@@ -141,11 +141,6 @@ def attach_lora_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
 def attach_lora_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
     """The same with the bias started from token frequencies."""
     return with_shifted_bias(attach_lora_bias(model, fit), batches)
-
-
-def finish_lora_bias(model: nn.Module, batches: Batches) -> None:
-    """What the bias has not learned of label frequencies."""
-    with_shifted_bias(model, batches)
 
 
 def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
@@ -309,7 +304,7 @@ METHODS = {
             tasks=LANGUAGE_MODELS,
             by_default=False,
             attach_on_data=attach_lora_bias_on_data,
-            finish=finish_lora_bias,
+            finish=with_shifted_bias,
         ),
         Method(
             "lreg-head",

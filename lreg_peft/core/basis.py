@@ -3,14 +3,13 @@
 Source: Li, Cheng & Gu (2025), "A Globally Optimal Alternative to MLP", sections 2.6-2.7.
 """
 
-from bisect import bisect_right
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .mesh import active_nodes, check_coords, check_nodes, coordinate_dtype, locate, take
+from .mesh import active_nodes, check_coords, check_nodes, locate, take
 
 Form = Literal["auto", "dense", "gather"]
 
@@ -19,9 +18,6 @@ Form = Literal["auto", "dense", "gather"]
 # between 8 and 16 nodes. GPUs multiply so much faster than they gather that they cross later.
 _DENSE_MAX_DOF = {"cpu": 8}
 _DENSE_MAX_DOF_ELSEWHERE = 64
-# Up to so many coordinates on a CPU, without gradients, a loop in Python takes less time than the calls of torch do:
-# 27 against 161 microseconds for the two components of a layer that generates token by token.
-_FEW = 16
 
 
 def hat_basis(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> Tensor:
@@ -147,32 +143,9 @@ def evaluate_profile(coords: Tensor, nodes: Tensor, profile: Tensor) -> Tensor:
     Returns:
         `[..., components]`, fp32 (fp64 if an input is), differentiable in `coords` and `profile`.
     """
-    if _is_plain(coords, nodes, profile) and coords.numel() <= _FEW:
-        return _one_by_one(coords, nodes, profile)
     element, local = locate(coords, nodes, validate=False)
     profile = profile.to(local.dtype)
     return torch.lerp(take(profile[:, :-1], element), take(profile[:, 1:], element), local)
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether the values may be read: nothing is recorded, and they lie in the memory of the CPU."""
-    return (
-        not torch.is_grad_enabled()
-        and reverse_mode_only()
-        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    )
-
-
-def _one_by_one(coords: Tensor, nodes: Tensor, profile: Tensor) -> Tensor:
-    """`evaluate_profile` for a handful of coordinates."""
-    meshes, values = nodes.tolist(), profile.tolist()
-    found = []
-    for row in coords.reshape(-1, len(meshes)).tolist():
-        for coord, mesh, value in zip(row, meshes, values, strict=True):
-            i = min(max(bisect_right(mesh, coord), 1), len(mesh) - 1)
-            local = min(max((coord - mesh[i - 1]) / (mesh[i] - mesh[i - 1]), 0.0), 1.0)  # NaN stays
-            found.append(value[i - 1] + local * (value[i] - value[i - 1]))
-    return torch.tensor(found, dtype=coordinate_dtype(coords, nodes), device=coords.device).view(coords.shape)
 
 
 def evaluate_factored(

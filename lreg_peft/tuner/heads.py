@@ -50,6 +50,8 @@ class Head(ABC):
     linear_weights: tuple[str, ...]
     #: Name of the weight with one entry per node.
     nodal_weight: str
+    #: Factor of z in the weight of a direction, zero without a linear term; None for heads that are not factored.
+    slope: float | None = None
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -182,6 +184,7 @@ class FactoredHead(Head):
 
     linear_weights = ("direction",)
     nodal_weight = "profile"
+    slope = 0.0
 
     def shapes(self, n_components: int, dof: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """As there."""
@@ -222,6 +225,8 @@ class LinearFactoredHead(FactoredHead):
     Far from the middle of the sigmoid a profile says nothing any more; the linear term goes on. With a constant profile
     this is LoRA with a bias, so that nothing LoRA can represent is lost; the piecewise-linear profile comes on top.
     """
+
+    slope = 1 / LOGISTIC_NORMAL_SCALE
 
     def nonlinear_start(self, nodes: Tensor, profile_mean: float) -> dict[str, Tensor]:
         """The mean everywhere: what varies with z is the linear term's at first."""

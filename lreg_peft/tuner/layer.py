@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.basis import design_matrix
 from ..core.coordinates import initial_projection, project_linear, without_autocast
+from ..core.few_rows import add_to_few_rows
 from ..core.fused_loss import fused_cross_entropy
 from ..core.mesh import check_nodes, uniform_nodes
 from ..modules import is_compiling
@@ -193,13 +194,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     @property
     def stacked_adapters(self) -> list[str]:
         """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
-        return [name for name in self.active_stack if name in self.lreg_nodes]
+        here: Any = self._modules["lreg_nodes"]
+        return [name for name in self.active_stack if name in here._buffers]
 
     @property
     def active_stack(self) -> list[str]:
         """The active adapters of the model after the grades they stand on, in order, whether or not they are here."""
-        names = (name for active in self.active_adapters for name in (*self.previous_grades.get(active, ()), active))
-        return list(dict.fromkeys(names))
+        active, previous = self.active_adapters, self.previous_grades
+        if not previous:
+            return list(dict.fromkeys(active))
+        return list(dict.fromkeys(name for last in active for name in (*previous.get(last, ()), last)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; with an active grade, the one before it becomes active.
@@ -305,7 +309,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             here.was_called = True
             if here.loss_request is not None and (deferred := here.loss_request(self, args, kwargs)) is not None:
                 return deferred
-        output = self.base_layer(*args, **kwargs)
+        output = own["_modules"]["base_layer"](*args, **kwargs)
         if self.disable_adapters:
             return output
         hidden, rebuild = first_tensor(output)
@@ -329,13 +333,22 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             self.out_features,
         )
         base = self._modules["base_layer"]
-        linear = type(base) in (nn.Linear, Conv1D)  # no other layout fits these
-        plain = linear and self.readings.get(name, UNSAID) == UNSAID
+        known = type(base) in (nn.Linear, Conv1D, nn.LayerNorm)  # no other layout fits these
+        plain = known and self.readings.get(name, UNSAID) == UNSAID
         plain = plain or (row_by_row and self._layout(name, features, hidden) == ROW_BY_ROW)
         if not (plain and row_by_row and head.design_is_faster(nodes)):
             return hidden + self.shortcut(name, features, hidden)
-        # These two return a new tensor. What other modules return may be their input or something they keep.
-        is_new = linear and not base._forward_hooks  # type: ignore[union-attr]
+        # These return a new tensor. What other modules return may be their input or something they keep.
+        is_new = known and not base._forward_hooks  # type: ignore[union-attr]
+        if is_new and head.slope is not None and name not in self.composed_on:
+            own: Any = self._modules  # looking up attributes of modules would take longer than the arithmetic
+            projection, bias, profile, direction = (
+                own[kind]._modules[name]._parameters.get("weight")
+                for kind in ("lreg_projection", "lreg_projection_bias", "lreg_profile", "lreg_direction")
+            )
+            total = add_to_few_rows(hidden, features, head.slope, projection, bias, nodes, profile, direction)
+            if total is not None:
+                return total
         with without_autocast(features.device.type):
             code = self.encode(name, features)  # [..., components]
             total = head.add(self._head_weights(name), nodes, code, hidden, in_place=is_new)

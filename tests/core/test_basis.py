@@ -14,7 +14,6 @@ from lreg_peft.core import (
     uniform_nodes,
     weighted_rows,
 )
-from lreg_peft.core.basis import evaluate_profile
 
 DOFS = [2, 3, 8, 9, 64]
 FORMS = ["dense", "gather"]
@@ -259,29 +258,3 @@ def test_weighted_rows_of_a_simplex():
     probe = torch.randn(20, 4, generator=generator, dtype=torch.float64)
     ours = torch.autograd.grad(value, (weights, table), probe)
     torch.testing.assert_close(ours, torch.autograd.grad(dense, (weights, table), probe))
-
-
-class TestHandful:
-    """A token at a time is computed in plain Python: the same values, wherever the coordinates are."""
-
-    @pytest.mark.parametrize(("nodes_dtype", "profile_dtype"), [("float32", "float32"), ("float64", "bfloat16")])
-    def test_same_values(self, nodes_dtype, profile_dtype):
-        nodes = torch.rand(3, 8).sort(dim=1).values.to(getattr(torch, nodes_dtype))
-        profile = torch.randn(3, 8).to(getattr(torch, profile_dtype))
-        coords = torch.cat((torch.rand(2, 3) * 1.4 - 0.2, nodes[:, 4:5].T.float(), torch.full((1, 3), torch.nan)))
-        with torch.no_grad():
-            few = torch.cat([evaluate_profile(part, nodes, profile) for part in coords.split(1)])
-        with torch.enable_grad():
-            general = evaluate_profile(coords, nodes, profile)
-        assert few.dtype == general.dtype
-        torch.testing.assert_close(few, general, rtol=1e-5, atol=1e-6, equal_nan=True)  # lerp in fp32
-
-    @pytest.mark.filterwarnings(
-        "ignore:`torch.jit.trace` is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning"
-    )
-    def test_values_are_not_frozen_into_a_trace(self):
-        nodes, profile = torch.linspace(0, 1, 5).repeat(2, 1), torch.randn(2, 5)
-        with torch.no_grad():
-            traced = torch.jit.trace(lambda u: evaluate_profile(u, nodes, profile), torch.rand(1, 2))
-            other = torch.rand(1, 2)
-            torch.testing.assert_close(traced(other), evaluate_profile(other, nodes, profile))

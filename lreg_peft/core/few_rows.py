@@ -1,0 +1,71 @@
+"""A factored shortcut for a handful of rows, without gradients: what generating token by token asks for.
+
+There a layer has microseconds of arithmetic, and every call of torch takes microseconds to come about: a loop over the
+coordinates in Python is the faster way, and one product in, one product out are all that is left to torch.
+"""
+
+from bisect import bisect_right
+from math import tanh
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .basis import reverse_mode_only
+
+# Up to so many coordinates the loop takes less time than the calls of torch that it stands for.
+_FEW = 8
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def add_to_few_rows(
+    hidden: Tensor,
+    features: Tensor,
+    slope: float,
+    projection: Tensor,
+    bias: Tensor,
+    nodes: Tensor,
+    profile: Tensor,
+    direction: Tensor,
+) -> Tensor | None:
+    """`hidden + sum_i (slope z_i + s_i(sigmoid(z_i))) v_i` with z = P x + b, in the memory of `hidden`.
+
+    Args:
+        hidden: `[..., out_features]`, which nobody else needs.
+        features: x, `[..., in_features]`, the leading shape of `hidden`.
+        slope: of the linear term, zero for none.
+        projection: P, `[components, in_features]`.
+        bias: b, `[components]`.
+        nodes: `[components, dof]`, valid.
+        profile: s at the nodes, `[components, dof]`.
+        direction: v, `[components, out_features]`.
+
+    Returns:
+        `hidden`, or None where this is not the way: rows are many, something is recorded, traced, transformed or cast,
+        or a tensor is not a plain one in the memory of the CPU, or fp64.
+    """
+    components = nodes.shape[0]
+    if components * features.numel() > _FEW * features.shape[-1] or torch.is_grad_enabled():
+        return None
+    for tensor in (hidden, features, projection, bias, profile, direction):
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype == torch.float64:
+            return None
+    if torch.is_autocast_enabled("cpu") or not (hidden.is_contiguous() and reverse_mode_only()):
+        return None
+    latent = F.linear(features.float(), projection.float(), bias.float())
+    meshes, profiles = nodes.tolist(), profile.tolist()
+    vectors = direction.to(hidden.dtype).unbind()
+    rows = hidden.view(-1, hidden.shape[-1]).unbind()
+    for row, latents in zip(rows, latent.view(-1, components).tolist(), strict=True):
+        for z, mesh, values, vector in zip(latents, meshes, profiles, vectors, strict=True):
+            value = interpolate(0.5 + 0.5 * tanh(0.5 * z), mesh, values)
+            row.add_(vector, alpha=value + slope * z if slope else value)  # z may be infinite
+    return hidden
+
+
+def interpolate(coord: float, mesh: list[float], values: list[float]) -> float:
+    """A piecewise-linear function at one point; constant beyond the mesh, NaN for NaN."""
+    i = min(max(bisect_right(mesh, coord), 1), len(mesh) - 1)
+    left, value = mesh[i - 1], values[i - 1]
+    local = min(max((coord - left) / (mesh[i] - left), 0.0), 1.0)
+    return value + local * (values[i] - value)

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Before NumPy and torch: these problems are so small that a second thread only costs, and changes the last digits.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -11,6 +12,17 @@ from transformers.utils import logging  # noqa: E402
 # The models of these tests are so small that a second thread only costs.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+EXAMPLES = Path(__file__).parent / "examples"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage, which doubles the time of Python, says what a test reaches by itself: the examples run most of the
+    package beside, and draws of hypothesis run the same lines again and again."""
+    for item in items:
+        if item.path.is_relative_to(EXAMPLES) or item.get_closest_marker("hypothesis"):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRe
 from lreg_peft.regression.mesh1d import second_differences
 
 
+@pytest.mark.no_cover  # hundreds of fits
 @pytest.mark.parametrize(
     "estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier(), MultigradeRegressor()], ids=str
 )

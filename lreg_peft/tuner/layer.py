@@ -34,6 +34,9 @@ MERGE_REFUSED = (
 # Standard deviation of the coefficients for init_weights=False.
 _RANDOM_INIT_STD = 0.02
 
+# Layers that no other layout fits, and that return a new tensor.
+_ROW_BY_ROW = (nn.Linear, Conv1D, nn.LayerNorm)
+
 
 class InThread(threading.local):
     """Notes of one forward pass, for every thread by itself; copies and pickles start without."""
@@ -325,6 +328,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
+        if not torch.is_grad_enabled() and (total := self._add_to_few_rows(name, features, hidden)) is not None:
+            return total
         head, nodes = self.heads[name], self._weight("lreg_nodes", name)
         if self._drops(name):
             return hidden + self.shortcut(name, features, hidden)
@@ -332,28 +337,46 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             *features.shape[:-1],
             self.out_features,
         )
-        base = self._modules["base_layer"]
-        known = type(base) in (nn.Linear, Conv1D, nn.LayerNorm)  # no other layout fits these
-        plain = known and self.readings.get(name, UNSAID) == UNSAID
-        plain = plain or (row_by_row and self._layout(name, features, hidden) == ROW_BY_ROW)
-        if not (plain and row_by_row and head.design_is_faster(nodes)):
+        plain = row_by_row and (
+            (type(self.base_layer) in _ROW_BY_ROW and self.readings.get(name, UNSAID) == UNSAID)
+            or self._layout(name, features, hidden) == ROW_BY_ROW
+        )
+        if not (plain and head.design_is_faster(nodes)):
             return hidden + self.shortcut(name, features, hidden)
-        # These return a new tensor. What other modules return may be their input or something they keep.
-        is_new = known and not base._forward_hooks  # type: ignore[union-attr]
-        if is_new and head.slope is not None and name not in self.composed_on:
-            own: Any = self._modules  # looking up attributes of modules would take longer than the arithmetic
-            projection, bias, profile, direction = (
-                own[kind]._modules[name]._parameters.get("weight")
-                for kind in ("lreg_projection", "lreg_projection_bias", "lreg_profile", "lreg_direction")
-            )
-            total = add_to_few_rows(hidden, features, head.slope, projection, bias, nodes, profile, direction)
-            if total is not None:
-                return total
         with without_autocast(features.device.type):
             code = self.encode(name, features)  # [..., components]
-            total = head.add(self._head_weights(name), nodes, code, hidden, in_place=is_new)
+            total = head.add(self._head_weights(name), nodes, code, hidden, in_place=self._output_is_new())
         self._observe(name, code, total)
         return total
+
+    def _output_is_new(self) -> bool:
+        """Whether nobody else holds the output: what other modules return may be their input or something they keep."""
+        base: Any = self._modules["base_layer"]
+        return type(base) in _ROW_BY_ROW and not base._forward_hooks
+
+    def _add_to_few_rows(self, name: str, features: Tensor, hidden: Tensor) -> Tensor | None:
+        """`_add_shortcut` for a token at a time; None where that is not the way.
+
+        By short ways throughout: for one row, looking up attributes of modules takes longer than the arithmetic.
+        """
+        own: Any = self._modules
+        slope = self.heads[name].slope
+        if (
+            slope is None
+            or self.training
+            or name in self.composed_on
+            or features.shape[-1:] != (self.in_features,)
+            or features.shape[:-1] != hidden.shape[:-1]
+            or self.readings.get(name, UNSAID) != UNSAID
+            or not self._output_is_new()
+        ):
+            return None
+        projection, bias, profile, direction = (
+            own[kind]._modules[name]._parameters.get("weight")
+            for kind in ("lreg_projection", "lreg_projection_bias", "lreg_profile", "lreg_direction")
+        )
+        nodes = own["lreg_nodes"]._buffers[name]
+        return add_to_few_rows(hidden, features, slope, projection, bias, nodes, profile, direction)
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
         """The shortcut's value alone.

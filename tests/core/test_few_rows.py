@@ -27,13 +27,14 @@ def general(hidden, features, slope, projection, bias, nodes, profile, direction
     return hidden + (curve + slope * latent @ direction.float()).to(hidden.dtype)
 
 
+@pytest.mark.parametrize("components", [1, 3])
 @pytest.mark.parametrize("slope", [0.0, 0.6])
 @pytest.mark.parametrize("shape", [(1, 1), (2,), (2, 1, 1), (), (0,)])
-def test_the_same_values_written_into_hidden(shape, slope):
+def test_the_same_values_written_into_hidden(shape, slope, components):
     hidden, features = torch.randn(*shape, OUT), torch.randn(*shape, IN)
-    expected = general(hidden, features, slope, *weights())
+    expected = general(hidden, features, slope, *weights(components))
     with torch.no_grad():
-        total = add_to_few_rows(hidden, features, slope, *weights())
+        total = add_to_few_rows(hidden, features, slope, *weights(components))
     assert total is hidden
     torch.testing.assert_close(total, expected)
 

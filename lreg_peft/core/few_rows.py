@@ -44,15 +44,13 @@ def add_to_few_rows(
         `hidden`, or None where this is not the way: rows are many, something is recorded, traced, transformed or cast,
         or a tensor is not a plain one in the memory of the CPU, or fp64.
     """
-    if features.numel() > _FEW * features.shape[-1] or torch.is_grad_enabled():
+    components = nodes.shape[0]
+    if components * features.numel() > _FEW * features.shape[-1] or torch.is_grad_enabled():
         return None
     for tensor in (hidden, features, projection, bias, nodes, profile, direction):
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype == torch.float64:
             return None
     if torch.is_autocast_enabled("cpu") or not (hidden.is_contiguous() and reverse_mode_only()):
-        return None
-    components = nodes.shape[0]
-    if components * features.numel() > _FEW * features.shape[-1]:
         return None
     latent = F.linear(features.float(), projection.float(), bias.float()).view(-1, components).tolist()
     meshes, profiles = nodes.tolist(), profile.tolist()

@@ -32,7 +32,7 @@ def add_to_few_rows(
 
     Args:
         hidden: `[..., out_features]`, which nobody else needs.
-        features: x, `[..., in_features]`, the leading shape of `hidden`.
+        features: x, `[..., in_features]`.
         slope: of the linear term, zero for none.
         projection: P, `[components, in_features]`.
         bias: b, `[components]`.
@@ -41,16 +41,21 @@ def add_to_few_rows(
         direction: v, `[components, out_features]`.
 
     Returns:
-        `hidden`, or None where this is not the way: rows are many, something is recorded, traced, transformed or cast,
-        or a tensor is not a plain one in the memory of the CPU, or fp64.
+        `hidden`, or None where this is not the way: rows are many or not those of `hidden`, something is recorded,
+        traced, transformed or cast, or a tensor is not a plain one in the memory of the CPU, or fp64.
     """
-    components = nodes.shape[0]
-    if components * features.numel() > _FEW * features.shape[-1] or torch.is_grad_enabled():
+    # Before any shape: a trace keeps what was done with it. A dispatch mode may record operations, too.
+    if torch.is_grad_enabled() or not reverse_mode_only() or torch._C._len_torch_dispatch_stack():
         return None
     for tensor in (hidden, features, projection, bias, nodes, profile, direction):
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype == torch.float64:
             return None
-    if torch.is_autocast_enabled("cpu") or not (hidden.is_contiguous() and reverse_mode_only()):
+    components, width = projection.shape
+    if components * features.numel() > _FEW * width:
+        return None
+    if features.shape[-1:] != (width,) or features.shape[:-1] != hidden.shape[:-1]:
+        return None
+    if torch.is_autocast_enabled("cpu") or not hidden.is_contiguous():
         return None
     latent = F.linear(features.float(), projection.float(), bias.float()).view(-1, components).tolist()
     meshes, profiles = nodes.tolist(), profile.tolist()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
 from ..core.basis import design_matrix
@@ -352,7 +353,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def _output_is_new(self) -> bool:
         """Whether nobody else holds the output: what other modules return may be their input or something they keep."""
         base: Any = self._modules["base_layer"]
-        return type(base) in _ROW_BY_ROW and not base._forward_hooks
+        if type(base) not in _ROW_BY_ROW or base._forward_hooks or _global_forward_hooks:
+            return False
+        return "forward" not in base.__dict__  # a patch of the module may keep what it returns, as its hooks may
 
     def _add_to_few_rows(self, name: str, features: Tensor, hidden: Tensor) -> Tensor | None:
         """`_add_shortcut` for a token at a time; None where that is not the way.
@@ -365,8 +368,6 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             slope is None
             or self.training
             or name in self.composed_on
-            or features.shape[-1:] != (self.in_features,)
-            or features.shape[:-1] != hidden.shape[:-1]
             or self.readings.get(name, UNSAID) != UNSAID
             or not self._output_is_new()
         ):

@@ -77,6 +77,8 @@ def test_left_to_the_general_way():
         assert add(hidden=hidden.clone()) is not None, "nothing else is in the way"
         many = {"hidden": torch.randn(3, OUT), "features": torch.randn(3, IN)}
         assert add(**many) is None, "many rows"
+        assert add(features=torch.randn(1, IN)) is None and add(features=torch.randn(2, IN + 1)) is None, "other rows"
+        assert add(projection=None) is None, "a wrapper holds the weight elsewhere"
         assert add(hidden=torch.randn(OUT, 2).T) is None, "a view that is not contiguous"
         assert add(hidden=hidden.double()) is None
         assert add(features=features.double()) is None

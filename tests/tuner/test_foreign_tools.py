@@ -8,6 +8,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     FlaubertConfig,
     FlaubertWithLMHeadModel,
@@ -46,6 +47,33 @@ def test_a_traced_model_computes_the_same(head, dof):
     traced = torch.jit.trace(model.get_base_model(), torch.randn(5, 4, dtype=torch.float64))
     other = torch.randn(7, 4, dtype=torch.float64)
     torch.testing.assert_close(traced(other), model(other), rtol=1e-12, atol=1e-12)  # sums in another order
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("gradients", [False, True])  # torch checks a trace by a second one without gradients
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trace_of_a_few_rows_is_one_of_many(dtype, gradients, rows):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    config = LRegConfig(target_modules=["0", "2"], head="factored", linear_term=True, n_components=1)
+    model = get_peft_model(model, config).eval().to(dtype)
+    tiny.shake(model)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model.get_base_model(), torch.randn(rows, 4, dtype=dtype))
+    for other in (torch.randn(1, 4, dtype=dtype), torch.randn(70, 4, dtype=dtype)):
+        rounding = 0.02 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(traced(other), model(other), rtol=rounding, atol=rounding)
+
+
+def test_operations_recorded_for_one_row_are_those_of_others():
+    config = LRegConfig(target_modules=["0"], head="factored", linear_term=True, n_components=1)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config).eval()
+    tiny.shake(model)
+    with torch.no_grad():
+        recorded = make_fx(model.get_base_model())(torch.randn(1, 4))
+        other = torch.randn(1, 4)
+        torch.testing.assert_close(recorded(other), model(other))
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -105,6 +105,32 @@ def test_an_output_that_a_hook_keeps_stays_as_it_was(short):
     assert short == []
 
 
+def test_an_output_that_a_hook_of_every_module_keeps(short):
+    model, x, kept = adapted(), torch.randn(1, 6), []
+    base = model.base_model.model.last.base_layer
+    hook = lambda module, args, output: kept.append((output, output.clone())) if module is base else None  # noqa: E731
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        agrees(model, x)
+        with torch.no_grad():
+            model(torch.randn(40, 6))
+    finally:
+        handle.remove()
+    assert len(kept) == 4 and all(torch.equal(output, before) for output, before in kept)
+    assert short == []
+
+
+def test_an_output_that_a_patched_module_keeps(short):
+    model, x = adapted(), torch.randn(1, 6)
+    base = model.base_model.model.last.base_layer
+    kept = torch.randn(1, 6)
+    before = kept.clone()
+    base.forward = lambda features: kept
+    agrees(model, x)
+    assert torch.equal(kept, before)
+    assert short == []
+
+
 def test_features_of_another_module(short):
     model = adapted(feature_source={"last": "first"})
     agrees(model, torch.randn(1, 6))

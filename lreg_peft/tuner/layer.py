@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.basis import design_matrix
 from ..core.coordinates import initial_projection, project_linear, without_autocast
-from ..core.few_rows import add_to_few_rows
 from ..core.fused_loss import fused_cross_entropy
+from ..core.inference import add_factored
 from ..core.mesh import check_nodes, uniform_nodes
 from ..modules import is_compiling
 from . import penalty, statistics
@@ -329,7 +329,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
-        if not torch.is_grad_enabled() and (total := self._add_to_few_rows(name, features, hidden)) is not None:
+        if not torch.is_grad_enabled() and (total := self._add_without_gradients(name, features, hidden)) is not None:
             return total
         head, nodes = self.heads[name], self._weight("lreg_nodes", name)
         if self._drops(name):
@@ -357,8 +357,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             return False
         return "forward" not in base.__dict__  # a patch of the module may keep what it returns, as its hooks may
 
-    def _add_to_few_rows(self, name: str, features: Tensor, hidden: Tensor) -> Tensor | None:
-        """`_add_shortcut` for a token at a time; None where that is not the way.
+    def _add_without_gradients(self, name: str, features: Tensor, hidden: Tensor) -> Tensor | None:
+        """`_add_shortcut` without gradients on the CPU; None where that is not the way.
 
         By short ways throughout: for one row, looking up attributes of modules takes longer than the arithmetic.
         """
@@ -372,12 +372,16 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             or not self._output_is_new()
         ):
             return None
-        projection, bias, profile, direction = (
-            own[kind]._modules[name]._parameters.get("weight")
-            for kind in ("lreg_projection", "lreg_projection_bias", "lreg_profile", "lreg_direction")
+        return add_factored(
+            hidden,
+            features,
+            slope,
+            own["lreg_projection"]._modules[name]._parameters.get("weight"),
+            own["lreg_projection_bias"]._modules[name]._parameters.get("weight"),
+            own["lreg_nodes"]._buffers[name],
+            own["lreg_profile"]._modules[name]._parameters.get("weight"),
+            own["lreg_direction"]._modules[name]._parameters.get("weight"),
         )
-        nodes = own["lreg_nodes"]._buffers[name]
-        return add_to_few_rows(hidden, features, slope, projection, bias, nodes, profile, direction)
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
         """The shortcut's value alone.

@@ -1,4 +1,4 @@
-"""One row at a time, without gradients: the short way to a shortcut's value, and what must not take it."""
+"""Without gradients on the CPU: the short way to a shortcut's value, and what must not take it."""
 
 import copy
 
@@ -40,14 +40,14 @@ def fill(model, adapter: str) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every shortcut whether it went the short way."""
-    taken, real = [], layer_module.add_to_few_rows
+    taken, real = [], layer_module.add_factored
 
     def spy(*args):
         total = real(*args)
         taken.append(total is not None)
         return total
 
-    monkeypatch.setattr(layer_module, "add_to_few_rows", spy)
+    monkeypatch.setattr(layer_module, "add_factored", spy)
     return taken
 
 

@@ -1,24 +1,27 @@
-"""A factored shortcut for a handful of rows, without gradients: what generating token by token asks for.
+"""A factored shortcut without gradients, on the CPU: what generation and evaluation ask for.
 
-There a layer has microseconds of arithmetic, and every call of torch takes microseconds to come about: a loop over the
-coordinates in Python is the faster way, and one product in, one product out are all that is left to torch.
+For a few rows a layer has microseconds of arithmetic, and every call of torch takes microseconds to come about, most of
+it for the sake of autograd and devices. NumPy works on the same memory and asks for neither.
 """
 
 from bisect import bisect_right
 from math import tanh
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .basis import reverse_mode_only
 
-# Up to so many coordinates the loop takes less time than the calls of torch that it stands for.
+# Up to so many coordinates a loop over them takes less time than the calls of torch and NumPy that it stands for.
 _FEW = 8
+# From so many coordinates on the arithmetic is what takes the time, and torch may spread it over threads.
+_MANY = 4096
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def add_to_few_rows(
+def add_factored(
     hidden: Tensor,
     features: Tensor,
     slope: float,
@@ -41,7 +44,7 @@ def add_to_few_rows(
         direction: v, `[components, out_features]`.
 
     Returns:
-        `hidden`, or None where this is not the way: rows are many or not those of `hidden`, something is recorded,
+        `hidden`, or None where this is not the way: rows are very many or not those of `hidden`, something is recorded,
         traced, transformed or cast, or a tensor is not a plain one in the memory of the CPU, or fp64.
     """
     # Before any shape: a trace keeps what was done with it. A dispatch mode may record operations, too.
@@ -51,24 +54,46 @@ def add_to_few_rows(
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype == torch.float64:
             return None
     components, width = projection.shape
-    if components * features.numel() > _FEW * width:
+    if components * features.numel() > _MANY * width:
         return None
     if features.shape[-1:] != (width,) or features.shape[:-1] != hidden.shape[:-1]:
         return None
     if torch.is_autocast_enabled("cpu") or not hidden.is_contiguous():
         return None
-    latent = F.linear(features.float(), projection.float(), bias.float()).view(-1, components).tolist()
-    meshes, profiles = nodes.tolist(), profile.tolist()
-    vectors = direction.to(hidden.dtype).unbind()
-    rows = (hidden,) if len(latent) == 1 else hidden.view(-1, hidden.shape[-1]).unbind()
-    for row, latents in zip(rows, latent, strict=True):
-        for z, mesh, values, vector in zip(latents, meshes, profiles, vectors, strict=True):
-            value = interpolate(0.5 + 0.5 * tanh(0.5 * z), mesh, values)
-            row.add_(vector, alpha=value + slope * z if slope else value)  # z may be infinite
+    latent = F.linear(features.float(), projection.float(), bias.float()).view(-1, components)
+    if latent.numel() <= _FEW:
+        _add_one_by_one(hidden, latent, slope, nodes, profile, direction)
+    else:
+        design = _design(latent, slope, nodes, profile)
+        hidden.view(-1, hidden.shape[-1]).addmm_(design.to(hidden.dtype), direction.to(hidden.dtype))
     return hidden
 
 
-def interpolate(coord: float, mesh: list[float], values: list[float]) -> float:
+def _design(latent: Tensor, slope: float, nodes: Tensor, profile: Tensor) -> Tensor:
+    """What every direction is weighted by: `[rows, components]` as the latent coordinates z."""
+    coords = torch.sigmoid(latent).numpy()
+    design = np.empty_like(coords)
+    for i, (mesh, values) in enumerate(zip(nodes.float().numpy(), profile.detach().float().numpy(), strict=True)):
+        design[:, i] = np.interp(coords[:, i], mesh, values)
+    if slope:  # else an infinite z would give NaN
+        design += slope * latent.numpy()
+    return torch.from_numpy(design)
+
+
+def _add_one_by_one(
+    hidden: Tensor, latent: Tensor, slope: float, nodes: Tensor, profile: Tensor, direction: Tensor
+) -> None:
+    """Where a loop over the coordinates in Python takes less time than calls that take all at once."""
+    meshes, profiles = nodes.tolist(), profile.tolist()
+    vectors = direction.to(hidden.dtype).unbind()
+    rows = (hidden,) if len(latent) == 1 else hidden.view(-1, hidden.shape[-1]).unbind()
+    for row, latents in zip(rows, latent.tolist(), strict=True):
+        for z, mesh, values, vector in zip(latents, meshes, profiles, vectors, strict=True):
+            value = _interpolate(0.5 + 0.5 * tanh(0.5 * z), mesh, values)
+            row.add_(vector, alpha=value + slope * z if slope else value)  # z may be infinite
+
+
+def _interpolate(coord: float, mesh: list[float], values: list[float]) -> float:
     """A piecewise-linear function at one point; constant beyond the mesh, NaN for NaN."""
     i = min(max(bisect_right(mesh, coord), 1), len(mesh) - 1)
     left, value = mesh[i - 1], values[i - 1]

@@ -1,4 +1,4 @@
-"""`add_to_few_rows`: the values of the general way, and the cases that it leaves to it."""
+"""`add_factored`: the values of the general way, and the cases that it leaves to it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from lreg_peft.core import evaluate_factored
 from lreg_peft.core.coordinates import project_linear
-from lreg_peft.core.few_rows import add_to_few_rows
+from lreg_peft.core.inference import add_factored
 
 IN, OUT, DOF = 5, 7, 6
 
@@ -29,12 +29,12 @@ def general(hidden, features, slope, projection, bias, nodes, profile, direction
 
 @pytest.mark.parametrize("components", [1, 3])
 @pytest.mark.parametrize("slope", [0.0, 0.6])
-@pytest.mark.parametrize("shape", [(1, 1), (2,), (2, 1, 1), (), (0,)])
+@pytest.mark.parametrize("shape", [(1, 1), (2,), (2, 1, 1), (2, 35), (), (0,)])
 def test_the_same_values_written_into_hidden(shape, slope, components):
     hidden, features = torch.randn(*shape, OUT), torch.randn(*shape, IN)
     expected = general(hidden, features, slope, *weights(components))
     with torch.no_grad():
-        total = add_to_few_rows(hidden, features, slope, *weights(components))
+        total = add_factored(hidden, features, slope, *weights(components))
     assert total is hidden
     torch.testing.assert_close(total, expected)
 
@@ -44,7 +44,7 @@ def test_half_precision(adapter):
     hidden, features = torch.randn(1, OUT).bfloat16(), torch.randn(1, IN).bfloat16()
     expected = general(hidden, features, 0.6, *weights(dtype=adapter))
     with torch.no_grad():
-        total = add_to_few_rows(hidden, features, 0.6, *weights(dtype=adapter))
+        total = add_factored(hidden, features, 0.6, *weights(dtype=adapter))
     assert total.dtype == torch.bfloat16
     torch.testing.assert_close(total, expected, rtol=0.02, atol=0.02)
 
@@ -62,20 +62,20 @@ def test_far_from_the_middle_of_the_sigmoid(size, sign):
         curve = evaluate_factored(bias.sigmoid()[None], nodes, profile, direction, validate=False)
         expected = general(hidden, *given) if slope else curve
         with torch.no_grad():
-            total = add_to_few_rows(hidden.clone(), *given)
+            total = add_factored(hidden.clone(), *given)
         torch.testing.assert_close(total, expected, equal_nan=True)
 
 
 def test_left_to_the_general_way():
     hidden, features = torch.randn(2, OUT), torch.randn(2, IN)
     before = hidden.clone()
-    add = lambda **given: add_to_few_rows(**{**plain, **given})  # noqa: E731
+    add = lambda **given: add_factored(**{**plain, **given})  # noqa: E731
     names = ("projection", "bias", "nodes", "profile", "direction")
     plain = {"hidden": hidden, "features": features, **dict(zip(names, weights(), strict=True)), "slope": 0.6}
     assert add() is None, "autograd"
     with torch.no_grad():
         assert add(hidden=hidden.clone()) is not None, "nothing else is in the way"
-        many = {"hidden": torch.randn(3, OUT), "features": torch.randn(3, IN)}
+        many = {"hidden": torch.randn(1366, OUT), "features": torch.randn(1366, IN)}
         assert add(**many) is None, "many rows"
         assert add(features=torch.randn(1, IN)) is None and add(features=torch.randn(2, IN + 1)) is None, "other rows"
         assert add(projection=None) is None, "a wrapper holds the weight elsewhere"
@@ -101,7 +101,7 @@ def test_values_are_not_frozen_into_a_trace():
     seen = []
 
     def forward(features):
-        seen.append(add_to_few_rows(torch.zeros(1, OUT), features, 0.6, *weights()))
+        seen.append(add_factored(torch.zeros(1, OUT), features, 0.6, *weights()))
         return features
 
     with torch.no_grad():

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ..core.basis import design_matrix
 from ..core.coordinates import initial_projection, project_linear, without_autocast
 from ..core.fused_loss import fused_cross_entropy
-from ..core.inference import add_factored
 from ..core.mesh import check_nodes, uniform_nodes
 from ..modules import is_compiling
 from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
 from .heads import HEADS, Encoded, Head
+from .inference import add_factored
 from .layout import ROW_BY_ROW, UNSAID, Layout, Reading, first_input, first_tensor
 from .source import FeatureSource
 from .storage import NodeDict, WeightDict

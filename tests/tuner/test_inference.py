@@ -6,7 +6,7 @@ from torch import nn
 
 from lreg_peft.core import evaluate_factored
 from lreg_peft.core.coordinates import project_linear
-from lreg_peft.core.inference import add_factored
+from lreg_peft.tuner.inference import add_factored
 
 IN, OUT, DOF = 5, 7, 6
 

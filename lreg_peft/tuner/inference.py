@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .basis import reverse_mode_only
+from ..core.basis import reverse_mode_only
 
 # Up to so many coordinates a loop over them takes less time than the calls of torch and NumPy that it stands for.
 _FEW = 8

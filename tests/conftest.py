@@ -14,14 +14,16 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
-EXAMPLES = Path(__file__).parent / "examples"
+_HERE = Path(__file__).parent
+# They run most of the package beside what they test.
+_UNWATCHED = (_HERE / "examples", _HERE / "test_readme.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage, which doubles the time of Python, says what a test reaches by itself: the examples run most of the
-    package beside, and draws of hypothesis run the same lines again and again."""
+    """Coverage, which doubles the time of Python, says what tests reach by themselves; draws of hypothesis run the same
+    lines again and again."""
     for item in items:
-        if item.path.is_relative_to(EXAMPLES) or item.get_closest_marker("hypothesis"):
+        if any(item.path.is_relative_to(path) for path in _UNWATCHED) or item.get_closest_marker("hypothesis"):
             item.add_marker("no_cover")
 
 

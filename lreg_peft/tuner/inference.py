@@ -73,7 +73,8 @@ def _design(latent: Tensor, slope: float, nodes: Tensor, profile: Tensor) -> Ten
     """What every direction is weighted by: `[rows, components]` as the latent coordinates z."""
     coords = torch.sigmoid(latent).numpy()
     design = np.empty_like(coords)
-    for i, (mesh, values) in enumerate(zip(nodes.float().numpy(), profile.detach().float().numpy(), strict=True)):
+    meshes, profiles = (tensor.detach().float().numpy() for tensor in (nodes, profile))
+    for i, (mesh, values) in enumerate(zip(meshes, profiles, strict=True)):
         design[:, i] = np.interp(coords[:, i], mesh, values)
     if slope:  # else an infinite z would give NaN
         design += slope * latent.numpy()

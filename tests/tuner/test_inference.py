@@ -34,7 +34,7 @@ def test_the_same_values_written_into_hidden(shape, slope, components):
     hidden, features = torch.randn(*shape, OUT), torch.randn(*shape, IN)
     expected = general(hidden, features, slope, *weights(components))
     with torch.no_grad():
-        total = add_factored(hidden, features, slope, *weights(components))
+        total = add_factored(hidden, features, slope, *(weight.requires_grad_() for weight in weights(components)))
     assert total is hidden
     torch.testing.assert_close(total, expected)
 

@@ -53,6 +53,12 @@ class Head(ABC):
     #: Factor of z in the weight of a direction, zero without a linear term; None for heads that are not factored.
     slope: float | None = None
 
+    def __init_subclass__(cls) -> None:
+        """A head with a value of its own is not computed the short way, by its slope, unless it says the slope anew."""
+        own = vars(cls)
+        if "slope" not in own and {"design", "table", "value", "add"} & own.keys():
+            cls.slope = None
+
     @property
     def weight_names(self) -> tuple[str, ...]:
         """Names of all weights."""

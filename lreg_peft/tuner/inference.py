@@ -44,11 +44,11 @@ def add_factored(
         direction: v, `[components, out_features]`.
 
     Returns:
-        `hidden`, or None where this is not the way: rows are very many or not those of `hidden`, something is recorded,
+        `hidden`, or None where this is not the way: shapes do not fit or rows are very many, something is recorded,
         traced, transformed or cast, or a tensor is not a plain one in the memory of the CPU, or fp64.
     """
-    # Before any shape: a trace keeps what was done with it. A dispatch mode may record operations, too.
-    if torch.is_grad_enabled() or not reverse_mode_only() or torch._C._len_torch_dispatch_stack():
+    # Before any shape: a trace keeps what was done with it.
+    if torch.is_grad_enabled() or not reverse_mode_only() or _may_be_recorded():
         return None
     for tensor in (hidden, features, projection, bias, nodes, profile, direction):
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype == torch.float64:
@@ -56,17 +56,22 @@ def add_factored(
     components, width = projection.shape
     if components * features.numel() > _MANY * width:
         return None
-    if features.shape[-1:] != (width,) or features.shape[:-1] != hidden.shape[:-1]:
+    if features.shape[-1:] != (width,) or hidden.shape != (*features.shape[:-1], direction.shape[-1]):
         return None
     if torch.is_autocast_enabled("cpu") or not hidden.is_contiguous():
         return None
     latent = F.linear(features.float(), projection.float(), bias.float()).view(-1, components)
-    if latent.numel() <= _FEW:
+    if latent.numel() <= _FEW and hidden.dtype == torch.float32:  # in half precision, sums are rounded once
         _add_one_by_one(hidden, latent, slope, nodes, profile, direction)
     else:
         design = _design(latent, slope, nodes, profile)
         hidden.view(-1, hidden.shape[-1]).addmm_(design.to(hidden.dtype), direction.to(hidden.dtype))
     return hidden
+
+
+def _may_be_recorded() -> bool:
+    """Whether a mode of torch sees every operation: values that reach it as numbers would be constants to it."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def _design(latent: Tensor, slope: float, nodes: Tensor, profile: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ _RANDOM_INIT_STD = 0.02
 _ROW_BY_ROW = (nn.Linear, Conv1D, nn.LayerNorm)
 
 
+def _held(holder: Any) -> Any:
+    """The weight of an adapter, None if a wrapper holds it elsewhere."""
+    weights = holder._parameters
+    return weights["weight"] if "weight" in weights else None  # noqa: SIM401 - DeepSpeed gathers shards in `[]` alone
+
+
 class InThread(threading.local):
     """Notes of one forward pass, for every thread by itself; copies and pickles start without."""
 
@@ -376,11 +382,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             hidden,
             features,
             slope,
-            own["lreg_projection"]._modules[name]._parameters.get("weight"),
-            own["lreg_projection_bias"]._modules[name]._parameters.get("weight"),
+            _held(own["lreg_projection"]._modules[name]),
+            _held(own["lreg_projection_bias"]._modules[name]),
             own["lreg_nodes"]._buffers[name],
-            own["lreg_profile"]._modules[name]._parameters.get("weight"),
-            own["lreg_direction"]._modules[name]._parameters.get("weight"),
+            _held(own["lreg_profile"]._modules[name]),
+            _held(own["lreg_direction"]._modules[name]),
         )
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:

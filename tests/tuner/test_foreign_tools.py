@@ -66,13 +66,15 @@ def test_a_trace_of_a_few_rows_is_one_of_many(dtype, gradients, rows):
         torch.testing.assert_close(traced(other), model(other), rtol=rounding, atol=rounding)
 
 
-def test_operations_recorded_for_one_row_are_those_of_others():
+@pytest.mark.parametrize("pre_dispatch", [False, True])  # recorded by a dispatch mode, or before by a function mode
+@pytest.mark.parametrize("rows", [1, 20])
+def test_operations_recorded_for_some_rows_are_those_of_others(rows, pre_dispatch):
     config = LRegConfig(target_modules=["0"], head="factored", linear_term=True, n_components=1)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config).eval()
     tiny.shake(model)
     with torch.no_grad():
-        recorded = make_fx(model.get_base_model())(torch.randn(1, 4))
-        other = torch.randn(1, 4)
+        recorded = make_fx(model.get_base_model(), pre_dispatch=pre_dispatch)(torch.randn(rows, 4))
+        other = torch.randn(rows, 4)
         torch.testing.assert_close(recorded(other), model(other))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
 from lreg_peft.core import evaluate_factored
 from lreg_peft.core.coordinates import project_linear
@@ -49,6 +50,25 @@ def test_half_precision(adapter):
     torch.testing.assert_close(total, expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(("dtype", "base"), [(torch.bfloat16, 256.0), (torch.float16, 2048.0)])
+def test_a_sum_in_half_precision_is_rounded_once(dtype, base):
+    """Eight increments below half a unit in the last place."""
+    nodes, profile = torch.linspace(0, 1, DOF).repeat(8, 1), torch.ones(8, DOF)
+    projection, bias, direction = torch.zeros(8, IN), torch.zeros(8), torch.full((8, OUT), 0.9)
+    hidden = torch.full((1, OUT), base, dtype=dtype)
+    with torch.no_grad():
+        total = add_factored(hidden, torch.zeros(1, IN), 0.0, projection, bias, nodes, profile, direction)
+    assert torch.equal(total, torch.full((1, OUT), base + 7.2).to(dtype))
+
+
+def test_what_half_precision_cannot_hold_is_infinite():
+    projection, bias, nodes, profile, direction = weights(1)
+    given = (torch.zeros(1, IN), 0.6, projection, torch.full_like(bias, 1e6), nodes, profile, direction.abs())
+    with torch.no_grad():
+        total = add_factored(torch.zeros(1, OUT).half(), *given)
+    assert total.eq(torch.inf).all()
+
+
 @pytest.mark.parametrize("size", [40.0, 2000.0, 1e30, torch.inf, torch.nan])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_far_from_the_middle_of_the_sigmoid(size, sign):
@@ -78,6 +98,7 @@ def test_left_to_the_general_way():
         many = {"hidden": torch.randn(1366, OUT), "features": torch.randn(1366, IN)}
         assert add(**many) is None, "many rows"
         assert add(features=torch.randn(1, IN)) is None and add(features=torch.randn(2, IN + 1)) is None, "other rows"
+        assert add(hidden=torch.randn(2, OUT + 1)) is None and add(hidden=torch.randn(2, 1)) is None, "other outputs"
         assert add(projection=None) is None, "a wrapper holds the weight elsewhere"
         assert add(hidden=torch.randn(OUT, 2).T) is None, "a view that is not contiguous"
         assert add(hidden=hidden.double()) is None
@@ -86,6 +107,8 @@ def test_left_to_the_general_way():
         assert add(direction=weights()[-1].as_subclass(nn.Buffer)) is None, "a subclass may mean something else"
         with torch.autocast("cpu", torch.bfloat16):
             assert add() is None, "autocast"
+        with BaseTorchFunctionMode():
+            assert add() is None, "a mode that sees calls"
         seen = []
         torch.func.vmap(lambda x: seen.append(add(hidden=x[:OUT][None], features=x[OUT:][None])) or x)(
             torch.randn(2, OUT + IN)

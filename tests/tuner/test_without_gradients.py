@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lreg_peft import LRegConfig
 from lreg_peft.tuner import layer as layer_module
+from lreg_peft.tuner.heads import HEADS, FactoredHead
 
 LAYERS = {"linear": lambda: nn.Linear(6, 6), "conv": lambda: Conv1D(6, 6), "norm": lambda: nn.LayerNorm(6)}
 
@@ -128,6 +129,48 @@ def test_an_output_that_a_patched_module_keeps(short):
     base.forward = lambda features: kept
     agrees(model, x)
     assert torch.equal(kept, before)
+    assert short == []
+
+
+def test_a_base_of_another_width_is_an_error_as_in_training(short):
+    model = adapted()
+    layer = model.base_model.model.last
+    layer.base_layer, x = nn.Linear(6, 4), torch.randn(1, 6)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match="6 to 6 features does not fit"):
+            model(x)
+    assert short == [False]
+
+
+class Gathering(dict):
+    """Parameters of which each process holds a part, whole when they are asked for by `[]`."""
+
+    def __init__(self, whole):
+        super().__init__({name: nn.Parameter(torch.empty(0)) for name in whole})
+        self.whole = whole
+
+    def __getitem__(self, name):
+        return self.whole[name]
+
+
+def test_shards_that_are_gathered_when_they_are_asked_for(short):
+    model, x = adapted(), torch.randn(1, 6)
+    expected = model(x).detach()
+    for module in model.base_model.model.last.modules():
+        if type(module).__name__ == "_Weight":
+            module._parameters = Gathering(module._parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert short == [True]
+
+
+def test_a_head_with_a_value_of_its_own(short, monkeypatch):
+    class Doubled(FactoredHead):
+        def design(self, *args):
+            return 2 * super().design(*args)
+
+    monkeypatch.setitem(HEADS, "factored", Doubled())
+    agrees(adapted(linear_term=False), torch.randn(1, 6))
     assert short == []
 
 

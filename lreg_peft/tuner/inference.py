@@ -77,13 +77,12 @@ def _may_be_recorded() -> bool:
 def _design(latent: Tensor, slope: float, nodes: Tensor, profile: Tensor) -> Tensor:
     """What every direction is weighted by: `[rows, components]` as the latent coordinates z."""
     coords = torch.sigmoid(latent).numpy()
-    design = np.empty_like(coords)
+    values = np.empty_like(coords)
     meshes, profiles = (tensor.detach().float().numpy() for tensor in (nodes, profile))
-    for i, (mesh, values) in enumerate(zip(meshes, profiles, strict=True)):
-        design[:, i] = np.interp(coords[:, i], mesh, values)
-    if slope:  # else an infinite z would give NaN
-        design += slope * latent.numpy()
-    return torch.from_numpy(design)
+    for i, (mesh, at_nodes) in enumerate(zip(meshes, profiles, strict=True)):
+        values[:, i] = np.interp(coords[:, i], mesh, at_nodes)
+    design = torch.from_numpy(values)
+    return design.add_(latent, alpha=slope) if slope else design  # zero times an infinite z is NaN
 
 
 def _add_one_by_one(
@@ -91,7 +90,7 @@ def _add_one_by_one(
 ) -> None:
     """Where a loop over the coordinates in Python takes less time than calls that take all at once."""
     meshes, profiles = nodes.tolist(), profile.tolist()
-    vectors = direction.to(hidden.dtype).unbind()
+    vectors = direction.float().unbind()
     rows = (hidden,) if len(latent) == 1 else hidden.view(-1, hidden.shape[-1]).unbind()
     for row, latents in zip(rows, latent.tolist(), strict=True):
         for z, mesh, values, vector in zip(latents, meshes, profiles, vectors, strict=True):

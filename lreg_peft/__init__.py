@@ -11,58 +11,89 @@ Source: Z. Li, J. Cheng, H. Gu (2025), "A Globally Optimal Alternative to MLP", 
 doi:10.3390/info16100921.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .core.fused_loss import fused_cross_entropy
-from .fitting.coefficients import CoefficientFit, fit_coefficients
-from .fitting.feature_cache import FeatureCache, cache_features
-from .fitting.linearize import Refinement, refine_linearized
-from .fitting.meshes import MeshFit, fit_meshes
-from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
-from .training.calibration import calibrate_output
-from .training.callback import LRegCallback
-from .training.initialization import initialize_lreg_weights
-from .training.label_shift import LabelShift
-from .training.mesh_update import MeshUpdate, ModuleUpdate, update_meshes
-from .training.parameter_groups import parameter_groups
-from .training.tracking import count_hard_samples, track_statistics
 from .tuner import registration as _registration
 from .tuner.config import LRegConfig
-from .tuner.grades import add_grade, load_grades
 from .tuner.layer import LRegLayer
 from .tuner.model import LRegModel
-from .tuner.model_card import push_model_card
-from .tuner.recommend import recommended_config
-from .tuner.targets import Target, TargetReport, inspect_targets
+
+if TYPE_CHECKING:
+    from .core.fused_loss import fused_cross_entropy
+    from .fitting.coefficients import CoefficientFit, fit_coefficients
+    from .fitting.feature_cache import FeatureCache, cache_features
+    from .fitting.linearize import Refinement, refine_linearized
+    from .fitting.meshes import MeshFit, fit_meshes
+    from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
+    from .regression import LagrangeRegressor
+    from .training.calibration import calibrate_output
+    from .training.callback import LRegCallback
+    from .training.initialization import initialize_lreg_weights
+    from .training.label_shift import LabelShift
+    from .training.mesh_update import MeshUpdate, ModuleUpdate, follow_meshes, update_meshes
+    from .training.parameter_groups import parameter_groups
+    from .training.statistics import count_hard_samples, track_statistics
+    from .tuner.grades import add_grade, load_grades
+    from .tuner.model_card import push_model_card
+    from .tuner.penalty import curvature_penalty
+    from .tuner.recommend import recommended_config
+    from .tuner.targets import Target, TargetReport, inspect_targets
+
+# Where the other names are: imported when asked for, since most of them bring more than an adapter needs.
+_LAZY = {
+    "core.fused_loss": ("fused_cross_entropy",),
+    "fitting.coefficients": ("CoefficientFit", "fit_coefficients"),
+    "fitting.feature_cache": ("FeatureCache", "cache_features"),
+    "fitting.linearize": ("Refinement", "refine_linearized"),
+    "fitting.meshes": ("MeshFit", "fit_meshes"),
+    "plotting": ("MeshSnapshot", "plot_meshes", "snapshot_meshes"),
+    "regression": ("LagrangeRegressor",),
+    "training.calibration": ("calibrate_output",),
+    "training.callback": ("LRegCallback",),
+    "training.initialization": ("initialize_lreg_weights",),
+    "training.label_shift": ("LabelShift",),
+    "training.mesh_update": ("MeshUpdate", "ModuleUpdate", "follow_meshes", "update_meshes"),
+    "training.parameter_groups": ("parameter_groups",),
+    "training.statistics": ("count_hard_samples", "track_statistics"),
+    "tuner.grades": ("add_grade", "load_grades"),
+    "tuner.model_card": ("push_model_card",),
+    "tuner.penalty": ("curvature_penalty",),
+    "tuner.recommend": ("recommended_config",),
+    "tuner.targets": ("Target", "TargetReport", "inspect_targets"),
+}
+_PLACES = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "__version__",
-    "FeatureCache",
     "CoefficientFit",
+    "FeatureCache",
     "LRegCallback",
     "LRegConfig",
     "LRegLayer",
     "LRegModel",
+    "LabelShift",
     "MeshFit",
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
-    "LabelShift",
     "Refinement",
     "Target",
     "TargetReport",
+    "add_grade",
     "cache_features",
     "calibrate_output",
-    "add_grade",
     "count_hard_samples",
-    "fused_cross_entropy",
+    "curvature_penalty",
     "fit_coefficients",
     "fit_meshes",
+    "follow_meshes",
+    "fused_cross_entropy",
     "initialize_lreg_weights",
     "inspect_targets",
-    "parameter_groups",
     "load_grades",
+    "parameter_groups",
     "plot_meshes",
     "push_model_card",
     "recommended_config",
@@ -76,9 +107,12 @@ _registration.register(LRegConfig, LRegModel)
 
 
 def __getattr__(name: str) -> Any:
-    """The regressor comes with scikit-learn, which adapters do not need: imported when asked for."""
-    if name == "LagrangeRegressor":
-        from .regression import LagrangeRegressor
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return LagrangeRegressor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

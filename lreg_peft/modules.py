@@ -62,18 +62,3 @@ def remove_hooks(module: nn.Module, *own: Callable[..., Any]) -> None:
             if hook in own:
                 for table in (hooks, *options):
                     table.pop(key, None)
-
-
-def has_hooks(module: nn.Module, *, within: bool) -> bool:
-    """Whether somebody has hooks on a module, `within` also on any part of it.
-
-    Hooks of the forward and the backward pass, and those by which accelerate moves weights.
-    """
-    return any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "_hf_hook" in part.__dict__
-        for part in (module.modules() if within else (module,))
-    )

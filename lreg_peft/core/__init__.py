@@ -17,7 +17,6 @@ from .checks import check_doors as _check_doors
 from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
 from .mesh import active_nodes, check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
-from .product import add_basis, add_product
 from .solve.cross_entropy import solve_cross_entropy
 from .solve.least_squares import solve_least_squares
 from .solve.problem import Certificate, Chunk, Chunks, Processes, Solution
@@ -33,8 +32,6 @@ __all__ = [
     "Solution",
     "active_nodes",
     "adapt_mesh",
-    "add_basis",
-    "add_product",
     "check_nodes",
     "curvature_penalty",
     "dense_is_faster",
@@ -63,8 +60,6 @@ _check_doors(
     globals(),
     {
         "active_nodes": {"element": "int64 ... components", "local": "... components"},
-        "add_basis": {"hidden": "... out_features", **_MESH, "table": "K out_features"},
-        "add_product": {"hidden": "... out_features", "design": "... K", "table": "K out_features"},
         "check_nodes": {},
         "curvature_penalty": {"nodes": "components dof"},
         "dense_is_faster": {},

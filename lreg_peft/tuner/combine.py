@@ -1,14 +1,9 @@
-"""A weighted sum of adapters as one adapter, and adapters scaled for a while.
-
-A shortcut is linear in its table, so both are exact.
-"""
+"""A weighted sum of adapters as one adapter. A shortcut is linear in its table, so the sum is exact."""
 
 import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -16,7 +11,6 @@ from torch import nn
 
 from .config import LRegConfig
 from .layer import LRegLayer
-from .names import plain_name
 
 _KINDS = ("cat", "linear")
 
@@ -53,8 +47,9 @@ def combined_config(
         raise ValueError(f"weights must be finite numbers, got {list(weights)}.")
     if graded := [name for name in adapters if configs[name].previous_grades]:
         raise ValueError(f"{graded} are grades, which stand on other adapters and cannot be combined without them.")
-    if len(heads := {name: configs[name].head_name for name in adapters}) and len(set(heads.values())) > 1:
-        raise ValueError(f"adapters must have the same head to be combined, got {heads}.")
+    heads = {name: (configs[name].head, configs[name].linear_term) for name in adapters}
+    if len(set(heads.values())) > 1:
+        raise ValueError(f"adapters must have the same head and linear_term to be combined, got {heads}.")
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and (own := set(adapters) & module._adapters):
             raise ValueError(
@@ -78,7 +73,7 @@ def _sizes(model: nn.Module, adapters: Sequence[str], kind: str) -> dict[str, tu
     """`(n_components, dof)` of the sum, by module."""
     sizes = {}
     for path, layer, here in _layers(model, adapters):
-        meshes = {name: layer.lreg_nodes[name] for name in here}
+        meshes = {name: layer.parts(name)[1].nodes for name in here}
         if len(dofs := {name: mesh.shape[1] for name, mesh in meshes.items()}) and len(set(dofs.values())) > 1:
             raise ValueError(f"adapters must have the same dof in a module to be combined, got {dofs} in {path!r}.")
         if kind == "linear" and not all(_same_encoder(layer, here[0], name) for name in here):
@@ -92,10 +87,10 @@ def _sizes(model: nn.Module, adapters: Sequence[str], kind: str) -> dict[str, tu
 
 
 def _layers(model: nn.Module, adapters: Sequence[str]) -> Iterator[tuple[str, LRegLayer, list[str]]]:
-    """Every layer that has some of the adapters: its plain name, itself, and which."""
+    """Every layer that has some of the adapters: its name, itself, and which."""
     for path, layer in model.named_modules():
-        if isinstance(layer, LRegLayer) and (here := [name for name in adapters if name in layer.lreg_nodes]):
-            yield plain_name(path), layer, here
+        if isinstance(layer, LRegLayer) and (here := [name for name in adapters if name in layer.lreg_encoder]):
+            yield path, layer, here
 
 
 def _describe_reading(
@@ -130,70 +125,41 @@ def _exact(name: str) -> str:
 
 def _only(model: nn.Module, names: list[str]) -> list[str] | str:
     """`target_modules` for these modules alone: an expression if another one's name ends like one of theirs."""
-    others = {plain_name(path) for path, _ in model.named_modules()} - set(names)
+    others = {path for path, _ in model.named_modules()} - set(names)
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(map(re.escape, names))
     return names
 
 
 def _same_encoder(layer: LRegLayer, one: str, other: str) -> bool:
-    parts: tuple[Any, ...] = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes, layer.lreg_profile)
-    return all(torch.equal(part[one], part[other]) for part in parts if one in part)
+    """Whether two adapters have equal projections, meshes and profiles."""
+    pairs = zip(layer.parts(one)[:2], layer.parts(other)[:2], strict=True)
+    return all(
+        torch.equal(mine, theirs)
+        for own, others in pairs
+        for mine, theirs in zip(own.state_dict().values(), others.state_dict().values(), strict=True)
+    )
 
 
 @torch.no_grad()
 def write_sum(model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], kind: str) -> None:
     """Fill the adapter `name`, made from `combined_config`, with the weighted sum."""
-    for layer in model.modules():
-        if not isinstance(layer, LRegLayer) or name not in layer.lreg_nodes:
+    for _, layer, _ in _layers(model, [name]):
+        here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lreg_encoder]
+        terms = [(*layer.parts(adapter), w * layer.scaling[adapter]) for adapter, w in here]
+        projection, encoder, coefficients = layer.parts(name)
+        if kind == "linear":
+            projection.load_state_dict(terms[0][0].state_dict())
+            encoder.load_state_dict(terms[0][1].state_dict())
+            coefficients.weight.copy_(sum(b.weight * w for *_, b, w in terms))
             continue
-        terms = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lreg_nodes]
-        encoder: tuple[Any, ...] = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes)
-        for part in encoder:
-            values = [part[adapter] for adapter, _ in terms]
-            part[name].copy_(torch.cat(values) if kind == "cat" else values[0])
-        linear = layer.heads[name].linear_weights
-        for key, weight in layer.weights(name).items():
-            if key in ("projection", "projection_bias"):
-                continue
-            values = [layer.weights(adapter)[key] * (w if key in linear else 1) for adapter, w in terms]
-            if key == "constant":
-                weight.copy_(torch.stack(values).sum(dim=0))  # every component can carry it: there is one for all
-            elif kind == "cat":
-                weight.copy_(torch.cat(values))
-            else:
-                weight.copy_(torch.stack(values).sum(dim=0) if key in linear else values[0])
-
-
-@contextmanager
-def rescale_shortcuts(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply every shortcut of a model by a number for the time of a block.
-
-    The weights are scaled in place and restored exactly, so that what is trained inside the block is lost.
-
-    Args:
-        model: with LReg adapters.
-        multiplier: any finite number; between 0 and 1 the output lies between that of the base and the adapted model.
-
-    Raises:
-        ValueError: if the model has no shortcut or the number is not finite.
-        TypeError: if it is not a number.
-    """
-    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
-        raise TypeError(f"multiplier must be a number, got {multiplier!r}.")
-    if not math.isfinite(multiplier):
-        raise ValueError(f"multiplier must be finite, got {multiplier}.")
-    layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no LReg adapter whose shortcuts could be scaled.")
-    weights = [weight for layer in layers for name in layer.lreg_nodes for weight in layer.output_weights(name)]
-    with torch.no_grad():
-        originals = [weight.clone() for weight in weights]
-        for weight in weights:
-            weight.mul_(multiplier)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, original in zip(weights, originals, strict=True):
-                weight.copy_(original)
+        projection.weight.copy_(torch.cat([a.weight for a, *_ in terms]))
+        projection.bias.copy_(torch.cat([a.bias for a, *_ in terms]))
+        encoder.nodes.copy_(torch.cat([curve.nodes for _, curve, *_ in terms]))
+        if encoder.weight is not None:
+            encoder.weight.copy_(torch.cat([curve.weight for _, curve, *_ in terms if curve.weight is not None]))
+        scaled = [b.weight * w for *_, b, w in terms]
+        if encoder.head == "reduced":  # every component can carry the constant: there is one for all
+            constant = sum(weight[:, -1:] for weight in scaled)
+            scaled = [*(weight[:, :-1] for weight in scaled), constant]
+        coefficients.weight.copy_(torch.cat(scaled, dim=1))

@@ -10,7 +10,9 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..core.checks import flag, show, whole
+from ..core.encoder import HEAD_KINDS, HeadKind
 from .layout import LAYOUTS, READOUTS
+from .model_card import add_usage_to_saved_card
 from .registration import METHOD, upstream_has_lreg
 
 
@@ -21,8 +23,6 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-Head = Literal["full", "reduced", "factored"]
-HEADS: tuple[str, ...] = get_args(Head)
 GradeForm = Literal["additive", "composed"]
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
@@ -48,7 +48,7 @@ class LRegConfig(PeftConfig):
         "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. "
         "(Not the number of trainable parameters, which is d * n * out_features and the projection.)",
     )
-    head: Head = _option(
+    head: HeadKind = _option(
         "full",
         "How the basis functions are weighted. 'full': a vector c_ij per node, the paper's head, d n C parameters for "
         "C output features. 'reduced': the same functions without the d - 1 redundant directions (every component can "
@@ -133,21 +133,23 @@ class LRegConfig(PeftConfig):
     )
     train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
     backbone_eval: bool = _option(
-        True,
-        "Keep the frozen model in eval mode (no dropout, fixed batch-norm statistics) while the adapter trains, as the "
-        "paper does; `modules_to_save` stay in train mode. With several active adapters one True is enough.",
+        False,
+        "Put the frozen model in eval mode while the adapter trains, as the paper does: no dropout, and no gradient "
+        "checkpointing, which needs train mode. Adapters and `modules_to_save` stay in train mode. Acts in `train()` of "
+        "the PeftModel. With False dropout acts as with LoRA; batch norms of the frozen model keep their statistics "
+        "either way.",
     )
     curvature_weight: float = _option(
         0.0,
-        "Weight of the L1 penalty on the curvature of the coefficients along the mesh. Its gradient is added once per "
-        "optimiser step, whatever the training loop.",
+        "Weight of the L1 penalty on the curvature of the coefficients along the mesh. `LRegCallback` adds it to the "
+        "training loss; in a loop of your own add `lreg_peft.curvature_penalty(model)` to the loss.",
     )
     fused_loss: bool = _option(
-        True,
-        "With a shortcut on the output head of a language model: compute the training loss in chunks, without a tensor "
-        "of [batch, length, vocabulary]. While the model trains with labels, its output then computes logits only when "
-        "they are asked for. Applies where the result is the same; with several active adapters one False is enough to "
-        "switch it off.",
+        False,
+        "With a shortcut on the output layer of a language model: compute the training loss in chunks, without a tensor "
+        "of [batch, length, vocabulary], to save memory. While the model trains with labels, `output.logits` is None. "
+        "The first batch is compared with the model's own loss; a model that changes its logits or weights its loss is "
+        "refused.",
     )
     previous_grades: list[str] = _option(
         [],
@@ -190,8 +192,8 @@ class LRegConfig(PeftConfig):
         self.peft_type = PeftType[METHOD.upper()]
         whole(1)("n_components", self.n_components)
         whole(2)("dof", self.dof)
-        if not isinstance(self.head, str) or self.head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}.")
+        if not isinstance(self.head, str) or self.head not in HEAD_KINDS:
+            raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}.")
         self._check_targets()
         self._check_patterns()
         if not isinstance(self.init_weights, (bool, str)) or self.init_weights not in (True, False, *DATA_STARTS):
@@ -205,6 +207,11 @@ class LRegConfig(PeftConfig):
         self._check_tokens()
         self._check_curvature_weight()
         self._check_grades()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT; a model card that lies in the folder already also says how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_usage_to_saved_card(save_directory, self)
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -278,11 +285,6 @@ class LRegConfig(PeftConfig):
             if not isinstance(source, str) or not source:
                 raise ValueError(f"feature_source[{key!r}] must be the name of a module, got {source!r}.")
 
-    @property
-    def head_name(self) -> str:
-        """Key of the head in `heads.HEADS`."""
-        return f"{self.head}+linear" if self.linear_term else self.head
-
     def _check_profile(self) -> None:
         if self.linear_term and self.head != "factored":
             raise ValueError(
@@ -304,6 +306,10 @@ class LRegConfig(PeftConfig):
             raise TypeError(f"dropout must be a number, got {self.dropout!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}.")
+        if self.dropout and self.fused_loss:
+            raise ValueError(
+                f"fused_loss=True computes the loss without dropout, got dropout={self.dropout}: leave one of them out."
+            )
 
     def _check_tokens(self) -> None:
         given = {} if self.trainable_token_indices is None else self.trainable_token_indices

@@ -21,9 +21,7 @@ from torch import nn
 from ..core.checks import anything, checked, named
 from .config import GradeForm, LRegConfig
 from .layer import LRegLayer
-from .names import check_adapter_name
 from .targets import inspect_targets
-from .transaction import all_or_nothing
 
 _CONFIG_FILE = "adapter_config.json"
 _HUB_OPTIONS = ("revision", "token")
@@ -61,19 +59,17 @@ def add_grade(
     """
     previous = _stack(model)
     name = _free_name(model, len(previous) + 1) if name is None else name
-    check_adapter_name(name)
     if name in model.peft_config:  # type: ignore[operator]
         raise ValueError(f"there is an adapter {name!r} already: give the grade another name.")
     config = _grade_config(model, config, form, previous)
     inspect_targets(model, config)  # raises before anything is changed
-    with all_or_nothing(model):
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-            model.set_adapter(name)
-            return name
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # that is what a stack is
-            model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        return name
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # that is what a stack is
+        model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
     return name
 
 
@@ -141,8 +137,7 @@ def load_grades(
         The `PeftModel`.
 
     Raises:
-        ValueError: if there are no such adapters, they are not one stack, names are taken, or a file is damaged. The
-            model is then as it was.
+        ValueError: if there are no such adapters, they are not one stack, names are taken, or a file is damaged.
     """
     path = os.fspath(path)
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
@@ -161,15 +156,14 @@ def load_grades(
     taken = [grade for grade in stack if grade in getattr(model, "peft_config", {})]
     if taken:
         raise ValueError(f"the model has adapters called {taken} already: load the grades into the base model.")
-    with all_or_nothing(model):
-        for grade in stack:
-            here = {**options, "subfolder": folders[grade], "is_trainable": is_trainable and grade == stack[-1]}
-            if isinstance(model, PeftModel):
-                model.load_adapter(path, grade, **here)
-            else:
-                model = PeftModel.from_pretrained(model, path, adapter_name=grade, **here)  # type: ignore[arg-type]
-        assert isinstance(model, PeftModel)
-        model.set_adapter(stack[-1], inference_mode=not is_trainable)
+    for grade in stack:
+        here = {**options, "subfolder": folders[grade], "is_trainable": is_trainable and grade == stack[-1]}
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, grade, **here)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name=grade, **here)  # type: ignore[arg-type]
+    assert isinstance(model, PeftModel)
+    model.set_adapter(stack[-1], inference_mode=not is_trainable)
     return model
 
 

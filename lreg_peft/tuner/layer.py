@@ -1,30 +1,22 @@
-"""The shortcut around one module."""
+"""The shortcut around one module: y = f(x) + B(curve(A(x)))."""
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
-from ..core.basis import design_matrix
-from ..core.coordinates import initial_projection, project_linear, without_autocast
+from ..core.encoder import LagrangeEncoder
 from ..core.fused_loss import fused_cross_entropy
-from ..core.mesh import check_nodes, uniform_nodes
+from ..core.linear_maps import Coefficients, Projection, without_autocast
 from ..modules import is_compiling
-from . import penalty, statistics
 from .config import DATA_STARTS, LRegConfig
-from .heads import HEADS, Encoded, Head
-from .inference import add_factored
-from .layout import ROW_BY_ROW, UNSAID, Layout, Reading, first_input, first_tensor
+from .layout import ROW_BY_ROW, UNSAID, Layout, LayoutHints, Reading, first_input, first_tensor
 from .source import FeatureSource
-from .storage import NodeDict, WeightDict
 
 MERGE_REFUSED = (
     "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
@@ -35,27 +27,22 @@ MERGE_REFUSED = (
 # Standard deviation of the coefficients for init_weights=False.
 _RANDOM_INIT_STD = 0.02
 
-# Layers that no other layout fits, and that return a new tensor.
+# Layers that no other layout fits.
 _ROW_BY_ROW = (nn.Linear, Conv1D, nn.LayerNorm)
 
 
-def _held(holder: Any) -> Any:
-    """The weight of an adapter, None if a wrapper holds it elsewhere."""
-    weights = holder._parameters
-    return weights["weight"] if "weight" in weights else None  # noqa: SIM401 - DeepSpeed gathers shards in `[]` alone
+class ThisThread(threading.local):
+    """What the forward pass that runs in this thread is about."""
+
+    #: One adapter name per sample, in a mixed batch.
+    adapter_names: Sequence[str] | None = None
+    #: Whether an output layer ran since this was last cleared: tells when a loss of others went past it.
+    output_layer_ran = False
+    #: Takes the input of an output layer whose loss is computed in chunks; see `hooks.fused_loss`.
+    fused_pass: Any = None
 
 
-class InThread(threading.local):
-    """Notes of one forward pass, for every thread by itself; copies and pickles start without."""
-
-    #: Whether forward ran since the flag was last cleared: tells when a fused loss went past an output head.
-    was_called = False
-    #: Set for the time of a forward pass in which this output head may put off its logits: a function of the layer
-    #: and its arguments that returns something in their place, or None.
-    loss_request: Any = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+this_thread = ThisThread()
 
 
 class LRegLayer(nn.Module, BaseTunerLayer):
@@ -68,82 +55,55 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     mean of all of them (`layout.Layout`, and `layout` and `readout` of the configuration). With a `feature_source` x is
     not the input of f but the output of another module.
 
-    Per adapter: `lreg_projection` P `[components, in_features]`, `lreg_projection_bias` b `[components]`,
-    `lreg_coefficients` c `[components, dof, out_features]` (parameters) and `lreg_nodes` `[components, dof]` (an fp32
-    buffer). The reduced head keeps c `[components, dof - 1, out_features]`, without the first node of each component,
-    and one `lreg_constant` `[out_features]`; the factored head, c_ij = s_ij v_i, keeps `lreg_profile` s
-    `[components, dof]` and `lreg_direction` v `[components, out_features]` (see `heads`). P of a composed grade has
-    `in_features + K` columns, K the number of basis functions of the grade before it.
+    Every adapter consists of three modules: `lreg_projection` A, an `nn.Linear` with P `[d, in_features]` and b;
+    `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored head, the profiles `[d, n]`
+    (its `weight`); `lreg_coefficients` B, an `nn.Linear` without bias whose weight `[out_features, K]` is zero at the
+    start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade below.
 
-    Projection, sigmoid and local coordinate are computed in fp32 (fp64 for an fp64 model), the sum over the basis in
-    the dtype of f's output.
+    A and the curve are computed in fp32 (fp64 for an fp64 model), the sum in the dtype of f's output.
 
     Source: Li, Cheng & Gu (2025), section 2.7. Unlike their published code, the encoder passes gradients on to P, b
     and x, and the mesh covers exactly the range (0, 1) of the coordinates.
     """
 
-    adapter_layer_names = (
-        "lreg_projection",
-        "lreg_projection_bias",
-        "lreg_coefficients",
-        "lreg_constant",
-        "lreg_profile",
-        "lreg_direction",
-    )
-    other_param_names = (
-        "lreg_nodes",
-        "heads",
-        "profile_mean",
-        "curvature_weight",
-        "lreg_statistics",
-        "composed_on",
-        "readings",
-        "lreg_dropout",
-    )
+    adapter_layer_names = ("lreg_projection", "lreg_encoder", "lreg_coefficients")
+    other_param_names = ("lreg_dropout", "scaling", "curvature_weight", "composed_on", "readings")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.lreg_projection = WeightDict()
-        self.lreg_projection_bias = WeightDict()
-        self.lreg_coefficients = WeightDict()
-        self.lreg_constant = WeightDict()
-        self.lreg_profile = WeightDict()
-        self.lreg_direction = WeightDict()
-        self.lreg_nodes = NodeDict()
-        #: How each adapter weights its basis.
-        self.heads: dict[str, Head] = {}
-        #: Mean of the profiles of a factored head at its start.
-        self.profile_mean: dict[str, float] = {}
+        self.lreg_projection = nn.ModuleDict()
+        self.lreg_encoder = nn.ModuleDict()
+        self.lreg_coefficients = nn.ModuleDict()
+        #: Leaves out basis functions while an adapter trains.
+        self.lreg_dropout = nn.ModuleDict()
+        #: Factor of each adapter's shortcut, see `set_scale`.
+        self.scaling: dict[str, float] = {}
         self.curvature_weight: dict[str, float] = {}
         #: How each adapter reads the module, as far as its configuration says.
         self.readings: dict[str, Reading] = {}
         #: The module whose output is read in place of this one's input.
         self.source: FeatureSource | None = None
-        #: Probability of leaving out a basis function while an adapter trains.
-        self.lreg_dropout: dict[str, float] = {}
         #: The adapter whose basis functions the encoder of a composed grade reads.
         self.composed_on: dict[str, str] = {}
         #: The adapters that a grade stands on, first grade first, for the grades of the whole model.
         self.previous_grades: dict[str, tuple[str, ...]] = {}
+        #: Adapters whose configuration asks for a start from data that has not been made yet.
+        self.needs_data_init: set[str] = set()
+        #: Whether this is the output layer of a language model, and whether a compiled graph has it, which knows no
+        #: threads.
+        self.is_output_layer = self.ran_compiled = False
         # Attributes that PEFT declares on the class and would share between layers.
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
-        #: What forward and the hooks around it tell each other.
-        self.in_thread = InThread()
-        #: `InThread.was_called` of a compiled graph, which knows no threads.
-        self.was_called = False
-        #: Adapters whose configuration promises a start from data that has not been made yet.
-        self.start_is_owed: set[str] = set()
-        #: What a mesh update looks at, of the adapters that `track_statistics` asked for.
-        self.lreg_statistics: dict[str, statistics.RunningStatistics] = {}
-        #: Set for the time of a mixed batch: one adapter name per sample.
-        self.batch_adapter_names: Sequence[str] | None = None
+        self.cast_input_dtype_enabled = True
         # Last: from here on, attributes that the base has and this layer has not are those of the base.
         self.base_layer = base_layer
-        parameters = inspect.signature(base_layer.forward).parameters
-        self._input_name = next(iter(parameters), None)
+        own = self.get_base_layer()
+        self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), None)
+        self._is_row_by_row = isinstance(own, _ROW_BY_ROW)
+        self._hints = LayoutHints(own, in_features, out_features)
 
     def update_layer(
         self,
@@ -162,50 +122,48 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         width = self.in_features
         if below := self.grade_below(config):
             self.composed_on[adapter_name] = below
-            width += self.lreg_nodes[below].numel()
-        for name in self.adapter_layer_names:
-            if adapter_name in (weights := getattr(self, name)):
-                del weights[adapter_name]
-        self.heads[adapter_name] = head = HEADS[config.head_name]
-        self.profile_mean[adapter_name] = profile_mean
-        self.readings[adapter_name] = reading
-        self.lreg_projection[adapter_name] = nn.Parameter(initial_projection(n_components, width))
-        self.lreg_projection_bias[adapter_name] = nn.Parameter(torch.zeros(n_components))
-        self.lreg_nodes[adapter_name] = uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone()
-        start = head.nonlinear_start(self.lreg_nodes[adapter_name], profile_mean)
-        for name, shape in head.shapes(n_components, dof, self.out_features).items():
-            weight = start.get(name)
-            if weight is None:
-                weight = torch.zeros(shape)
-                if not config.init_weights and weight.device.type != "meta":
-                    weight.normal_(std=_RANDOM_INIT_STD)
-            getattr(self, f"lreg_{name}")[adapter_name] = nn.Parameter(weight)
-        self.lreg_statistics.pop(adapter_name, None)
-        self.lreg_dropout[adapter_name] = config.dropout
+            width += self.lreg_encoder[below].nodes.numel()  # type: ignore[union-attr,operator]
+        encoder = LagrangeEncoder(
+            n_components,
+            dof,
+            config.head,
+            linear_term=config.linear_term,
+            profile_mean=profile_mean,
+            nodes=nodes,
+        )
+        coefficients = Coefficients(encoder.n_functions, self.out_features)
+        if not config.init_weights:
+            nn.init.normal_(coefficients.weight, std=_RANDOM_INIT_STD)
+        self.lreg_projection[adapter_name] = Projection(width, n_components)
+        self.lreg_encoder[adapter_name] = encoder
+        self.lreg_coefficients[adapter_name] = coefficients
+        self.lreg_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.scaling[adapter_name] = 1.0
         self.curvature_weight[adapter_name] = config.curvature_weight
-        if config.curvature_weight > 0:
-            penalty.watch(self)
-        # PEFT re-enables requires_grad on every switch of adapters, except for the weights listed here.
+        self.readings[adapter_name] = reading
+        # PEFT re-enables requires_grad on every switch of adapters, except for the modules listed here.
         self.frozen_peft_weight_names.pop(adapter_name, None)
         if not config.train_projection:
-            self.frozen_peft_weight_names[adapter_name] = ("lreg_projection", "lreg_projection_bias")
-        self.start_is_owed.discard(adapter_name)
+            self.frozen_peft_weight_names[adapter_name] = ("lreg_projection",)
+        self.needs_data_init.discard(adapter_name)
         if config.init_weights in DATA_STARTS and not inference_mode:
-            self.start_is_owed.add(adapter_name)
+            self.needs_data_init.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    # Adapters on adapters
 
     def grade_below(self, config: LRegConfig) -> str | None:
         """The adapter that a composed grade of this configuration reads here; None if there is none, or if additive."""
         if config.grade_form != "composed":
             return None
-        return next((name for name in reversed(config.previous_grades) if name in self.lreg_nodes), None)
+        return next((name for name in reversed(config.previous_grades) if name in self.lreg_encoder), None)
 
     @property
     def stacked_adapters(self) -> list[str]:
         """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
-        here: Any = self._modules["lreg_nodes"]
-        return [name for name in self.active_stack if name in here._buffers]
+        here = self.lreg_encoder._modules
+        return [name for name in self.active_stack if name in here]
 
     @property
     def active_stack(self) -> list[str]:
@@ -228,166 +186,77 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         if own and self.active_adapters == [adapter_name]:
             self.set_adapter(own[-1])
         super().delete_adapter(adapter_name)
+        self.needs_data_init.discard(adapter_name)
 
-    def is_identity(self, adapter_name: str) -> bool:
-        """Whether this adapter adds nothing yet."""
-        return not any(weight.any() for weight in self.output_weights(adapter_name))
-
-    def weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """All weights of an adapter by name, without `lreg_`."""
-        names = [name for name in self.adapter_layer_names if adapter_name in getattr(self, name)]
-        return {name.removeprefix("lreg_"): getattr(self, name)[adapter_name] for name in names}
-
-    def _head_weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Those of its head."""
-        return {name: self._weight(f"lreg_{name}", adapter_name) for name in self.heads[adapter_name].weight_names}
-
-    def _weight(self, name: str, adapter_name: str) -> Any:
-        # By the short way: where one token comes at a time, looking up attributes of modules is what takes the time.
-        return self._modules[name][adapter_name]  # type: ignore[index]
-
-    def own_state(self, adapter_name: str) -> dict[str, Tensor]:
-        """What an adapter consists of here, by its keys in the layer's `state_dict`."""
-        return {
-            key: value
-            for key, value in self.state_dict().items()
-            if key.startswith("lreg_") and key.removesuffix(".weight").partition(".")[2] == adapter_name
-        }
-
-    def output_weights(self, adapter_name: str) -> list[nn.Parameter]:
-        """The parameters that the shortcut's value is linear in, zero at the start."""
-        weights = self.weights(adapter_name)
-        return [weights[name] for name in self.heads[adapter_name].linear_weights]
-
-    @torch.no_grad()
-    def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
-        """Give an adapter that is still the identity another projection and mesh, in place.
-
-        Args:
-            adapter_name: which adapter.
-            projection: P, `[components, in_features]`, wider for a composed grade.
-            bias: b, `[components]`.
-            nodes: `[components, dof]`.
-        """
-        check_nodes(nodes)
-        self.lreg_projection[adapter_name].copy_(projection)
-        self.lreg_projection_bias[adapter_name].copy_(bias)
-        self.lreg_nodes[adapter_name].copy_(nodes)
-        own = self.weights(adapter_name)
-        for name, start in self.heads[adapter_name].nonlinear_start(nodes, self.profile_mean[adapter_name]).items():
-            own[name].copy_(start)
-        self.start_is_owed.discard(adapter_name)
-
-    def register_input_hook(
-        self, hook: Callable[[Tensor], None], adapter_name: str | None = None
-    ) -> Callable[[], None]:
-        """Call `hook` with the features `[..., in_features]` of every forward pass, as an adapter reads them (None: as
-        the shapes say); returns what removes it."""
-
-        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            features = self.seen_features(args, kwargs)
-            hook(self._layout(adapter_name, features, first_tensor(output)[0]).rows(features))
-
-        return self.register_forward_hook(call, with_kwargs=True).remove
-
-    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None], adapter_name: str) -> Callable[[], None]:
-        """Call `hook` in every backward pass with what P of an adapter multiplies, `[..., width]`, and the gradient of
-        the loss in the module's output, `[..., out_features]`; returns what removes it.
-
-        Both are in the positions of the output: where the module has fewer of these than its input, the former is
-        averaged, so that the sum of their products is that over all positions of the input.
-        """
-
-        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            hidden = first_tensor(output)[0]
-            if hidden.requires_grad:
-                features = self.seen_features(args, kwargs)
-                layout = self._layout(adapter_name, features, hidden)
-                with torch.no_grad():
-                    rows = layout.pool(self.encoder_input(adapter_name, layout.rows(features)))
-                hidden.register_hook(lambda gradient: hook(rows, layout.output_rows(gradient)))
-
-        return self.register_forward_hook(call, with_kwargs=True).remove
+    # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
-        own = self.__dict__  # without the detour by the module's own attributes
+        names = None
         if is_compiling():
-            own["was_called"] = True
+            if self.is_output_layer:
+                self.ran_compiled = True
         else:
-            here = own["in_thread"]
-            here.was_called = True
-            if here.loss_request is not None and (deferred := here.loss_request(self, args, kwargs)) is not None:
-                return deferred
-        output = own["_modules"]["base_layer"](*args, **kwargs)
-        if self.disable_adapters:
+            names = this_thread.adapter_names
+            if self.is_output_layer:
+                this_thread.output_layer_ran = True
+                fused = this_thread.fused_pass
+                if fused is not None and (stand_in := fused.take(self, args, kwargs)) is not None:
+                    return stand_in
+        output = self.base_layer(*args, **kwargs)
+        if self._disable_adapters:
+            return output
+        adapters = self.stacked_adapters
+        if not adapters and names is None:
             return output
         hidden, rebuild = first_tensor(output)
-        adapters = self.stacked_adapters
-        if not adapters and self.batch_adapter_names is None:
-            return output
         features = self._features(args, kwargs)
-        if self.batch_adapter_names is not None:
-            return rebuild(self._add_per_sample(features, hidden, self.batch_adapter_names))
+        if names is not None:
+            return rebuild(self._add_per_sample(features, hidden, names))
         for name in adapters:
-            hidden = self._add_shortcut(name, features, hidden)
+            hidden = self._add(name, features, hidden)
         return rebuild(hidden)
 
-    def _add_shortcut(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
-        """`hidden` plus one shortcut, in the memory of `hidden` where that is nobody else's."""
-        if not torch.is_grad_enabled() and (total := self._add_without_gradients(name, features, hidden)) is not None:
-            return total
-        head, nodes = self.heads[name], self._weight("lreg_nodes", name)
-        if self._drops(name):
-            return hidden + self.shortcut(name, features, hidden)
-        row_by_row = features.shape[-1:] == (self.in_features,) and hidden.shape == (
-            *features.shape[:-1],
-            self.out_features,
-        )
-        plain = row_by_row and (
-            (type(self.base_layer) in _ROW_BY_ROW and self.readings.get(name, UNSAID) == UNSAID)
-            or self._layout(name, features, hidden) == ROW_BY_ROW
-        )
-        if not (plain and head.design_is_faster(nodes)):
-            return hidden + self.shortcut(name, features, hidden)
-        with without_autocast(features.device.type):
-            code = self.encode(name, features)  # [..., components]
-            total = head.add(self._head_weights(name), nodes, code, hidden, in_place=self._output_is_new())
-        self._observe(name, code, total)
-        return total
+    def _add(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden` plus one shortcut."""
+        layout = self.layout(name, features, hidden)
+        with without_autocast(hidden.device.type):
+            if layout is ROW_BY_ROW:
+                return self._dropped_and_summed(name, self.design(name, features), hidden)
+            rows = layout.rows(features)
+            design = self.design(name, rows)
+            if layout.pools:  # averaging is linear: the design is averaged, which is as a rule narrower than the output
+                design = layout.pool(design)
+            return layout.restore(self._dropped_and_summed(name, design, layout.output_rows(hidden)))
 
-    def _output_is_new(self) -> bool:
-        """Whether nobody else holds the output: what other modules return may be their input or something they keep."""
-        base: Any = self._modules["base_layer"]
-        if type(base) not in _ROW_BY_ROW or base._forward_hooks or _global_forward_hooks:
-            return False
-        return "forward" not in base.__dict__  # a patch of the module may keep what it returns, as its hooks may
+    def _dropped_and_summed(self, name: str, design: Tensor, hidden: Tensor) -> Tensor:
+        if name in self.active_adapters:  # a grade below does not train
+            design = self.lreg_dropout[name](design)
+        return self.lreg_coefficients[name](design, hidden, self.scaling[name])  # type: ignore[no-any-return]
 
-    def _add_without_gradients(self, name: str, features: Tensor, hidden: Tensor) -> Tensor | None:
-        """`_add_shortcut` without gradients on the CPU; None where that is not the way.
+    def design(self, adapter_name: str, features: Tensor) -> Tensor:
+        """What the rows of `table` are weighted by: `[..., in_features]` -> `[..., K]`, fp32 or fp64."""
+        return self.lreg_encoder[adapter_name](self.latent(adapter_name, features))  # type: ignore[no-any-return]
 
-        By short ways throughout: for one row, looking up attributes of modules takes longer than the arithmetic.
-        """
-        own: Any = self._modules
-        slope = self.heads[name].slope
-        if (
-            slope is None
-            or self.training
-            or name in self.composed_on
-            or self.readings.get(name, UNSAID) != UNSAID
-            or not self._output_is_new()
-        ):
-            return None
-        return add_factored(
-            hidden,
-            features,
-            slope,
-            _held(own["lreg_projection"]._modules[name]),
-            _held(own["lreg_projection_bias"]._modules[name]),
-            own["lreg_nodes"]._buffers[name],
-            _held(own["lreg_profile"]._modules[name]),
-            _held(own["lreg_direction"]._modules[name]),
-        )
+    def latent(self, adapter_name: str, features: Tensor) -> Tensor:
+        """z = P x + b: `[..., in_features]` -> `[..., d]`, fp32 or fp64."""
+        return self.lreg_projection[adapter_name](self.encoder_input(adapter_name, features))  # type: ignore[no-any-return]
+
+    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
+        """u = sigmoid(z): `[..., in_features]` -> `[..., d]`."""
+        return self.latent(adapter_name, features).sigmoid()
+
+    def encoder_input(self, adapter_name: str, features: Tensor) -> Tensor:
+        """What P multiplies: the features x `[..., in_features]`, and the basis below for a composed grade."""
+        below = self.composed_on.get(adapter_name)
+        if below is None:
+            return features
+        basis = self.lreg_encoder[below].basis(self.latent(below, features))  # type: ignore[operator,union-attr]
+        return torch.cat((features.to(basis.dtype), basis), dim=-1)
+
+    def table(self, adapter_name: str) -> Tensor:
+        """The weights that the shortcut is linear in, `[K, out_features]`: its value is `design @ table`."""
+        return self.lreg_coefficients[adapter_name].weight.T  # type: ignore[union-attr,return-value,operator]
 
     def shortcut(self, adapter_name: str, features: Tensor, like: Tensor) -> Tensor:
         """The shortcut's value alone.
@@ -400,21 +269,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         Returns:
             A tensor of the shape and dtype of `like`.
         """
-        layout = self._layout(adapter_name, features, like)
-        rows = layout.rows(features)
-        with without_autocast(features.device.type):
-            code = self.encode(adapter_name, rows)  # [..., components]
-            value = self._value_in(layout, adapter_name, code, like.dtype)  # [..., out_features]
-        self._observe(adapter_name, code, value, layout)
-        return layout.restore(value)
-
-    def _value_in(self, layout: Layout, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
-        """The value at the positions of the output."""
-        if layout.shrinks:
-            design = self.design(name, code)  # [batch, *space, K]
-            if design.shape[-1] <= self.out_features:  # averaging is linear: the narrower of the two is averaged
-                return layout.pool(self._thinned(name, design)).to(dtype) @ self.table(name).to(dtype)
-        return layout.pool(self._value(name, code, dtype))
+        return self._add(adapter_name, features, torch.zeros_like(like))
 
     def fused_loss(
         self,
@@ -443,136 +298,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
                 return first_tensor(self.base_layer(rows))[0]
 
         base = autocast_base if enabled or type(self.base_layer) is not nn.Linear else self.base_layer
-
-        designs, tables, watchers = [], [], []
         with torch.autocast(kind, enabled=False):
-            for name in self.stacked_adapters:
-                code = self.encode(name, features)  # [n, components]
-                if name in self.lreg_statistics and not code.coords.requires_grad:
-                    code.coords.requires_grad_()  # a mesh update wants this gradient even if P does not train
-                if (observation := self._observe(name, code)) is not None:
-                    watchers.append((observation.picked, observation.record))
-                designs.append(self._thinned(name, self.design(name, code)))
-                tables.append(self.table(name))
-            design, table = torch.cat(designs, dim=-1), torch.cat(tables)
+            names = self.stacked_adapters
+            design = torch.cat([self.design(name, features) * self.scaling[name] for name in names], dim=-1)
+            table = torch.cat([self.table(name) for name in names])
             return fused_cross_entropy(
-                base,
-                features,
-                targets,
-                design,
-                table,
-                normaliser=normaliser,
-                label_smoothing=label_smoothing,
-                watchers=watchers,
+                base, features, targets, design, table, normaliser=normaliser, label_smoothing=label_smoothing
             )
-
-    def encode(self, adapter_name: str, features: Tensor) -> Encoded:
-        """z = P x + b and u = sigmoid(z): `[..., in_features]` -> `[..., components]` each, fp32 or fp64."""
-        inputs = self.encoder_input(adapter_name, features)
-        return Encoded.of(
-            project_linear(
-                inputs,
-                self._weight("lreg_projection", adapter_name),
-                self._weight("lreg_projection_bias", adapter_name),
-            )
-        )
-
-    def coords(self, adapter_name: str, features: Tensor) -> Tensor:
-        """u alone, see `encode`."""
-        return self.encode(adapter_name, features).coords
-
-    def encoder_input(self, adapter_name: str, features: Tensor) -> Tensor:
-        """What P multiplies: the features x `[..., in_features]`, and the basis below for a composed grade."""
-        below = self.composed_on.get(adapter_name)
-        if below is None:
-            return features
-        basis = design_matrix(self.coords(below, features), self.lreg_nodes[below])
-        return torch.cat((features.to(basis.dtype), basis), dim=-1)  # [..., in_features + K]
-
-    def design(self, adapter_name: str, code: Encoded) -> Tensor:
-        """What the rows of `table` are weighted by, `[..., K]`: the shortcut is `design @ table`, for every head."""
-        return self.heads[adapter_name].design(
-            self._head_weights(adapter_name), self._weight("lreg_nodes", adapter_name), code
-        )
-
-    def table(self, adapter_name: str) -> Tensor:
-        """The parameters that the shortcut is linear in, as one matrix `[K, out_features]`; see `design`."""
-        return self.heads[adapter_name].table(self._head_weights(adapter_name))
-
-    @torch.no_grad()
-    def set_table(self, adapter_name: str, table: Tensor) -> None:
-        """Write `[K, out_features]`, in the order of `table`, into the weights it is stacked from, in place."""
-        weights = self.output_weights(adapter_name)
-        parts = table.split([weight.numel() // self.out_features for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.copy_(part.view_as(weight))
-
-    def _value(self, name: str, code: Encoded, dtype: torch.dtype) -> Tensor:
-        """Weight the basis: `[..., components]` -> `[..., out_features]` in `dtype`."""
-        if self._drops(name):
-            return self._thinned(name, self.design(name, code)).to(dtype) @ self.table(name).to(dtype)
-        return self.heads[name].value(self._head_weights(name), self._weight("lreg_nodes", name), code, dtype)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether dropout is at work in the shortcuts that forward adds."""
-        return any(self._drops(name) for name in self.stacked_adapters)
-
-    def _drops(self, name: str) -> bool:
-        """Whether dropout is at work: only an adapter that trains has it, not a grade below."""
-        return self.training and self.lreg_dropout.get(name, 0) > 0 and name in self.active_adapters
-
-    def _thinned(self, name: str, design: Tensor) -> Tensor:
-        """The design with dropout, if it is at work."""
-        return F.dropout(design, self.lreg_dropout[name]) if self._drops(name) else design
-
-    def _observe(
-        self, name: str, code: Encoded, output: Tensor | None = None, layout: Layout = ROW_BY_ROW
-    ) -> statistics.Observation | None:
-        """In training, note down the statistics that somebody asked for.
-
-        `output` is the shortcut's value `[..., out_features]` or a sum it is part of, in the positions of the output;
-        without one the caller tells the observation what the backward pass sees.
-        """
-        observer = self.lreg_statistics.get(name)
-        if observer is None or not (self.training and torch.is_grad_enabled()):
-            return None
-        head = partial(self._value_of_coords, name)
-        observation = observer.observe(code.coords, self.nodal_parameter(name), self.lreg_nodes[name], head)
-        if observation is not None and output is not None:
-            observation.follow(output, layout.spread if layout.pools else None)
-        return observation
-
-    def _value_of_coords(self, name: str, coords: Tensor) -> Tensor:
-        """The piecewise-linear part alone, as a function of the coordinates: what moving a mesh can change."""
-        code = Encoded(torch.zeros_like(coords), coords)
-        return self.heads[name].value(self._head_weights(name), self.lreg_nodes[name], code, coords.dtype)
-
-    def nodal_coefficients(self, adapter_name: str) -> Tensor:
-        """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
-        return self.heads[adapter_name].nodal_coefficients(self._head_weights(adapter_name))
-
-    def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
-        """The parameter with one entry per node: the profile s of the factored head, else the coefficients c."""
-        return getattr(self, f"lreg_{self.heads[adapter_name].nodal_weight}")[adapter_name]  # type: ignore[no-any-return]
-
-    def curvature_terms(self) -> Iterator[penalty.CurvatureTerm]:
-        """One for every active adapter with a curvature penalty."""
-        for name in self.active_adapters:
-            if self.curvature_weight.get(name, 0) > 0:
-                yield penalty.CurvatureTerm(
-                    self.curvature_weight[name],
-                    self.lreg_nodes[name],
-                    self.nodal_parameter(name),
-                    self.heads[name].to_nodes,
-                )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if any(weight > 0 for weight in self.curvature_weight.values()):
-            penalty.watch(self)  # a copy or an unpickled layer is not known to the optimiser hook yet
-        if self.lreg_statistics:
-            statistics.watch(self)
 
     def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
         batch = features.shape[0]
@@ -587,49 +319,145 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(expanded):
             rows = torch.tensor([i for i, item in enumerate(expanded) if item == name], device=hidden.device)
             for adapter in (*self.previous_grades.get(name, ()), name):
-                if adapter in self.lreg_nodes:  # not "__base__", nor an adapter that does not cover this module
-                    result[rows] += self.shortcut(adapter, features[rows], hidden[rows])
+                if adapter in self.lreg_encoder:  # not "__base__", nor an adapter that does not cover this module
+                    result[rows] = self._add(adapter, features[rows], result[rows])
         return result
+
+    # What it reads
 
     def _features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the shortcuts read in the forward pass that is running."""
         if self.source is not None:
-            keep = self.training or torch.is_grad_enabled() or bool(self._forward_hooks)
-            return self.source.read(args, kwargs, keep)
-        return self._own_input(args, kwargs)
-
-    def seen_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the shortcuts read, for hooks of this module."""
-        return self._own_input(args, kwargs) if self.source is None else self.source.peek()
-
-    def _own_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return self.source.read()
         return first_input(args, kwargs, self._input_name, self.get_base_layer)
 
-    def _layout(self, adapter_name: str | None, features: Tensor, output: Tensor) -> Layout:
-        base, reading = self.get_base_layer(), self.readings.get(adapter_name or "", UNSAID)
+    def seen_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the shortcuts have read, for forward hooks of this module."""
+        if self.source is not None:
+            return self.source.last_read()
+        return first_input(args, kwargs, self._input_name, self.get_base_layer)
+
+    def layout(self, adapter_name: str | None, features: Tensor, output: Tensor) -> Layout:
+        """How input and output of the module are laid out, for an adapter (None: as the shapes say).
+
+        Raises:
+            ValueError: if no shortcut fits between them.
+        """
+        reading = self.readings.get(adapter_name or "", UNSAID)
+        if self._is_row_by_row and reading is UNSAID and self.source is None:
+            return ROW_BY_ROW
         try:
-            return Layout.of(base, self.in_features, self.out_features, features.shape, output.shape, reading)
+            return Layout.of(self._hints, features.shape, output.shape, reading)
         except ValueError as error:
+            kind = type(self.get_base_layer()).__name__
             raise ValueError(
-                misfit(type(base).__name__, (self.in_features, self.out_features), features.shape, output.shape, error)
+                misfit(kind, (self.in_features, self.out_features), features.shape, output.shape, error)
             ) from None
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
-    ) -> None:
-        # Not PEFT's version: that one would also round the nodes to the dtype of the base module, and reads device
-        # and dtype off `weight`, which a whole block does not have. `like` stands in for a base without parameters.
-        source = next((p for p in self.base_layer.parameters() if p.device.type != "meta"), like)
+    def register_input_hook(
+        self, hook: Callable[[Tensor], None], adapter_name: str | None = None
+    ) -> Callable[[], None]:
+        """Call `hook` with the features `[..., in_features]` of every forward pass, as an adapter reads them (None: as
+        the shapes say); returns what removes it."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            features = self.seen_features(args, kwargs)
+            hook(self.layout(adapter_name, features, first_tensor(output)[0]).rows(features))
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
+
+    def register_gradient_hook(self, hook: Callable[[Tensor, Tensor], None], adapter_name: str) -> Callable[[], None]:
+        """Call `hook` in every backward pass with what P of an adapter multiplies, `[..., width]`, and the gradient of
+        the loss in the module's output, `[..., out_features]`; returns what removes it.
+
+        Both are in the positions of the output: where the module has fewer of these than its input, the former is
+        averaged, so that the sum of their products is that over all positions of the input.
+        """
+
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = first_tensor(output)[0]
+            if hidden.requires_grad:
+                features = self.seen_features(args, kwargs)
+                layout = self.layout(adapter_name, features, hidden)
+                with torch.no_grad():
+                    rows = layout.pool(self.encoder_input(adapter_name, layout.rows(features)))
+                hidden.register_hook(lambda gradient: hook(rows, layout.output_rows(gradient)))
+
+        return self.register_forward_hook(call, with_kwargs=True).remove
+
+    # Weights of one adapter
+
+    def parts(self, adapter_name: str) -> tuple[Projection, LagrangeEncoder, Coefficients]:
+        """A, the curve and B of an adapter."""
+        return tuple(getattr(self, name)[adapter_name] for name in self.adapter_layer_names)  # type: ignore[return-value]
+
+    def is_identity(self, adapter_name: str) -> bool:
+        """Whether this adapter adds nothing yet."""
+        return not self.lreg_coefficients[adapter_name].weight.any()  # type: ignore[union-attr,operator]
+
+    @torch.no_grad()
+    def set_encoder(self, adapter_name: str, projection: Tensor, bias: Tensor, nodes: Tensor) -> None:
+        """Give an adapter that is still the identity another projection and mesh, in place.
+
+        Args:
+            adapter_name: which adapter.
+            projection: P, `[components, in_features]`, wider for a composed grade.
+            bias: b, `[components]`.
+            nodes: `[components, dof]`.
+        """
+        own, encoder, _ = self.parts(adapter_name)
+        encoder.set_nodes(nodes)
+        own.weight.copy_(projection)
+        own.bias.copy_(bias)
+        self.needs_data_init.discard(adapter_name)
+
+    @torch.no_grad()
+    def set_table(self, adapter_name: str, table: Tensor) -> None:
+        """Write `[K, out_features]` into the weight of B, in place."""
+        self.lreg_coefficients[adapter_name].weight.copy_(table.T)  # type: ignore[union-attr,operator]
+
+    def nodal_coefficients(self, adapter_name: str) -> Tensor:
+        """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
+        _, encoder, coefficients = self.parts(adapter_name)
+        return encoder.nodal_coefficients(coefficients.weight)
+
+    def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
+        """The parameter that lives on the mesh: the profiles of a factored head, else the weight of B."""
+        _, encoder, coefficients = self.parts(adapter_name)
+        return coefficients.weight if encoder.weight is None else encoder.weight
+
+    # Scales, as LoRA's layers have them: the shortcut is linear in its coefficients
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the shortcut of an adapter by `scale` from now on."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active shortcuts by `scale`, on top of what they have."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; None puts the active shortcuts back to their own size."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    # Between PEFT and the base module
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not PEFT's version, which reads device and dtype off `weight`: a whole block has none.
+        base = self.get_base_layer()
+        source = next((p for p in base.parameters() if p.device.type != "meta"), None)
         device = device or (None if source is None else source.device)
-        dtype = getattr(self.get_base_layer(), "compute_dtype", None)  # of a quantised layer
+        dtype = getattr(base, "compute_dtype", None)  # of a quantised layer
         if dtype is None and source is not None and source.is_floating_point() and source.dtype.itemsize > 1:
             dtype = source.dtype
-        for name in self.adapter_layer_names:
-            weights = getattr(self, name)
-            if adapter_name in weights and weights[adapter_name].device.type != "meta":
-                weights[adapter_name] = weights[adapter_name].to(device=device, dtype=dtype)
-        if adapter_name in self.lreg_nodes and self.lreg_nodes[adapter_name].device.type != "meta":
-            self.lreg_nodes[adapter_name] = self.lreg_nodes[adapter_name].to(device=device)
+        for part in self.parts(adapter_name):
+            if not any(parameter.is_meta for parameter in part.parameters()):
+                part.to(device=device, dtype=dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: the shortcut is nonlinear."""
@@ -653,13 +481,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("_modules", {}).get("base_layer")
-        if (
-            base is not None
-            and name not in self.__dict__
-            and any(name in state for state in (base._parameters, base._buffers, base._modules))
-        ):
-            setattr(base, name, value)
+        if name in ("weight", "bias") and "base_layer" in self.__dict__.get("_modules", {}):
+            setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -686,11 +509,6 @@ def misfit(kind: str, sizes: tuple[int, int], features: Sequence[int], output: S
     )
 
 
-def wrap(module: nn.Module, in_features: int, out_features: int, *, linear: bool) -> LRegLayer:
-    """Put a module into the layer class that fits it; it has no adapter yet."""
-    return (LRegLinear if linear else LRegLayer)(module, in_features, out_features)
-
-
 def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
     """The layers of a model that carry an adapter, by name.
 
@@ -700,20 +518,10 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLa
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LRegLayer) and adapter_name in module.lreg_nodes
+        if isinstance(module, LRegLayer) and adapter_name in module.lreg_encoder
     }
     if not layers:
         raise ValueError(
             f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
         )
     return layers
-
-
-def check_saved_nodes(name: str, nodes: Tensor) -> None:
-    """Raise a `ValueError` naming the file entry unless `nodes` is a mesh on [0, 1]."""
-    try:
-        check_nodes(nodes)
-    except ValueError as error:
-        raise ValueError(f"the adapter file is damaged: {name}: {error}") from None
-    if nodes.device.type != "meta" and (nodes[:, 0].ne(0).any() or nodes[:, -1].ne(1).any()):
-        raise ValueError(f"the adapter file is damaged: {name}: every mesh must span [0, 1].")

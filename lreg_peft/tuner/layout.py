@@ -47,6 +47,22 @@ class Reading:
 UNSAID = Reading()
 
 
+class LayoutHints:
+    """What a module tells of its layout, looked at once: the sizes of the shortcut around it, and its layers.
+
+    Args:
+        module: the base module.
+        in_features: channels of the input.
+        out_features: channels of the output.
+    """
+
+    def __init__(self, module: nn.Module, in_features: int, out_features: int) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        widths = {in_features, out_features}
+        #: By number of dimensions: whether the layers inside keep channels in dimension 1; None if none tells.
+        self.channels_first = {n: _told_by_layers(module, widths, n) for n in (3, 4, 5)}
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layouts of one forward pass.
@@ -68,20 +84,15 @@ class Layout:
 
     @classmethod
     def of(
-        cls,
-        module: nn.Module,
-        in_features: int,
-        out_features: int,
-        features: Sequence[int],
-        output: Sequence[int],
-        reading: Reading = UNSAID,
+        cls, hints: LayoutHints, features: Sequence[int], output: Sequence[int], reading: Reading = UNSAID
     ) -> "Layout":
         """Read the layout off the shapes of the tensors that reach and leave a module.
 
+        Sizes are compared where features are expected, not with positions: a graph with a dynamic length holds for
+        every length. Only images, volumes and modules with convolutions inside are looked at for their channels.
+
         Args:
-            module: the base module: what it holds settles what shapes leave open.
-            in_features: channels of the input.
-            out_features: channels of the output.
+            hints: of the module.
             features: shape of the input.
             output: shape of the output.
             reading: what the configuration says.
@@ -89,8 +100,9 @@ class Layout:
         Raises:
             ValueError: if no shortcut of these sizes fits between these shapes; says what would.
         """
+        in_features, out_features = hints.in_features, hints.out_features
         if len(output) == 2 and len(features) > 2:
-            return cls._to_vector(in_features, out_features, features, output, reading)
+            return cls._to_vector(hints, features, output, reading)
         if reading.readout is not None and len(features) > 2:
             raise ValueError(
                 f"readout={reading.readout!r} makes one vector of all positions, and the output is not one vector per "
@@ -101,34 +113,33 @@ class Layout:
         if reading.layout == "grid":
             return cls._on_grids(in_features, out_features, features, output)
         first = reading.layout == "channels_first" or (
-            reading.layout is None and _is_channels_first(module, in_features, out_features, features, output)
+            reading.layout is None and _is_channels_first(hints, features, output)
         )
         if first:
             return cls._channels_first(in_features, out_features, features, output)
         if tuple(output) != (*features[:-1], out_features) or not features or features[-1] != in_features:
             raise ValueError(_advice(in_features, out_features, features, output))
-        return cls()
+        return ROW_BY_ROW
 
     @classmethod
     def _to_vector(
-        cls, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int], reading: Reading
+        cls, hints: LayoutHints, features: Sequence[int], output: Sequence[int], reading: Reading
     ) -> "Layout":
-        if tuple(output) != (features[0], out_features):
+        in_features, out_features = hints.in_features, hints.out_features
+        if output[1] != out_features or output[0] != features[0]:
             raise ValueError(f"the output must be [batch, {out_features}]")
-        first = reading.layout == "channels_first" or (
-            reading.layout != "tokens"
-            and features[1] == in_features
-            and (len(features) > 3 or features[-1] != in_features)
-        )
+        first = reading.layout == "channels_first"
+        if reading.layout is None and (len(features) > 3 or hints.channels_first[3]):
+            first = features[1] == in_features and (len(features) > 3 or features[-1] != in_features)
         if (features[1] if first else features[-1]) != in_features:
             raise ValueError(f"the input has no dimension of {in_features} features where they are expected")
-        positions = math.prod(features[2:] if first else features[1:-1])
         if reading.readout is not None:
             return cls(channels_first=first, readout=reading.readout)
-        if positions == 1:
-            return cls(channels_first=first, readout="flatten")
         if len(features) == 3 and not first:
             return cls(readout="first")  # the token that the classification heads of encoders take
+        positions = math.prod(features[2:] if first else features[1:-1])
+        if positions == 1:
+            return cls(channels_first=first, readout="flatten")
         raise ValueError(
             f"its output is one vector and its input has {positions} positions: say how they become one, "
             "readout='mean' or 'first'"
@@ -177,11 +188,6 @@ class Layout:
         """Whether the output has other positions than the input."""
         return self.space is not None
 
-    @property
-    def shrinks(self) -> bool:
-        """Whether it has fewer."""
-        return self.space is not None and math.prod(self.output_space or ()) < math.prod(self.space)
-
     def pool(self, rows: Tensor) -> Tensor:
         """Values at the positions of the input `[batch, *space, width]`, averaged to those of the output."""
         if self.space is None or self.output_space is None:
@@ -212,14 +218,16 @@ class Layout:
 ROW_BY_ROW = Layout()
 
 
-def _is_channels_first(
-    module: nn.Module, in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]
-) -> bool:
-    if len(features) < 3 or len(output) < 3 or features[1] != in_features or output[1] != out_features:
+def _is_channels_first(hints: LayoutHints, features: Sequence[int], output: Sequence[int]) -> bool:
+    if len(features) < 3 or len(output) < 3:
         return False
-    if not (features[-1] == in_features and output[-1] == out_features):
+    told = hints.channels_first.get(len(features))
+    if len(features) == 3 and not told:
+        return False
+    if features[1] != hints.in_features or output[1] != hints.out_features:
+        return False
+    if not (features[-1] == hints.in_features and output[-1] == hints.out_features):
         return True
-    told = _told_by_layers(module, {in_features, out_features}, len(features))
     if told is None and len(features) > 3:
         raise ValueError(
             "the features may lie in dimension 1 or in the last, both of this size, and no layer inside tells: say "

@@ -15,7 +15,7 @@ from .sites import Site
 
 
 class Tentative:
-    """Values that last only if somebody says so.
+    """Restores tensors on exit unless `keep()` was called.
 
         with Tentative(tensors) as trial:
             ...  # change them in place
@@ -78,8 +78,8 @@ class Move:
         self.site.nodes.copy_(self.mesh.nodes)
 
     def _carry(self, values: Tensor) -> Tensor:
-        head = self.site.layer.heads[self.site.adapter]
-        return head.from_nodes(self.mesh.carry(head.to_nodes(values)))
+        _, encoder, _ = self.site.layer.parts(self.site.adapter)
+        return encoder.from_nodes(self.mesh.carry(encoder.to_nodes(values)), values)
 
 
 def agreed(mesh: AdaptedMesh) -> AdaptedMesh:

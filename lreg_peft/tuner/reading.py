@@ -9,8 +9,7 @@ from torch import nn
 from .config import LRegConfig
 from .example_run import Seen
 from .layer import LRegLayer, misfit
-from .layout import Layout, Reading
-from .names import plain_name
+from .layout import Layout, LayoutHints, Reading
 from .patterns import by_pattern
 from .sizes import feature_sizes, source_width
 
@@ -34,9 +33,7 @@ def source_of(model: nn.Module, name: str, config: LRegConfig) -> str | None:
     if wanted is None:
         return None
     # A block that carries a shortcut answers to the names of what lies inside it.
-    names = list(
-        dict.fromkeys(plain_name(path).replace(".base_layer", "") for path, _ in model.named_modules() if path)
-    )
+    names = list(dict.fromkeys(path.replace(".base_layer", "") for path, _ in model.named_modules() if path))
     found = [path for path in names if path == wanted] or [path for path in names if path.endswith(f".{wanted}")]
     if len(found) != 1:
         close = difflib.get_close_matches(wanted, names, n=3)
@@ -66,11 +63,11 @@ def sizes_of_shortcut(model: nn.Module, name: str, module: nn.Module, config: LR
 
 def check_same_reading(module: nn.Module, name: str, sizes: tuple[int, int], source: str | None) -> None:
     """Adapters of one module share its sizes and what they read."""
-    if not isinstance(module, LRegLayer) or not module.lreg_nodes.keys():
+    if not isinstance(module, LRegLayer) or not len(module.lreg_encoder):
         return
     own = (module.in_features, module.out_features), module.source and module.source.name
     if own != (sizes, source):
-        there = ", ".join(map(repr, module.lreg_nodes.keys()))
+        there = ", ".join(map(repr, module.lreg_encoder))
         raise ValueError(
             f"{name!r} has the adapters {there}, which read {own[1] or 'its own input'} with sizes {own[0]}; another "
             f"one cannot read {source or 'its own input'} with sizes {sizes}. Give it the feature_source and "
@@ -117,7 +114,7 @@ def _misfit(
         )
     for features, output in seen.shapes:
         try:
-            Layout.of(module, *sizes, features, output, reading_of(name, config))
+            Layout.of(LayoutHints(module, *sizes), features, output, reading_of(name, config))
         except ValueError as error:
             return f"{name!r}: {misfit(kind, sizes, features, output, error)}"
     return None

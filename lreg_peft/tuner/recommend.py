@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.checks import checked, whole
+from ..core.encoder import shortcut_parameters
 from .config import LRegConfig
-from .heads import HEADS
 from .layer import LRegLayer
 from .sizes import feature_sizes, linear_sizes, readable_sizes
 from .targets import _LANGUAGE_MODEL_TASKS, _task_of, output_head_name
@@ -164,7 +164,7 @@ def _is_repeated(name: str) -> bool:
 
 def _cost(in_features: int, out_features: int, dof: int) -> int:
     """Parameters of one component."""
-    return in_features + 1 + HEADS["factored+linear"].n_parameters(1, dof, out_features)
+    return shortcut_parameters("factored", 1, dof, in_features, out_features)
 
 
 def _parameters(model: nn.Module, budget: int | str | None) -> int | None:

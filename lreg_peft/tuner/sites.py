@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .layer import LRegLayer
-from .statistics import RunningStatistics
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,12 @@ class Site:
     @property
     def nodes(self) -> Tensor:
         """`[components, dof]`."""
-        return self.layer.lreg_nodes[self.adapter]
+        return self.layer.parts(self.adapter)[1].nodes
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that lives on the mesh."""
         return self.layer.nodal_parameter(self.adapter)
-
-    @property
-    def statistics(self) -> RunningStatistics | None:
-        """What has been gathered; None while nobody asked."""
-        return self.layer.lreg_statistics.get(self.adapter)
 
 
 def all_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
@@ -53,7 +47,7 @@ def all_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
         for path, layer in model.named_modules()
         if isinstance(layer, LRegLayer)
         for name in (layer.active_adapters if adapter_name is None else [adapter_name])
-        if name in layer.lreg_nodes
+        if name in layer.lreg_encoder
     ]
     if not sites:
         layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
@@ -62,7 +56,7 @@ def all_sites(model: nn.Module, adapter_name: str | None = None) -> list[Site]:
                 f"the model ({type(model).__name__}) has no LReg layer. Adapt it first: "
                 "get_peft_model(model, LRegConfig(...)), or model.add_adapter(LRegConfig(...))."
             )
-        there = sorted({name for layer in layers for name in layer.lreg_nodes})
+        there = sorted({name for layer in layers for name in layer.lreg_encoder})
         wanted = "an active adapter" if adapter_name is None else f"an adapter named {adapter_name!r}"
         raise ValueError(f"no LReg layer has {wanted}. The adapters are: {there}.")
     return sites

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from peft import PeftModel
@@ -24,13 +23,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..core.checks import checked
+from ..core.encoder import shortcut_parameters
 from ..modules import unwrap
 from .config import LRegConfig
 from .example_run import raise_misfits, run_example
-from .heads import HEADS
 from .image_placements import image_placement
 from .layer import LRegLayer
-from .names import is_compiled_inside, plain_name
 from .patterns import by_pattern
 from .reading import check_same_reading, misfits, sizes_of_shortcut, source_of
 from .sizes import linear_sizes
@@ -157,9 +155,9 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
         return TargetReport(tuple(resolve_targets(model, config)))
     modules = {}
     for path in _matched_names(model, config):
-        module, name = model.get_submodule(path), plain_name(path)
-        modules[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        _check_supported(name, modules[name])
+        module = model.get_submodule(path)
+        modules[path] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        _check_supported(path, modules[path])
     sources = {name: source for name in modules if (source := source_of(model, name, config))}
     seen = run_example(model, modules, sources, example_inputs)
     raise_misfits(misfits(model, config, modules, seen))
@@ -183,21 +181,20 @@ def settle_targets(model: nn.Module, config: LRegConfig) -> None:
 def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
     """Match, size and check every module of `config`, whose `target_modules` is set; changes nothing."""
     paths = _matched_names(model, config)
-    _warn_of_unmatched_keys(config, [plain_name(path) for path in paths])
-    _warn_of_weights_read_past(model, paths)
+    _warn_of_unmatched_keys(config, paths)
     targets = []
-    for path in paths:
-        name = plain_name(path)
-        module = model.get_submodule(path)
+    for name in paths:
+        module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        _check_is_called(model, path)
+        _check_is_called(model, name)
         _check_supported(name, base)
         in_features, out_features = sizes_of_shortcut(model, name, base, config)
         check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
         n_components, dof = mesh_size(name, config)
-        count = HEADS[config.head_name].n_parameters(n_components, dof, out_features)
-        if config.train_projection:
-            count += (in_features + _width_of_basis_below(name, module, config) + 1) * n_components
+        width = in_features + _width_of_basis_below(name, module, config)
+        count = shortcut_parameters(config.head, n_components, dof, width, out_features)
+        if not config.train_projection:
+            count -= (width + 1) * n_components
         targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
     return targets
 
@@ -227,7 +224,7 @@ def _width_of_basis_below(name: str, module: nn.Module, config: LRegConfig) -> i
             f"shortcut around {name!r}. Load the previous grades first, under these names (load_grades does it), or "
             "give the grade target_modules of a previous one."
         )
-    return layer.lreg_nodes[below].numel()
+    return layer.lreg_encoder[below].nodes.numel()  # type: ignore[union-attr,operator,return-value]
 
 
 def _leave_out_uncalled(model: nn.Module, names: list[str]) -> list[str]:
@@ -384,11 +381,8 @@ def _release_targeted_heads(config: LRegConfig) -> None:
 
 
 def is_target(config: LRegConfig, path: str) -> Any:
-    """Whether the module at `path` is one that `config`, with "all-linear" expanded, adapts: truthy if so.
-
-    Names are compared without `torch.compile`; of a compiled module it is the wrapper that is adapted.
-    """
-    return not is_compiled_inside(path) and check_target_module_exists(config, plain_name(path))
+    """Whether the module at `path` is one that `config`, with "all-linear" expanded, adapts: truthy if so."""
+    return check_target_module_exists(config, path)
 
 
 def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
@@ -400,11 +394,10 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
         return
     model = unwrap(model)  # output heads are told by the class of the model
     _maybe_include_all_linear_layers(config, model)
-    # PEFT leaves the output head out, but not what a compiled one has inside, nor heads that it trains in full later.
+    # PEFT leaves the output head out, but not heads that it trains in full later.
     heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
     trained = _TRAINED_HEADS.get(config.task_type or "", ())
-    named = dict.fromkeys(plain_name(path) for path in sorted(config.target_modules))
-    config.target_modules = [name for name in named if name not in heads and not name.endswith(trained)]
+    config.target_modules = [name for name in sorted(config.target_modules) if name not in heads and not name.endswith(trained)]
     names = [name for name in config.target_modules if check_target_module_exists(config, name)]
     config.target_modules = _leave_out_uncalled(model, names)
 
@@ -435,38 +428,6 @@ def _suggestion(model: nn.Module, config: LRegConfig) -> str:
     close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2) if m not in wanted]
     hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
     return f"{hint}The model has for example: {', '.join(there[:12])}."
-
-
-def _warn_of_weights_read_past(model: nn.Module, paths: list[str]) -> None:
-    """Warn of targets whose parent reads their weight and never calls them: their shortcuts would not run."""
-    idle = []
-    head = output_head_name(model)  # whether that one is called shows in every pass, see hooks.output_head
-    for path in paths:
-        parent, _, child = path.rpartition(".")
-        holder = model.get_submodule(parent)
-        if path == head or isinstance(holder, nn.MultiheadAttention):  # that one's is refused, or left out
-            continue
-        if child.isidentifier() and _reads_weight_only(type(holder), child):  # type: ignore[arg-type]
-            idle.append(path)
-    if idle:
-        warnings.warn(
-            f"{len(idle)} of the targets, the first is {idle[0]!r}, are not called in the forward pass: the module "
-            "around them reads their weights. Their shortcuts have no effect and get no gradient; leave them out by "
-            f"exclude_modules={sorted({path.rpartition('.')[2] for path in idle})}.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-@cache
-def _reads_weight_only(kind: type, child: str) -> bool:
-    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]  # a method may be inherited
-    try:
-        source = "".join(map(inspect.getsource, classes))
-    except (OSError, TypeError):  # no source: nothing is known
-        return False
-    uses = re.findall(rf"\bself\.{child}\b(?!\s*(?::[^=\n]*)?=[^=])(\.\w+)?", source)
-    return ".weight" in uses and not set(uses) - {".weight", ".bias"}
 
 
 def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:

@@ -1,4 +1,17 @@
-"""Everything that hooks into a foreign model, with one protocol for putting it in and taking it out again.
+"""What an adapter installs in a foreign model: forward hooks, which `release` takes out again."""
 
-Nothing here computes a shortcut: that is the layer's. Private to the tuner.
-"""
+from torch import nn
+
+from ...modules import remove_hooks
+
+
+def release(model: nn.Module) -> None:
+    """Take every hook of this package out of a model."""
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        remove_hooks(module, *(hook for hook in hooks if _is_own(hook)))
+
+
+def _is_own(hook: object) -> bool:
+    kind = hook if hasattr(hook, "__qualname__") else type(hook)
+    return str(getattr(kind, "__module__", "")).startswith(__name__.partition(".")[0] + ".")

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...modules import remove_hooks
 from ..layer import LRegLayer
-from .registry import remember
 
 _NESTED = "_lreg_used_nested_tensor"
 
@@ -20,20 +18,17 @@ def install(model: nn.Module) -> None:
     """Have the transformer layers of torch in `model` that hold shortcuts call their parts; may be called again."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds_shortcut(module):
-            remember(model, release)
             if call_the_parts not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(call_the_parts)
         if isinstance(module, nn.TransformerEncoder) and _holds_shortcut(module) and _NESTED not in module.__dict__:
-            remember(model, release)
             # Nested tensors are for the fused path alone.
             module.__dict__[_NESTED] = getattr(module, "use_nested_tensor", False)
             module.use_nested_tensor = False
 
 
 def release(model: nn.Module) -> None:
-    """Undo `install`."""
+    """Undo `install`, but for the hooks."""
     for module in model.modules():
-        remove_hooks(module, call_the_parts)
         if _NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_NESTED)
 

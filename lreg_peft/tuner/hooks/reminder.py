@@ -1,25 +1,25 @@
-"""A warning where an adapter is used without the start from data that its configuration promised."""
+"""A warning where an adapter is used without the start from data that its configuration asks for."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...modules import is_compiling, remove_hooks
 from ..layer import LRegLayer
-from .registry import remember
 
 
-def install(model: nn.Module) -> None:
-    """Warn if training begins before the start from data."""
-    remember(model, release)
-    remove_hooks(model, _remind)
-    model.register_forward_pre_hook(_remind)
+def install(model: nn.Module, adapter_name: str) -> None:
+    """Warn if training begins before the start from data.
 
-
-def release(model: nn.Module) -> None:
-    """Undo `install`."""
-    remove_hooks(model, _remind)
+    One layer stands for all: the start is made for every layer or none.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LRegLayer) and adapter_name in layer.needs_data_init:
+            remove_hooks(layer, remind)
+            layer.register_forward_pre_hook(remind)
+            return
 
 
 def warn(before: str, consequence: str, *, stacklevel: int) -> None:
@@ -38,12 +38,10 @@ def warn(before: str, consequence: str, *, stacklevel: int) -> None:
     )
 
 
-def _remind(model: nn.Module, args: tuple[object, ...]) -> None:
-    if is_compiling() or not torch.is_grad_enabled():
+def remind(layer: Any, args: tuple[object, ...]) -> None:
+    """Forward pre-hook that acts once, in the first pass that trains the layer."""
+    if is_compiling() or not (torch.is_grad_enabled() and layer.training):
         return
-    owing = [module for module in model.modules() if isinstance(module, LRegLayer) and module.start_is_owed]
-    if not any(module.training for module in owing):
-        return
-    for module in owing:
-        module.start_is_owed.clear()
-    warn("training", "the adapter starts from a random projection and uniform meshes", stacklevel=2)
+    remove_hooks(layer, remind)
+    if layer.needs_data_init.intersection(layer.active_adapters):
+        warn("training", "the adapter starts from a random projection and uniform meshes", stacklevel=2)

@@ -1,0 +1,372 @@
+"""The learned curve between the two linear maps of a shortcut: z -> u = sigmoid(z) -> design.
+
+A shortcut is `y = f(x) + B(curve(A(x)))`. This module is the curve. It turns latent coordinates z into the *design*: the
+numbers that the rows of the *table* (the weight of B, transposed) are multiplied by. Three heads differ in what that is:
+
+    full      the hat functions psi_ij(u_i) of every component (Li, Cheng & Gu 2025, sections 2.6-2.7), K = d n
+    reduced   the same functions without the d - 1 redundant constants, K = d (n - 1) + 1
+    factored  one scalar function s_i(u_i) per component, the profile, and z_i / 1.702 with a linear term; K = d
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .basis import evaluate_profile, under_transform
+from .coordinates import LOGISTIC_NORMAL_SCALE, standard_profile
+from .mesh import check_nodes, coordinate_dtype, uniform_nodes
+
+HeadKind = Literal["full", "reduced", "factored"]
+HEAD_KINDS: tuple[str, ...] = get_args(HeadKind)
+
+# A profile that is smaller on average carries no constant.
+_SMALLEST_MEAN = 0.1
+# Largest dof at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
+# operations; beyond it looking up the element costs less (measured on one CPU core and by the number of launches).
+_MAX_DENSE_DOF = 32
+
+
+class LagrangeEncoder(nn.Module):
+    """Hat functions of projected coordinates, or scalar functions made of them.
+
+    Args:
+        n_components: d, the number of coordinates, each with a mesh of its own.
+        dof: n, nodes of a mesh.
+        head: "full", "reduced" or "factored", see the head of this file.
+        linear_term: add z / 1.702 to the profiles of a factored head.
+        profile_mean: mean of the profiles at the start; without a linear term they have variance 1 for uniform u.
+        nodes: `[n_components, dof]`; None takes uniform meshes on [0, 1].
+
+    Attributes:
+        nodes: `[n_components, dof]`, a buffer that stays in fp32 (or fp64) whatever the module is cast to: in half
+            precision neighbouring nodes collide.
+        weight: the profiles at the nodes, `[n_components, dof]`; None unless the head is factored.
+    """
+
+    nodes: Tensor
+
+    def __init__(
+        self,
+        n_components: int,
+        dof: int,
+        head: HeadKind = "full",
+        *,
+        linear_term: bool = False,
+        profile_mean: float = 1.0,
+        nodes: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_components, self.dof, self.head = n_components, dof, head
+        self.linear_term, self.profile_mean = linear_term, profile_mean
+        self.register_buffer("nodes", uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone())
+        self.weight = nn.Parameter(self._start()) if head == "factored" else None
+
+    @property
+    def n_functions(self) -> int:
+        """K, the width of the design."""
+        return n_functions(self.head, self.n_components, self.dof)
+
+    @property
+    def profile(self) -> nn.Parameter | None:
+        """`weight` by the name it has in the mathematics."""
+        return self.weight
+
+    def _start(self) -> Tensor:
+        if self.linear_term:  # what varies with z is the linear term's at first
+            return torch.full_like(self.nodes, self.profile_mean)
+        return standard_profile(self.nodes, self.profile_mean)
+
+    @torch.no_grad()
+    def set_nodes(self, nodes: Tensor) -> None:
+        """Put another mesh `[n_components, dof]` in place, with profiles as at the start on it.
+
+        Raises:
+            ValueError: if it is not a valid mesh.
+        """
+        check_nodes(nodes)
+        self.nodes.copy_(nodes)
+        if self.weight is not None:
+            self.weight.copy_(self._start())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """z `[..., n_components]` -> design `[..., K]`, fp32 (fp64 for fp64 z); differentiable, twice."""
+        if self.weight is not None:
+            return profile_values(latent, self.nodes, self.weight, self.slope)
+        basis = latent_basis(latent, self.nodes)  # [..., d, n]
+        if self.head == "full":
+            return basis.flatten(-2)
+        return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
+
+    @property
+    def slope(self) -> float:
+        """Factor of z in the design: 1 / 1.702 with a linear term, zero without."""
+        return 1 / LOGISTIC_NORMAL_SCALE if self.linear_term else 0.0
+
+    def basis(self, latent: Tensor) -> Tensor:
+        """All hat functions, whatever the head: z `[..., d]` -> `[..., d n]`."""
+        return latent_basis(latent, self.nodes).flatten(-2)
+
+    # What lives on the mesh
+
+    def to_nodes(self, values: Tensor) -> Tensor:
+        """The weight on the mesh, its gradient or moments, with one entry per node: `[d, n, C]`.
+
+        Args:
+            values: of the shape of `weight` for a factored head (C is 1 then), else of the weight of B, `[C, K]`.
+        """
+        if self.weight is not None:
+            return values.unsqueeze(-1)
+        if self.head == "full":
+            return values.T.unflatten(0, (self.n_components, self.dof))
+        nodal = values.T[:-1].unflatten(0, (self.n_components, self.dof - 1))
+        return F.pad(nodal, (0, 0, 1, 0))  # zero at the first node
+
+    def from_nodes(self, nodal: Tensor, like: Tensor) -> Tensor:
+        """The opposite of `to_nodes`; the constant of a reduced head is that of `like`."""
+        if self.weight is not None:
+            return nodal.squeeze(-1)
+        if self.head == "full":
+            return nodal.flatten(0, 1).T
+        return torch.cat((nodal[:, 1:].flatten(0, 1).T, like[:, -1:]), dim=1)
+
+    def nodal_coefficients(self, weight: Tensor) -> Tensor:
+        """c of the paper, the values of the piecewise-linear part at the nodes, `[d, n, C]`.
+
+        Args:
+            weight: of B, `[C, K]`.
+        """
+        if self.weight is not None:
+            return self.weight.unsqueeze(-1) * weight.T.unsqueeze(1)
+        nodal = self.to_nodes(weight)
+        if self.head == "full":
+            return nodal
+        constant = F.pad(weight[:, -1].view(1, 1, -1), (0, 0, 0, 0, 0, self.n_components - 1))
+        return nodal + constant  # the first component carries it
+
+    def constant(self) -> Tensor:
+        """k `[K]` for which `design @ k` is one, or close to one on average where there is a linear term."""
+        if self.weight is not None:
+            mean = self.weight[0].detach().mean()
+            first = torch.zeros_like(self.weight[:, 0])
+            first[0] = torch.where(mean.abs() > _SMALLEST_MEAN, 1 / mean, 0.0)  # zero if there is none to speak of
+            return first
+        constant = self.nodes.new_zeros(self.n_functions)
+        if self.head == "full":
+            constant[: self.dof] = 1  # the basis of the first component sums to one
+        else:
+            constant[-1] = 1
+        return constant
+
+    def coordinate_gradient(self, latent: Tensor, design_gradient: Tensor) -> Tensor:
+        """Gradient in the coordinates u through the piecewise-linear part, from that in the design.
+
+        Args:
+            latent: z, `[N, d]`.
+            design_gradient: `[N, K]`.
+
+        Returns:
+            `[N, d]`.
+        """
+        reached, lengths = _reached(latent.sigmoid(), self.nodes.to(latent.dtype))
+        if self.weight is not None:
+            slopes = self.weight.diff(dim=-1) / lengths[:, 1:-1]
+            return design_gradient * _slopes_here(reached, slopes)
+        if self.head == "reduced":
+            by_node = F.pad(design_gradient[:, :-1].unflatten(-1, (-1, self.dof - 1)), (1, 0))
+        else:
+            by_node = design_gradient.unflatten(-1, (-1, self.dof))
+        return _basis_slopes(by_node, reached, lengths)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LagrangeEncoder":
+        exact = self.nodes
+        super()._apply(fn, recurse)
+        if self.nodes.dtype != exact.dtype:
+            self.nodes = exact.to(self.nodes.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, as `print(model)` shows them."""
+        linear = ", linear_term=True" if self.linear_term else ""
+        return f"n_components={self.n_components}, dof={self.dof}, head={self.head!r}{linear}"
+
+
+def n_functions(head: str, n_components: int, dof: int) -> int:
+    """K, the number of functions in the design of a head."""
+    return {"full": n_components * dof, "reduced": n_components * (dof - 1) + 1, "factored": n_components}[head]
+
+
+def shortcut_parameters(head: str, n_components: int, dof: int, in_features: int, out_features: int) -> int:
+    """Parameters of a shortcut: A `[d, in_features]` with its bias, the profiles of a factored head, and B."""
+    profile = n_components * dof if head == "factored" else 0
+    return (in_features + 1) * n_components + profile + n_functions(head, n_components, dof) * out_features
+
+
+# Stands for infinity beyond both ends of a mesh, in fp32 too: the element before the mesh is always behind a coordinate,
+# the element after it always ahead.
+_FAR = 1e30
+
+
+def _reached(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a coordinate has come through each element: 0 before it, 1 behind it.
+
+    Args:
+        coords: u, `[..., d]`.
+        nodes: `[d, n]`.
+
+    Returns:
+        reached: `[..., d, n + 1]`; the first is one and the last zero, of the elements that lie outside the mesh.
+        lengths: of the elements, `[d, n + 1]`.
+    """
+    ends = F.pad(nodes, (1, 1), value=_FAR)
+    lengths = ends[:, 1:] - ends[:, :-1]
+    return (coords.unsqueeze(-1) - ends[:, :-1]).div_(lengths).clamp_(0, 1), lengths
+
+
+def _hats(reached: Tensor) -> Tensor:
+    """Hat functions `[..., d, n]`: psi_j rises through the element before node j and falls through the one after."""
+    return reached[..., :-1] - reached[..., 1:]
+
+
+def _slopes_here(reached: Tensor, slopes: Tensor) -> Tensor:
+    """The slope in the element that holds each coordinate, its left end included, `[..., d]`.
+
+    Args:
+        reached: `[N, d, n + 1]`.
+        slopes: of every element, `[d, n - 1]`.
+    """
+    behind = reached[..., 1:-2].floor().transpose(0, 1)  # [d, N, n - 2], one for every element that is behind
+    steps = (slopes[:, 1:] - slopes[:, :-1]).unsqueeze(-1)
+    return torch.baddbmm(slopes[:, :1].unsqueeze(-1), behind, steps).squeeze(-1).T
+
+
+def latent_basis(latent: Tensor, nodes: Tensor) -> Tensor:
+    """The hat basis of u = sigmoid(z): z `[..., d]`, nodes `[d, n]` -> `[..., d, n]`, fp32 or fp64.
+
+    The derivative at a node is that of the element to its right.
+    """
+    latent, nodes = _exact(latent, nodes)
+    if _wants_single_operations():
+        return _plain_basis(latent, nodes)
+    return _Basis.apply(latent, nodes)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def profile_values(latent: Tensor, nodes: Tensor, profile: Tensor, slope: float = 0.0) -> Tensor:
+    """`s_i(sigmoid(z_i)) + slope z_i`, s_i piecewise linear with the values `profile` at the nodes.
+
+    Args:
+        latent: z, `[..., d]`.
+        nodes: `[d, n]`.
+        profile: `[d, n]`.
+        slope: of the linear term.
+
+    Returns:
+        `[..., d]`, fp32 (fp64 if an input is), differentiable in `latent` and `profile`, twice. The derivative at a
+        node is that of the element to its right.
+    """
+    latent, nodes, profile = _exact(latent, nodes, profile)
+    if nodes.shape[-1] > _MAX_DENSE_DOF:
+        value = evaluate_profile(latent.sigmoid(), nodes, profile)
+        return torch.add(value, latent, alpha=slope) if slope else value
+    if _wants_single_operations():
+        return _plain_profile(latent, nodes, profile, slope)
+    return _Profile.apply(latent, nodes, profile, slope)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = coordinate_dtype(*tensors)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _wants_single_operations() -> bool:
+    """Compilers fuse them, and transforms of `torch.func` and forward mode differentiate them one by one."""
+    return torch.compiler.is_compiling() or under_transform()
+
+
+def _plain_basis(latent: Tensor, nodes: Tensor) -> Tensor:
+    """`latent_basis` in single operations."""
+    coords = latent.sigmoid().unsqueeze(-1)
+    share = (coords - nodes[:, :-1]) / nodes.diff(dim=-1)  # [..., d, n - 1]
+    # Not clamp: at a node it has the derivatives of both sides.
+    share = torch.where((share < 0) | (coords >= nodes[:, 1:]), share.detach().clamp(0, 1), share)
+    return F.pad(share, (1, 0), value=1.0) - F.pad(share, (0, 1))
+
+
+def _plain_profile(latent: Tensor, nodes: Tensor, profile: Tensor, slope: float) -> Tensor:
+    """`profile_values` in single operations."""
+    value = (_plain_basis(latent, nodes) * profile).sum(dim=-1)
+    return torch.add(value, latent, alpha=slope) if slope else value
+
+
+class _Profile(torch.autograd.Function):
+    """`profile_values` in eight operations forward and nine backward."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, nodes: Tensor, profile: Tensor, slope: float) -> Tensor:
+        rows = latent.reshape(-1, latent.shape[-1])  # [N, d]
+        coords = rows.sigmoid()
+        reached, lengths = _reached(coords, nodes)
+        hats = _hats(reached)  # [N, d, n]
+        ctx.save_for_backward(latent, nodes, profile, coords, reached, hats, lengths)
+        ctx.slope = slope
+        by_component, column = hats.transpose(0, 1), profile.unsqueeze(-1)  # [d, N, n], [d, n, 1]
+        if slope:
+            value = torch.baddbmm(rows.T.unsqueeze(-1), by_component, column, beta=slope)
+        else:
+            value = torch.bmm(by_component, column)
+        return value.squeeze(-1).T.reshape(latent.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        latent, nodes, profile, coords, reached, hats, lengths = ctx.saved_tensors
+        needs_latent, _, needs_profile, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a second derivative will be taken: let autograd see every step
+            value = _plain_profile(latent, nodes, profile, ctx.slope)
+            return _again(value, {0: latent, 2: profile}, ctx.needs_input_grad, gradient)
+        rows = gradient.reshape(coords.shape)  # [N, d]
+        d_latent = d_profile = None
+        if needs_latent:
+            slopes = (profile[:, 1:] - profile[:, :-1]) / lengths[:, 1:-1]
+            steep = torch.ops.aten.sigmoid_backward(_slopes_here(reached, slopes), coords)
+            if ctx.slope:
+                steep = steep.add_(ctx.slope)
+            d_latent = (steep * rows).reshape(latent.shape)
+        if needs_profile:
+            d_profile = torch.bmm(rows.T.unsqueeze(1), hats.transpose(0, 1)).squeeze(1)
+        return d_latent, None, d_profile, None
+
+
+class _Basis(torch.autograd.Function):
+    """`latent_basis`; what `_Profile` is for one function per component."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, nodes: Tensor) -> Tensor:
+        coords = latent.sigmoid()
+        reached, lengths = _reached(coords, nodes)
+        ctx.save_for_backward(latent, nodes, coords, reached, lengths)
+        return _hats(reached)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        latent, nodes, coords, reached, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(_plain_basis(latent, nodes), {0: latent}, ctx.needs_input_grad, gradient)
+        steep = _basis_slopes(gradient, reached, lengths)
+        return torch.ops.aten.sigmoid_backward(steep, coords), None
+
+
+def _basis_slopes(gradient: Tensor, reached: Tensor, lengths: Tensor) -> Tensor:
+    """Gradient in the coordinates, `[..., d]`, from that in the hat functions, `[..., d, n]`."""
+    behind = reached[..., :-1].floor()
+    here = behind[..., :-1] - behind[..., 1:]  # one in the element that holds the coordinate
+    return (gradient.diff(dim=-1) * here / lengths[:, 1:-1]).sum(dim=-1)
+
+
+def _again(value: Tensor, inputs: dict[int, Tensor], needed: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a value that was made anew, by autograd, so that they can be differentiated."""
+    wanted = {place: tensor for place, tensor in inputs.items() if needed[place]}
+    found = torch.autograd.grad(value, list(wanted.values()), gradient, create_graph=True)
+    by_place = dict(zip(wanted, found, strict=True))
+    return tuple(by_place.get(place) for place in range(len(needed)))

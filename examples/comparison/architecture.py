@@ -7,7 +7,11 @@ DROPOUT_OPTIONS = (
     "attention_probs_dropout_prob",
     "attn_pdrop",
     "classifier_dropout",
+    "classifier_dropout_prob",
+    "drop_connect_rate",
+    "drop_path_rate",
     "dropout",
+    "dropout_rate",
     "embd_pdrop",
     "hidden_dropout",
     "hidden_dropout_prob",
@@ -17,7 +21,7 @@ DROPOUT_OPTIONS = (
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration, changed in place: LReg keeps the backbone in eval mode, the other methods would not."""
+    """The same configuration without dropout, changed in place: all methods train as the paper trains LReg."""
     for option in DROPOUT_OPTIONS:
         if isinstance(getattr(config, option, None), float):
             setattr(config, option, 0.0)

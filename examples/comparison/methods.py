@@ -340,7 +340,7 @@ METHODS = {
             name="lreg-fast-profiles",
             summary="the same with profiles that learn four times faster, as parameter_groups has it",
             by_default=False,
-            faster=("lreg_profile", 4.0),
+            faster=("lreg_encoder", 4.0),
         ),
         replace(
             LREG,

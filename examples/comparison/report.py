@@ -132,7 +132,7 @@ class Report:
         if any(len(values) > 1 for row in self.rows for values in row.test.values()):
             notes.append("Mean over the seeds ± sample standard deviation.")
         notes.append(f"Peak memory: {self.provenance['peak memory']}.")
-        notes.append("No dropout in any method: LReg keeps the frozen backbone in eval mode.")
+        notes.append("No dropout in any method: the comparison is not about dropout.")
         return notes
 
     def table(self) -> str:

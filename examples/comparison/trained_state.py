@@ -1,5 +1,6 @@
 """What a run trained: as tensors to keep and put back, and as files to use."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,8 @@ State = dict[str, Tensor]
 def trained_state(model: nn.Module) -> State:
     """Copies of all parameters that require gradients, of all mesh nodes, and of the statistics of batch norms that are
     trained, whole and on the CPU."""
-    buffers = {name: buffer for name, buffer in model.named_buffers() if ".lreg_nodes." in name}
+    nodes = re.compile(r"\.lreg_encoder\..*\.nodes$")
+    buffers = {name: buffer for name, buffer in model.named_buffers() if nodes.search(name)}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.weight is not None and module.weight.requires_grad:
             buffers |= {f"{path}.{name}": buffer for name, buffer in module.named_buffers()}

@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Factored shortcuts with a linear term on all linear layers of the encoder, twice the components on the attention;
     # the new classifier is trained in full.
-    config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof)
+    # As in the paper, the frozen model trains without its dropout.
+    config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof, backbone_eval=True)
     model = get_peft_model(model, config).to(accelerator.device)
     # Projections along the directions that lower the loss most, meshes at quantiles; the output does not change yet.
     initialize_lreg_weights(model, train_loader, show_progress=show)
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, args.steps // 10, args.steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    model.train()  # the frozen backbone stays in eval mode
+    model.train()  # the frozen model stays in eval mode
     batches = chain.from_iterable(repeat(train_loader))  # pass after pass, shuffled anew
     for _ in tqdm(range(args.steps), desc="training", disable=not show):
         accelerator.backward(model(**next(batches)).loss)

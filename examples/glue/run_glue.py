@@ -18,9 +18,8 @@ belong to this function? Other ways to run it:
 
 The protocol, the same for every method: the same pretrained weights, new head, samples, batches, number of steps and
 schedule; a learning rate chosen on a tuning split, which is a part of the training samples, from a grid of the same
-size; the figure in the table is the official one on the whole validation split, which nothing was chosen on. LReg
-trains with the frozen backbone in eval mode, so dropout is switched off for all methods: the comparison is not about
-dropout.
+size; the figure in the table is the official one on the whole validation split, which nothing was chosen on. Dropout is
+switched off for all methods, as the paper has it for LReg: the comparison is not about dropout.
 
 Written to `--output_dir`: the table (results.json, results.md), a picture (results.png), the finished runs
 (runs.jsonl, where a second start resumes) and what each method trained (adapters/).

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from base_model import offline_config, pretrain
+from comparison.architecture import without_dropout
 from comparison.hub import load_pretrained
 from comparison.task import Metric, Task
 from images import Samples
@@ -136,12 +137,12 @@ def predict(model: nn.Module, samples: Samples, alone: bool = False) -> np.ndarr
 
 
 def model_config(source: str | None, classes: Sequence[str]) -> tuple[PretrainedConfig, bool]:
-    """The configuration for some classes, and whether they are new to the model."""
+    """The configuration for some classes, without dropout, and whether the classes are new to the model."""
     from transformers import AutoConfig
 
     if source is None:
         return offline_config(), False
-    config = load_pretrained(AutoConfig, source)
+    config = without_dropout(load_pretrained(AutoConfig, source))
     if list(config.id2label.values()) == list(classes):
         return config, False
     config.id2label = dict(enumerate(classes))

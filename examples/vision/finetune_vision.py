@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, args.steps // 10, args.steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    model.train()  # the frozen backbone stays in eval mode: batch norms keep their statistics
+    model.train()  # batch norms of the frozen model keep their statistics
     batches = chain.from_iterable(repeat(train_loader))  # pass after pass, shuffled anew
     for _ in tqdm(range(args.steps), desc="training", disable=not show):
         accelerator.backward(model(**next(batches)).loss)

@@ -51,7 +51,7 @@ def given_config(arguments: Arguments) -> PretrainedConfig | None:
 
 
 def base_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """Architecture of the base model, without dropout: LReg keeps the backbone in eval mode, the others would not."""
+    """Architecture of the base model, without dropout, for all methods."""
     block_size = arguments.data.block_size or 0
     config = given_config(arguments)
     if config is None:

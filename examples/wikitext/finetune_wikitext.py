@@ -93,7 +93,8 @@ def main(args: argparse.Namespace) -> None:
     before = perplexity(model, test_loader, accelerator)
 
     # Factored shortcuts with a linear term on all linear layers, the last norm and the head, most on the attention.
-    config = recommended_config(model, args.budget, task_type="CAUSAL_LM", dof=args.dof)
+    # As in the paper, the frozen model trains without its dropout.
+    config = recommended_config(model, args.budget, task_type="CAUSAL_LM", dof=args.dof, backbone_eval=True)
     model = get_peft_model(model, config)
     # Projections along the directions that lower the loss most, meshes at quantiles, and at the head the shift in how
     # often each token comes.
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    model.train()  # the frozen backbone stays in eval mode
+    model.train()  # the frozen model stays in eval mode
     batches = chain.from_iterable(repeat(train_loader))  # pass after pass, shuffled anew
     for _ in tqdm(range(args.steps), desc="training", disable=not show):
         accelerator.backward(model(**next(batches)).loss)

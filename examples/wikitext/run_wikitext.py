@@ -19,8 +19,8 @@ reference in `pydoc_data.topics`. Other ways to run it:
 
 The protocol, the same for every method: the same base checkpoint, data order, batch size, number of steps and
 schedule; a learning rate chosen on a tuning split from a grid of the same size; the figure in the table is the
-perplexity over the whole held-out test split, which nothing was chosen on. LReg trains with the frozen backbone in eval
-mode, so dropout is switched off for all methods: the comparison is not about dropout.
+perplexity over the whole held-out test split, which nothing was chosen on. Dropout is switched off for all methods,
+as the paper has it for LReg: the comparison is not about dropout.
 
 Written to `--output_dir`: the table (results.json, results.md), a picture (results.png), the finished runs
 (runs.jsonl, where a second start resumes), the base checkpoint (base/) and what each method trained (adapters/).

@@ -1,44 +1,48 @@
 """What a training step costs: LReg beside LoRA, full fine-tuning and the frozen model's own forward pass.
 
-    python tests/benchmarks/training_speed.py --output_dir OUT [--parts gpt2 recipe cache roberta inference dof sizes]
+    python tests/benchmarks/training_speed.py --output_dir OUT
+        [--parts gpt2 recipe minilm cache roberta inference dof sizes]
         [--model gpt2|gpt2-medium|gpt2-large] [--device cpu|cuda] [--dtype float32|bfloat16] [--rounds 5]
 
 Architectures at full size with random weights, which cost what trained ones cost. The methods of a part take turns,
 round by round, and every ratio is formed inside a round. On a CPU the clock is the process's CPU time on --threads
-threads, which other programs on the machine disturb least; on a GPU it is wall time between synchronisations.
+threads, which other programs on the machine disturb least; on a GPU it is wall time between synchronisations. No model
+has dropout.
 
     gpt2       a training step on GPT-2: forward, loss, backward, AdamW
     recipe     the same for recommended_config, with and without the output head, and LoRA in the same places and
                sizes, but for the norm before the head
+    minilm     a training step on an encoder of MiniLM's size (6 layers, 384 features), 16 samples of 24, 32, 64 and 128
+               tokens, recommended_config against LoRA in the same places and sizes
     cache      three epochs from stored features, building the cache included, against three epochs of LoRA
     roberta    a training step on RoBERTa-base, shortcuts at query and key, against LoRA there
     inference  tokens with a key-value cache, GPT-2, batch 1; LoRA unmerged
     dof        one layer of 768 features, d = 8: from 8 to 1024 nodes
     sizes      a shortcut at the head, length and vocabulary varied
 
-All parts take about 25 minutes on one quiet core; --smoke takes two-layer models and one round.
+All parts take about 30 minutes on one quiet core; --smoke takes two-layer models and one round.
 """
 
 import argparse
 import gc
 import json
-import platform
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from machine import command, device_name, versions
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -50,7 +54,12 @@ from transformers.utils import logging
 from lreg_peft import LRegConfig, cache_features, recommended_config
 
 GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}
-PARTS = ("gpt2", "recipe", "cache", "roberta", "inference", "dof", "sizes")
+NO_GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+MINILM_BATCH, MINILM_LENGTHS = 16, (24, 32, 64, 128)
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+PARTS = ("gpt2", "recipe", "minilm", "cache", "roberta", "inference", "dof", "sizes")
 
 
 class Bench:
@@ -118,7 +127,7 @@ def gpt2(bench: Bench, **options: Any) -> PreTrainedModel:
     if bench.options.smoke:
         width, layers, heads = 64, 2, 2
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads, use_cache=False, **options)
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads, use_cache=False, **NO_GPT2_DROPOUT, **options)
     return bench.place(GPT2LMHeadModel(config).eval())
 
 
@@ -138,9 +147,9 @@ def lora(base: PreTrainedModel, *targets: str, task: str = "CAUSAL_LM") -> nn.Mo
 RECIPE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1, "lm_head": 1}
 
 
-def recommended(base: PreTrainedModel, *, head: bool) -> nn.Module:
-    config = recommended_config(base, task_type="CAUSAL_LM", output_head=head, init_weights=False)
-    return get_peft_model(base, config).train()
+def recommended(base: PreTrainedModel, *, head: bool, fused: bool = False) -> nn.Module:
+    options = {"output_head": head, "init_weights": False, "fused_loss": fused}
+    return get_peft_model(base, recommended_config(base, task_type="CAUSAL_LM", **options)).train()
 
 
 def lora_everywhere(base: PreTrainedModel, *, head: bool) -> nn.Module:
@@ -224,7 +233,7 @@ def part_gpt2(bench: Bench) -> list[dict[str, Any]]:
         "LoRA r 8 c_attn": partial(trained, lambda base: lora(base, "c_attn")),
         "LReg head K 4": partial(trained, lambda base: lreg(base, 2, 2)),
         "LReg head K 16": partial(trained, lambda base: lreg(base, 2, 8)),
-        "LReg head K 16, loss not fused": partial(trained, lambda base: lreg(base, 2, 8, fused_loss=False)),
+        "LReg head K 16, fused loss": partial(trained, lambda base: lreg(base, 2, 8, fused_loss=True)),
     }
     if bench.options.model != "gpt2":
         del builders["full fine-tuning"]
@@ -242,7 +251,35 @@ def part_recipe(bench: Bench) -> list[dict[str, Any]]:
         for head in (True, False)
         for name, wrap in (("LoRA", lora_everywhere), ("LReg recommended", recommended))
     }
+    builders["LReg recommended, fused loss, with head"] = partial(trained, partial(recommended, head=True, fused=True))
     return steps_of(bench, builders, tokens(bench, 50257, bench.options.batch, bench.options.length), "recipe")
+
+
+def part_minilm(bench: Bench) -> list[dict[str, Any]]:
+    def build(method: str) -> tuple[nn.Module, Callable]:
+        torch.manual_seed(0)
+        sizes = SMALL if bench.options.smoke else MINILM
+        base = bench.place(BertForSequenceClassification(BertConfig(**sizes, **NO_BERT_DROPOUT)))
+        config: PeftConfig = recommended_config(base, task_type="SEQ_CLS", init_weights=False)
+        if method == "LoRA":
+            config = LoraConfig(
+                task_type="SEQ_CLS",
+                target_modules=config.target_modules,
+                r=config.n_components,
+                lora_alpha=config.n_components,
+                rank_pattern=config.component_pattern,
+                alpha_pattern=config.component_pattern,
+            )
+        model = get_peft_model(base, config).train()
+        return model, train_step(model)
+
+    rows = []
+    for length in MINILM_LENGTHS:
+        batch = tokens(bench, 30522, MINILM_BATCH, length)
+        batch["labels"] = batch["labels"][:, 0] % 2
+        builders = {f"{method}, {length} tokens": partial(build, method) for method in ("LoRA", "LReg recommended")}
+        rows += steps_of(bench, builders, batch, f"minilm, {length} tokens")
+    return rows
 
 
 def part_cache(bench: Bench) -> list[dict[str, Any]]:
@@ -292,8 +329,8 @@ def part_cache(bench: Bench) -> list[dict[str, Any]]:
 def part_roberta(bench: Bench) -> list[dict[str, Any]]:
     def build(wrap: Callable[[PreTrainedModel], nn.Module], frozen: bool = False) -> tuple[nn.Module, Callable]:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-        config = RobertaConfig(num_labels=2, max_position_embeddings=514, **(sizes if bench.options.smoke else {}))
+        sizes = SMALL if bench.options.smoke else {}
+        config = RobertaConfig(num_labels=2, max_position_embeddings=514, **sizes, **NO_BERT_DROPOUT)
         model = wrap(bench.place(RobertaForSequenceClassification(config).eval()))
         return model, forward_and_loss(model) if frozen else train_step(model)
 
@@ -377,9 +414,9 @@ def part_sizes(bench: Bench) -> list[dict[str, Any]]:
         models = {
             "frozen": (frozen, forward_and_loss(frozen)),
             "LReg": None,
-            "not fused": None,
+            "LReg, fused loss": None,
         }
-        for name, fused in (("LReg", True), ("not fused", False)):
+        for name, fused in (("LReg", False), ("LReg, fused loss", True)):
             base = gpt2(bench, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0)
             model = lreg(base, 2, 8, fused_loss=fused)
             models[name] = (model, train_step(model))
@@ -410,6 +447,10 @@ def ratio(row: dict[str, Any], to: dict[str, Any] | None) -> str:
     return f"{median:.3f} ({low:.3f}-{high:.3f})"
 
 
+#: What the rows of a part are compared with, where it is not the first of them.
+BESIDE = {"sizes": "frozen", "minilm": "LoRA"}
+
+
 def table(part: str, rows: list[dict[str, Any]]) -> str:
     by_name = {row["case"]: row for row in rows}
     default_lora = next((row for row in rows if row["case"].startswith("LoRA r")), None)
@@ -417,15 +458,18 @@ def table(part: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"**{part}**",
         "",
-        f"| case | trainable | seconds | / {first['case']} | / LoRA | tokens/s | extra memory, MiB |",
+        f"| case | trainable | seconds | / {BESIDE.get(part, first['case'])} | / LoRA | tokens/s | extra memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         base = first
         if part == "sizes":
             base = by_name[row["case"].rsplit(":", 1)[0] + ": frozen"]
-        # The recipe beside LoRA in the same places.
-        lora_row = by_name.get(f"LoRA {' '.join(row['case'].split()[-2:])}", default_lora)
+        # The recipe beside LoRA in the same places, or with samples of the same length.
+        where = " ".join(row["case"].split()[-2:])
+        lora_row = by_name.get(f"LoRA {where}") or by_name.get(f"LoRA, {where}", default_lora)
+        if part == "minilm":
+            base = lora_row
         median, low, high = spread(row["seconds"])
         cells = [
             row["case"],
@@ -485,17 +529,13 @@ def main() -> None:
         texts.append(table(part, results[part]))
         print(texts[-1], "\n", flush=True)
         gc.collect()
-        device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
         provenance = {
-            "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),  # names, not places
-            "device": device,
+            "command": command(),
+            "device": device_name(options.device),
             "clock": "wall" if options.device == "cuda" else "CPU time of the process",
-            "dropout": "none: the models stay in eval mode, full fine-tuning trains with GPT-2's 0.1",
+            "dropout": "none in any model",
             **{name: getattr(options, name) for name in ("model", "dtype", "batch", "length", "rounds", "threads")},
-            "versions": {
-                "python": platform.python_version(),
-                **{n: version(n) for n in ("torch", "transformers", "peft")},
-            },
+            "versions": versions("torch", "transformers", "peft"),
         }
         record = {"provenance": provenance, "results": results}
         (options.output_dir / "training_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

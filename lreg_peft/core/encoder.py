@@ -9,7 +9,7 @@ numbers that the rows of the *table* (the weight of B, transposed) are multiplie
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,11 @@ _SMALLEST_MEAN = 0.1
 # Largest dof at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
 # operations; beyond it looking up the element costs less (measured on one CPU core and by the number of launches).
 _MAX_DENSE_DOF = 32
+# Stands for infinity beyond both ends of a mesh, in fp32 too: a coordinate has all of the element before the mesh behind
+# it, and all of the element after it ahead.
+_FAR = 1e30
+# The next number after one, in fp32: `x < _BEYOND_ONE` means x <= 1.
+_BEYOND_ONE = 1.0 + 2.0**-23
 
 
 class LagrangeEncoder(nn.Module):
@@ -61,18 +66,17 @@ class LagrangeEncoder(nn.Module):
         super().__init__()
         self.n_components, self.dof, self.head = n_components, dof, head
         self.linear_term, self.profile_mean = linear_term, profile_mean
+        #: Factor of z in the design.
+        self.slope = 1 / LOGISTIC_NORMAL_SCALE if linear_term else 0.0
         self.register_buffer("nodes", uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone())
         self.weight = nn.Parameter(self._start()) if head == "factored" else None
+        # What was made of the nodes: these, their state then, and the result.
+        self._kept: tuple[Tensor, tuple[Any, ...], Mesh] | None = None
 
     @property
     def n_functions(self) -> int:
         """K, the width of the design."""
         return n_functions(self.head, self.n_components, self.dof)
-
-    @property
-    def profile(self) -> nn.Parameter | None:
-        """`weight` by the name it has in the mathematics."""
-        return self.weight
 
     def _start(self) -> Tensor:
         if self.linear_term:  # what varies with z is the linear term's at first
@@ -93,21 +97,39 @@ class LagrangeEncoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """z `[..., n_components]` -> design `[..., K]`, fp32 (fp64 for fp64 z); differentiable, twice."""
-        if self.weight is not None:
-            return profile_values(latent, self.nodes, self.weight, self.slope)
-        basis = latent_basis(latent, self.nodes)  # [..., d, n]
+        if torch.is_autocast_enabled(latent.device.type):
+            with torch.autocast(latent.device.type, enabled=False):
+                return self.forward(latent)
+        profile = self.weight
+        if not (latent.dtype is torch.float32 and (profile is None or profile.dtype is torch.float32)):
+            dtype = coordinate_dtype(latent, *self.parameters())
+            latent, profile = latent.to(dtype), None if profile is None else profile.to(dtype)  # type: ignore[assignment]
+        mesh = self.mesh(latent.dtype)
+        if profile is not None:
+            return profile_values(latent, mesh, profile, self.slope)
+        basis = latent_basis(latent, mesh)  # [..., d, n]
         if self.head == "full":
             return basis.flatten(-2)
         return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
 
-    @property
-    def slope(self) -> float:
-        """Factor of z in the design: 1 / 1.702 with a linear term, zero without."""
-        return 1 / LOGISTIC_NORMAL_SCALE if self.linear_term else 0.0
-
     def basis(self, latent: Tensor) -> Tensor:
         """All hat functions, whatever the head: z `[..., d]` -> `[..., d n]`."""
-        return latent_basis(latent, self.nodes).flatten(-2)
+        return latent_basis(latent, self.mesh(latent.dtype)).flatten(-2)
+
+    def mesh(self, dtype: torch.dtype) -> "Mesh":
+        """The mesh in fp32 or fp64.
+
+        What is made of the nodes is kept until they change: they do so rarely, and every forward pass asks for it.
+        """
+        nodes = self.nodes
+        if _wants_single_operations() or nodes.is_inference():
+            return Mesh.of(nodes.to(dtype))
+        # `_version` counts the changes of a tensor in place; autograd relies on it, and it has no other name.
+        state = nodes._version, nodes.data_ptr(), dtype
+        kept = self._kept
+        if kept is None or kept[0] is not nodes or kept[1] != state:
+            self._kept = kept = nodes, state, Mesh.of(nodes.detach().to(dtype))
+        return kept[2]
 
     # What lives on the mesh
 
@@ -170,15 +192,15 @@ class LagrangeEncoder(nn.Module):
         Returns:
             `[N, d]`.
         """
-        reached, lengths = _reached(latent.sigmoid(), self.nodes.to(latent.dtype))
+        mesh = self.mesh(latent.dtype)
+        ahead = _ahead(latent.sigmoid(), mesh)
         if self.weight is not None:
-            slopes = self.weight.diff(dim=-1) / lengths[:, 1:-1]
-            return design_gradient * _slopes_here(reached, slopes)
+            return design_gradient * _slopes_here(self.weight.diff() / mesh.inner, ahead)
         if self.head == "reduced":
             by_node = F.pad(design_gradient[:, :-1].unflatten(-1, (-1, self.dof - 1)), (1, 0))
         else:
             by_node = design_gradient.unflatten(-1, (-1, self.dof))
-        return _basis_slopes(by_node, reached, lengths)
+        return _slopes_here(by_node.diff() / mesh.inner, ahead)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LagrangeEncoder":
         exact = self.nodes
@@ -186,6 +208,9 @@ class LagrangeEncoder(nn.Module):
         if self.nodes.dtype != exact.dtype:
             self.nodes = exact.to(self.nodes.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Sizes, as `print(model)` shows them."""
@@ -204,80 +229,80 @@ def shortcut_parameters(head: str, n_components: int, dof: int, in_features: int
     return (in_features + 1) * n_components + profile + n_functions(head, n_components, dof) * out_features
 
 
-# Stands for infinity beyond both ends of a mesh, in fp32 too: the element before the mesh is always behind a coordinate,
-# the element after it always ahead.
-_FAR = 1e30
+class Mesh(NamedTuple):
+    """A mesh with what the curve needs of it, elements from and to infinity beside it included.
 
-
-def _reached(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """How far a coordinate has come through each element: 0 before it, 1 behind it.
-
-    Args:
-        coords: u, `[..., d]`.
+    Attributes:
         nodes: `[d, n]`.
-
-    Returns:
-        reached: `[..., d, n + 1]`; the first is one and the last zero, of the elements that lie outside the mesh.
+        right: right ends of the elements, `[d, n + 1]`.
         lengths: of the elements, `[d, n + 1]`.
+        inner: lengths of the elements of the mesh, `[d, n - 1]`, a view.
     """
-    ends = F.pad(nodes, (1, 1), value=_FAR)
-    lengths = ends[:, 1:] - ends[:, :-1]
-    return (coords.unsqueeze(-1) - ends[:, :-1]).div_(lengths).clamp_(0, 1), lengths
+
+    nodes: Tensor
+    right: Tensor
+    lengths: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, nodes: Tensor) -> "Mesh":
+        """Of nodes `[d, n]`, fp32 or fp64."""
+        ends = F.pad(nodes, (1, 1), value=_FAR)
+        lengths = ends.diff()
+        return cls(nodes, ends[:, 1:], lengths, lengths[:, 1:-1])
 
 
-def _hats(reached: Tensor) -> Tensor:
-    """Hat functions `[..., d, n]`: psi_j rises through the element before node j and falls through the one after."""
-    return reached[..., :-1] - reached[..., 1:]
+def _ahead(coords: Tensor, mesh: Mesh) -> Tensor:
+    """How much of each element lies ahead of a coordinate, in units of the element: between 0 and 1 in the one that
+    holds it (1 at its left end), below 0 in those behind it, above 1 in those ahead; `[..., d]` -> `[..., d, n + 1]`."""
+    return mesh.right.sub(coords.unsqueeze(-1)).div_(mesh.lengths)
 
 
-def _slopes_here(reached: Tensor, slopes: Tensor) -> Tensor:
+def _hats(ahead: Tensor) -> Tensor:
+    """Hat functions `[..., d, n]`: psi_j rises through the element before node j and falls through the one after it."""
+    return ahead.clamp(0, 1).diff()
+
+
+def _slopes_here(slopes: Tensor, ahead: Tensor) -> Tensor:
     """The slope in the element that holds each coordinate, its left end included, `[..., d]`.
 
     Args:
-        reached: `[N, d, n + 1]`.
-        slopes: of every element, `[d, n - 1]`.
+        slopes: of every element, `[d, n - 1]` or `[..., d, n - 1]`.
+        ahead: `[..., d, n + 1]`.
     """
-    behind = reached[..., 1:-2].floor().transpose(0, 1)  # [d, N, n - 2], one for every element that is behind
-    steps = (slopes[:, 1:] - slopes[:, :-1]).unsqueeze(-1)
-    return torch.baddbmm(slopes[:, :1].unsqueeze(-1), behind, steps).squeeze(-1).T
+    # The derivative of a clamp: zero outside, the slope inside. One operation for two comparisons and a product.
+    return torch.ops.aten.hardtanh_backward(slopes, ahead[..., 1:-1], 0.0, _BEYOND_ONE).sum(dim=-1)  # type: ignore[no-any-return]
 
 
-def latent_basis(latent: Tensor, nodes: Tensor) -> Tensor:
-    """The hat basis of u = sigmoid(z): z `[..., d]`, nodes `[d, n]` -> `[..., d, n]`, fp32 or fp64.
+def latent_basis(latent: Tensor, mesh: Mesh) -> Tensor:
+    """The hat basis of u = sigmoid(z): z `[..., d]` -> `[..., d, n]`, fp32 or fp64.
 
     The derivative at a node is that of the element to its right.
     """
-    latent, nodes = _exact(latent, nodes)
     if _wants_single_operations():
-        return _plain_basis(latent, nodes)
-    return _Basis.apply(latent, nodes)  # type: ignore[no-any-return,no-untyped-call]
+        return _plain_basis(latent, mesh.nodes)
+    return _Basis.apply(latent, mesh)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def profile_values(latent: Tensor, nodes: Tensor, profile: Tensor, slope: float = 0.0) -> Tensor:
+def profile_values(latent: Tensor, mesh: Mesh, profile: Tensor, slope: float = 0.0) -> Tensor:
     """`s_i(sigmoid(z_i)) + slope z_i`, s_i piecewise linear with the values `profile` at the nodes.
 
     Args:
-        latent: z, `[..., d]`.
-        nodes: `[d, n]`.
-        profile: `[d, n]`.
+        latent: z, `[..., d]`, fp32 or fp64 as the mesh.
+        mesh: of `[d, n]` nodes.
+        profile: `[d, n]`, in the same dtype.
         slope: of the linear term.
 
     Returns:
-        `[..., d]`, fp32 (fp64 if an input is), differentiable in `latent` and `profile`, twice. The derivative at a
-        node is that of the element to its right.
+        `[..., d]`, differentiable in `latent` and `profile`, twice. The derivative at a node is that of the element to
+        its right.
     """
-    latent, nodes, profile = _exact(latent, nodes, profile)
-    if nodes.shape[-1] > _MAX_DENSE_DOF:
-        value = evaluate_profile(latent.sigmoid(), nodes, profile)
+    if mesh.nodes.size(-1) > _MAX_DENSE_DOF:
+        value = evaluate_profile(latent.sigmoid(), mesh.nodes, profile)
         return torch.add(value, latent, alpha=slope) if slope else value
     if _wants_single_operations():
-        return _plain_profile(latent, nodes, profile, slope)
-    return _Profile.apply(latent, nodes, profile, slope)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = coordinate_dtype(*tensors)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+        return _plain_profile(latent, mesh.nodes, profile, slope)
+    return _Profile.apply(latent, profile, mesh, slope)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _wants_single_operations() -> bool:
@@ -301,67 +326,55 @@ def _plain_profile(latent: Tensor, nodes: Tensor, profile: Tensor, slope: float)
 
 
 class _Profile(torch.autograd.Function):
-    """`profile_values` in eight operations forward and nine backward."""
+    """`profile_values` in eight operations forward and ten backward."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, nodes: Tensor, profile: Tensor, slope: float) -> Tensor:
-        rows = latent.reshape(-1, latent.shape[-1])  # [N, d]
-        coords = rows.sigmoid()
-        reached, lengths = _reached(coords, nodes)
-        hats = _hats(reached)  # [N, d, n]
-        ctx.save_for_backward(latent, nodes, profile, coords, reached, hats, lengths)
-        ctx.slope = slope
-        by_component, column = hats.transpose(0, 1), profile.unsqueeze(-1)  # [d, N, n], [d, n, 1]
-        if slope:
-            value = torch.baddbmm(rows.T.unsqueeze(-1), by_component, column, beta=slope)
-        else:
-            value = torch.bmm(by_component, column)
-        return value.squeeze(-1).T.reshape(latent.shape)
+    def forward(ctx: Any, latent: Tensor, profile: Tensor, mesh: Mesh, slope: float) -> Tensor:
+        coords = latent.sigmoid()
+        ahead = _ahead(coords, mesh)
+        hats = _hats(ahead)  # [..., d, n]
+        ctx.save_for_backward(latent, profile, coords, ahead, hats)
+        ctx.mesh, ctx.slope = mesh, slope
+        value = (hats * profile).sum(dim=-1)
+        return value.add_(latent, alpha=slope) if slope else value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        latent, nodes, profile, coords, reached, hats, lengths = ctx.saved_tensors
-        needs_latent, _, needs_profile, _ = ctx.needs_input_grad
+        latent, profile, coords, ahead, hats = ctx.saved_tensors
+        needs_latent, needs_profile = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # a second derivative will be taken: let autograd see every step
-            value = _plain_profile(latent, nodes, profile, ctx.slope)
-            return _again(value, {0: latent, 2: profile}, ctx.needs_input_grad, gradient)
-        rows = gradient.reshape(coords.shape)  # [N, d]
+            value = _plain_profile(latent, ctx.mesh.nodes, profile, ctx.slope)
+            return _again(value, {0: latent, 1: profile}, ctx.needs_input_grad, gradient)
         d_latent = d_profile = None
         if needs_latent:
-            slopes = (profile[:, 1:] - profile[:, :-1]) / lengths[:, 1:-1]
-            steep = torch.ops.aten.sigmoid_backward(_slopes_here(reached, slopes), coords)
+            steep = _slopes_here(profile.diff().div_(ctx.mesh.inner), ahead)
+            d_latent = torch.ops.aten.sigmoid_backward(steep, coords)
             if ctx.slope:
-                steep = steep.add_(ctx.slope)
-            d_latent = (steep * rows).reshape(latent.shape)
+                d_latent.add_(ctx.slope)
+            d_latent.mul_(gradient)
         if needs_profile:
-            d_profile = torch.bmm(rows.T.unsqueeze(1), hats.transpose(0, 1)).squeeze(1)
-        return d_latent, None, d_profile, None
+            d_profile = hats.mul(gradient.unsqueeze(-1)).reshape(-1, *profile.shape).sum(dim=0)
+        return d_latent, d_profile, None, None
 
 
 class _Basis(torch.autograd.Function):
     """`latent_basis`; what `_Profile` is for one function per component."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, nodes: Tensor) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, mesh: Mesh) -> Tensor:
         coords = latent.sigmoid()
-        reached, lengths = _reached(coords, nodes)
-        ctx.save_for_backward(latent, nodes, coords, reached, lengths)
-        return _hats(reached)
+        ahead = _ahead(coords, mesh)
+        ctx.save_for_backward(latent, coords, ahead)
+        ctx.mesh = mesh
+        return _hats(ahead)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        latent, nodes, coords, reached, lengths = ctx.saved_tensors
+        latent, coords, ahead = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_plain_basis(latent, nodes), {0: latent}, ctx.needs_input_grad, gradient)
-        steep = _basis_slopes(gradient, reached, lengths)
+            return _again(_plain_basis(latent, ctx.mesh.nodes), {0: latent}, ctx.needs_input_grad, gradient)
+        steep = _slopes_here(gradient.diff().div_(ctx.mesh.inner), ahead)
         return torch.ops.aten.sigmoid_backward(steep, coords), None
-
-
-def _basis_slopes(gradient: Tensor, reached: Tensor, lengths: Tensor) -> Tensor:
-    """Gradient in the coordinates, `[..., d]`, from that in the hat functions, `[..., d, n]`."""
-    behind = reached[..., :-1].floor()
-    here = behind[..., :-1] - behind[..., 1:]  # one in the element that holds the coordinate
-    return (gradient.diff(dim=-1) * here / lengths[:, 1:-1]).sum(dim=-1)
 
 
 def _again(value: Tensor, inputs: dict[int, Tensor], needed: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,20 +1,11 @@
 """The two linear maps of a shortcut: A, from features to latent coordinates, and B, from the design to the output."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coordinates import initial_projection
 from .mesh import coordinate_dtype
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Where shortcuts are computed; nothing where there is no autocast, since entering a context takes its time."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class Projection(nn.Linear):
@@ -36,9 +27,14 @@ class Projection(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., n_components]`, fp32 or fp64."""
-        dtype = coordinate_dtype(features, self.weight)
-        with without_autocast(features.device.type):
-            return F.linear(features.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(features.device.type):
+            with torch.autocast(features.device.type, enabled=False):
+                return self.forward(features)
+        if not features.dtype is weight.dtype is bias.dtype is torch.float32:
+            dtype = coordinate_dtype(features, weight)
+            features, weight, bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
+        return F.linear(features, weight, bias)
 
 
 class Coefficients(nn.Linear):
@@ -62,10 +58,13 @@ class Coefficients(nn.Linear):
         Returns:
             `[..., C]` in the dtype of `hidden`, or of the weight without one.
         """
+        weight = self.weight
+        if torch.is_autocast_enabled(design.device.type):
+            with torch.autocast(design.device.type, enabled=False):
+                return self.forward(design, hidden, scale)
         if hidden is None:
-            value = F.linear(design.to(self.weight.dtype), self.weight)
+            value = F.linear(design.to(weight.dtype), weight)
             return value if scale == 1.0 else value * scale
-        table = self.weight.to(hidden.dtype).T
-        design = design.to(hidden.dtype)
-        rows, flat = hidden.reshape(-1, table.shape[1]), design.reshape(-1, table.shape[0])
+        table = weight.to(hidden.dtype).T
+        rows, flat = hidden.reshape(-1, weight.shape[0]), design.to(hidden.dtype).reshape(-1, weight.shape[1])
         return torch.addmm(rows, flat, table, alpha=scale).view(hidden.shape)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.encoder import LagrangeEncoder
 from ..core.fused_loss import fused_cross_entropy
-from ..core.linear_maps import Coefficients, Projection, without_autocast
+from ..core.linear_maps import Coefficients, Projection
 from ..modules import is_compiling
 from .config import DATA_STARTS, LRegConfig
 from .layout import ROW_BY_ROW, UNSAID, Layout, LayoutHints, Reading, first_input, first_tensor
@@ -67,7 +68,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lreg_projection", "lreg_encoder", "lreg_coefficients")
-    other_param_names = ("lreg_dropout", "scaling", "curvature_weight", "composed_on", "readings")
+    other_param_names = ("dropout", "scaling", "curvature_weight", "composed_on", "readings")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -76,8 +77,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_projection = nn.ModuleDict()
         self.lreg_encoder = nn.ModuleDict()
         self.lreg_coefficients = nn.ModuleDict()
-        #: Leaves out basis functions while an adapter trains.
-        self.lreg_dropout = nn.ModuleDict()
+        #: Probability of leaving out a basis function while an adapter trains.
+        self.dropout: dict[str, float] = {}
         #: Factor of each adapter's shortcut, see `set_scale`.
         self.scaling: dict[str, float] = {}
         self.curvature_weight: dict[str, float] = {}
@@ -137,7 +138,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_projection[adapter_name] = Projection(width, n_components)
         self.lreg_encoder[adapter_name] = encoder
         self.lreg_coefficients[adapter_name] = coefficients
-        self.lreg_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout[adapter_name] = config.dropout
         self.scaling[adapter_name] = 1.0
         self.curvature_weight[adapter_name] = config.curvature_weight
         self.readings[adapter_name] = reading
@@ -162,8 +163,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     @property
     def stacked_adapters(self) -> list[str]:
         """The adapters whose shortcuts forward adds, in order: the active ones after the grades they stand on."""
-        here = self.lreg_encoder._modules
-        return [name for name in self.active_stack if name in here]
+        active: Any = self._active_adapter
+        if self.previous_grades or isinstance(active, str):
+            active = self.active_stack
+        here: Any = self._modules["lreg_encoder"]
+        return [name for name in active if name in here._modules]
 
     @property
     def active_stack(self) -> list[str]:
@@ -192,20 +196,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with the active shortcuts added to its first tensor."""
-        names = None
-        if is_compiling():
-            if self.is_output_layer:
-                self.ran_compiled = True
-        else:
-            names = this_thread.adapter_names
-            if self.is_output_layer:
-                this_thread.output_layer_ran = True
-                fused = this_thread.fused_pass
-                if fused is not None and (stand_in := fused.take(self, args, kwargs)) is not None:
-                    return stand_in
+        if self.is_output_layer and (stand_in := self._note_call(args, kwargs)) is not None:
+            return stand_in
         output = self.base_layer(*args, **kwargs)
         if self._disable_adapters:
             return output
+        names = None if is_compiling() else this_thread.adapter_names
         adapters = self.stacked_adapters
         if not adapters and names is None:
             return output
@@ -217,30 +213,45 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             hidden = self._add(name, features, hidden)
         return rebuild(hidden)
 
+    def _note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Tell the hooks of the model that its output layer runs; what stands in for logits that nobody wants."""
+        if is_compiling():
+            self.ran_compiled = True
+            return None
+        this_thread.output_layer_ran = True
+        fused = this_thread.fused_pass
+        return None if fused is None else fused.take(self, args, kwargs)  # type: ignore[no-any-return]
+
     def _add(self, name: str, features: Tensor, hidden: Tensor) -> Tensor:
         """`hidden` plus one shortcut."""
         layout = self.layout(name, features, hidden)
-        with without_autocast(hidden.device.type):
-            if layout is ROW_BY_ROW:
-                return self._dropped_and_summed(name, self.design(name, features), hidden)
-            rows = layout.rows(features)
-            design = self.design(name, rows)
-            if layout.pools:  # averaging is linear: the design is averaged, which is as a rule narrower than the output
-                design = layout.pool(design)
-            return layout.restore(self._dropped_and_summed(name, design, layout.output_rows(hidden)))
+        if layout is ROW_BY_ROW:
+            return self._sum(name, self.design(name, features), hidden)
+        design = self.design(name, layout.rows(features))
+        if layout.pools:  # averaging is linear: the design is averaged, which is as a rule narrower than the output
+            design = layout.pool(design)
+        return layout.restore(self._sum(name, design, layout.output_rows(hidden)))
 
-    def _dropped_and_summed(self, name: str, design: Tensor, hidden: Tensor) -> Tensor:
-        if name in self.active_adapters:  # a grade below does not train
-            design = self.lreg_dropout[name](design)
-        return self.lreg_coefficients[name](design, hidden, self.scaling[name])  # type: ignore[no-any-return]
+    def _sum(self, name: str, design: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden` `[..., out_features]` plus what a design `[..., K]` gives."""
+        dropout = self.dropout[name]
+        if dropout and self.training and name in self.active_adapters:  # a grade below does not train
+            design = F.dropout(design, dropout)
+        return self._part("lreg_coefficients", name)(design, hidden, self.scaling[name])  # type: ignore[no-any-return]
+
+    def _part(self, kind: str, name: str) -> Any:
+        # By the short way: looking up attributes of modules takes as long as the arithmetic of a small layer.
+        return self._modules[kind]._modules[name]  # type: ignore[union-attr]
 
     def design(self, adapter_name: str, features: Tensor) -> Tensor:
         """What the rows of `table` are weighted by: `[..., in_features]` -> `[..., K]`, fp32 or fp64."""
-        return self.lreg_encoder[adapter_name](self.latent(adapter_name, features))  # type: ignore[no-any-return]
+        return self._part("lreg_encoder", adapter_name)(self.latent(adapter_name, features))  # type: ignore[no-any-return]
 
     def latent(self, adapter_name: str, features: Tensor) -> Tensor:
         """z = P x + b: `[..., in_features]` -> `[..., d]`, fp32 or fp64."""
-        return self.lreg_projection[adapter_name](self.encoder_input(adapter_name, features))  # type: ignore[no-any-return]
+        if self.composed_on:
+            features = self.encoder_input(adapter_name, features)
+        return self._part("lreg_projection", adapter_name)(features)  # type: ignore[no-any-return]
 
     def coords(self, adapter_name: str, features: Tensor) -> Tensor:
         """u = sigmoid(z): `[..., in_features]` -> `[..., d]`."""

@@ -247,7 +247,7 @@ class Mesh(NamedTuple):
     @classmethod
     def of(cls, nodes: Tensor) -> "Mesh":
         """Of nodes `[d, n]`, fp32 or fp64."""
-        ends = F.pad(nodes, (1, 1), value=_FAR)
+        ends = F.pad(F.pad(nodes, (1, 0), value=-_FAR), (0, 1), value=_FAR)
         lengths = ends.diff()
         return cls(nodes, ends[:, 1:], lengths, lengths[:, 1:-1])
 
@@ -297,7 +297,7 @@ def profile_values(latent: Tensor, mesh: Mesh, profile: Tensor, slope: float = 0
         `[..., d]`, differentiable in `latent` and `profile`, twice. The derivative at a node is that of the element to
         its right.
     """
-    if mesh.nodes.size(-1) > _MAX_DENSE_DOF:
+    if mesh.nodes.size(-1) > _MAX_DENSE_DOF and not under_transform():
         value = evaluate_profile(latent.sigmoid(), mesh.nodes, profile)
         return torch.add(value, latent, alpha=slope) if slope else value
     if _wants_single_operations():

@@ -1,6 +1,7 @@
 """Li, Cheng & Gu (2025), sections 2.6-2.7, written out literally in float64 NumPy loops."""
 
 import numpy as np
+import torch
 
 
 def relu(x: float) -> float:
@@ -38,4 +39,51 @@ def shortcut(
         for i in range(nodes.shape[0]):
             for j in range(nodes.shape[1]):
                 result[s] += psi[s, i, j] * coefficients[i, j]
+    return result
+
+
+def sigmoid(latent: np.ndarray) -> np.ndarray:
+    """Torch's: in which element a coordinate at a node lies is decided by its last bit."""
+    return torch.from_numpy(latent).sigmoid().numpy()
+
+
+def design(
+    latent: np.ndarray, nodes: np.ndarray, head: str, profile: np.ndarray | None = None, linear_term: bool = False
+) -> np.ndarray:
+    """What the curve of a shortcut gives, and what the rows of its table are multiplied by: [samples, d] -> [samples, K]."""
+    samples, components = latent.shape
+    dof = nodes.shape[1]
+    psi = basis(sigmoid(latent), nodes)
+    rows = []
+    for s in range(samples):
+        row = []
+        for i in range(components):
+            if head == "factored":
+                value = sum(psi[s, i, j] * profile[i, j] for j in range(dof))
+                row.append(value + (latent[s, i] / 1.702 if linear_term else 0))
+            else:
+                row += [psi[s, i, j] for j in range(dof) if head == "full" or j > 0]
+        rows.append([*row, 1.0] if head == "reduced" else row)
+    return np.array(rows)
+
+
+def design_slope(
+    latent: np.ndarray, nodes: np.ndarray, head: str, profile: np.ndarray | None = None, linear_term: bool = False
+) -> np.ndarray:
+    """d design_k / d z_i, [samples, K, d]; at a node the derivative of the element to the right."""
+    samples, components = latent.shape
+    dof, coords = nodes.shape[1], sigmoid(latent)
+    result = np.zeros((samples, design(latent, nodes, head, profile, linear_term).shape[1], components))
+    for s in range(samples):
+        for i in range(components):
+            u = coords[s, i]
+            e = max(j for j in range(dof - 1) if nodes[i, j] <= u)  # the element that holds u, its left end included
+            steepness = u * (1 - u) / (nodes[i, e + 1] - nodes[i, e])
+            if head == "factored":
+                result[s, i, i] = steepness * (profile[i, e + 1] - profile[i, e]) + (1 / 1.702 if linear_term else 0)
+                continue
+            width, first = (dof, 0) if head == "full" else (dof - 1, 1)
+            for j, slope in ((e, -steepness), (e + 1, steepness)):
+                if j >= first:
+                    result[s, i * width + j - first, i] = slope
     return result

@@ -201,12 +201,12 @@ def shake(model: nn.Module, adapter_name: str = "default", seed: int = 11) -> No
     """Give an adapter weights such as training leaves: none of them zero, nodes moved; the same on every call."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers(model):
-        for kind in layer.adapter_layer_names:
-            weights = getattr(layer, kind)
-            if adapter_name in weights:
-                weights[adapter_name].data.copy_(torch.randn(weights[adapter_name].shape, generator=generator) / 2)
-        if adapter_name in layer.lreg_nodes:
-            layer.lreg_nodes[adapter_name].pow_(1.3)  # keeps 0, 1 and the order
+        if adapter_name not in layer.lreg_encoder:
+            continue
+        for part in layer.parts(adapter_name):
+            for weight in part.parameters():
+                weight.data.copy_(torch.randn(weight.shape, generator=generator) / 2)
+        layer.lreg_encoder[adapter_name].nodes.pow_(1.3)  # keeps 0, 1 and the order
 
 
 def layers(model: nn.Module) -> list[LRegLayer]:

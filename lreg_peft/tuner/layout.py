@@ -272,6 +272,9 @@ def _widths_of(layer: nn.Module) -> Iterator[int]:
 
 def _advice(in_features: int, out_features: int, features: Sequence[int], output: Sequence[int]) -> str:
     """What would make it fit, where the shapes tell."""
+    is_turned = len(features) == len(output) == 3 and (features[1], output[1]) == (in_features, out_features)
+    if is_turned and features[2] == output[2]:
+        return "if the features lie in dimension 1, say layout='channels_first'"
     by_width = len(features) > 2 and len(output) > 2 and in_features in (features[1], features[-1])
     if by_width and out_features in (output[1], output[-1]) and features[0] == output[0]:
         if {len(features), len(output)} <= {3, 4}:

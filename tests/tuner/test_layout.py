@@ -7,14 +7,15 @@ from torch.nn import functional
 from transformers import ConvNextConfig
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm, ConvNextStage
 
-from lreg_peft.tuner.layout import ROW_BY_ROW, Layout, Reading
+from lreg_peft.tuner.layout import ROW_BY_ROW, Layout, LayoutHints, Reading
 
 PLAIN = nn.Identity()
+CONVOLUTION = {"module": nn.Conv1d(4, 7, 1)}
 IMAGE = {"channels_first": True, "output_channels_first": True}
 
 
 def of(features, output, sizes=(4, 7), module=PLAIN, **said):
-    return Layout.of(module, *sizes, features, output, Reading(**said))
+    return Layout.of(LayoutHints(module, *sizes), features, output, Reading(**said))
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,8 @@ def of(features, output, sizes=(4, 7), module=PLAIN, **said):
         ((4,), (7,), {}, ROW_BY_ROW),
         ((2, 5, 4), (2, 5, 7), {}, ROW_BY_ROW),
         ((2, 5, 5, 4), (2, 5, 5, 7), {}, ROW_BY_ROW),
-        ((2, 4, 6), (2, 7, 6), {}, Layout(**IMAGE)),
+        ((2, 4, 6), (2, 7, 6), CONVOLUTION, Layout(**IMAGE)),
+        ((2, 4, 6), (2, 7, 6), {"layout": "channels_first"}, Layout(**IMAGE)),
         ((2, 4, 6, 6), (2, 7, 6, 6), {}, Layout(**IMAGE)),
         ((2, 4, 6, 6), (2, 7, 3, 3), {}, Layout(**IMAGE, space=(6, 6), output_space=(3, 3))),
         ((2, 4, 8, 6, 6), (2, 7, 4, 3, 3), {}, Layout(**IMAGE, space=(8, 6, 6), output_space=(4, 3, 3))),
@@ -33,7 +35,7 @@ def of(features, output, sizes=(4, 7), module=PLAIN, **said):
         ((2, 5, 4), (2, 7), {"readout": "mean"}, Layout(readout="mean")),
         ((2, 4, 1, 1), (2, 7), {}, Layout(channels_first=True, readout="flatten")),
         ((2, 4, 6, 6), (2, 7), {"readout": "mean"}, Layout(channels_first=True, readout="mean")),
-        ((2, 4, 6), (2, 7), {"readout": "mean"}, Layout(channels_first=True, readout="mean")),
+        ((2, 4, 6), (2, 7), {"readout": "mean", **CONVOLUTION}, Layout(channels_first=True, readout="mean")),
         ((2, 6, 6, 4), (2, 7), {"layout": "tokens", "readout": "mean"}, Layout(readout="mean")),
         ((2, 4), (2, 7), {"layout": "vector", "readout": "mean"}, ROW_BY_ROW),
         # images as tokens
@@ -52,6 +54,13 @@ def test_a_square_is_settled_by_the_module_or_by_a_word():
     assert of(*square, module=nn.Conv1d(4, 4, 1)) == Layout(**IMAGE)
     assert of(*square, layout="channels_first") == Layout(**IMAGE)
     assert of(*square, module=nn.Conv1d(4, 4, 1), layout="tokens") == ROW_BY_ROW
+
+
+@pytest.mark.parametrize("length", [3, 4, 7])  # also that of the features, before and behind
+def test_the_length_of_a_sequence_is_never_compared_with_the_width(length):
+    assert of((2, length, 4), (2, length, 7)) == ROW_BY_ROW
+    assert of((length, 2, 4), (length, 2, 7)) == ROW_BY_ROW
+    assert of((2, length, 4), (2, length, 7), module=nn.Sequential(nn.Linear(4, 7), nn.GELU())) == ROW_BY_ROW
 
 
 class TestSquareImages:
@@ -114,6 +123,7 @@ class TestSquareImages:
         ((2, 4), (2, 7), {"layout": "channels_first"}, r"must be \[batch, 4, \*space\]"),
         ((2, 5, 6, 4), (2, 5, 6, 8), {}, "feature_sizes"),
         ((2, 16, 4), (2, 4, 7), {}, "number of tokens changes.*layout='grid'"),
+        ((2, 4, 6), (2, 7, 6), {}, "features lie in dimension 1.*layout='channels_first'"),
         ((2, 4, 8, 8), (2, 17, 7), {}, "number of tokens changes"),
         ((2, 17, 4), (2, 4, 7), {"layout": "grid"}, "input must be .* with the tokens of a square image and no others"),
         ((2, 4, 8, 8), (2, 17, 7), {"layout": "grid"}, "output must be .*and no others"),
@@ -139,7 +149,7 @@ def test_rows_of_every_readout():
 
 @pytest.mark.parametrize(("space", "small"), [((6, 4), (3, 2)), ((7, 5), (3, 2)), ((5,), (2,)), ((4, 6, 3), (2, 3, 1))])
 def test_pooling_is_adaptive_and_spreading_is_its_transpose(space, small):
-    layout = of((2, 4, *space), (2, 7, *small))
+    layout = of((2, 4, *space), (2, 7, *small), layout="channels_first")
     rows = torch.randn(2, *space, 3, dtype=torch.float64, requires_grad=True)
     pooled = layout.pool(rows)
     pool = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}

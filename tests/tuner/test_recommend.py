@@ -67,13 +67,13 @@ class TestPlacement:
         model = get_peft_model(base, recommended_config(base, task_type="CAUSAL_LM", init_weights=True))
         ids = torch.randint(3, tiny.VOCABULARY, (2, 8))
         model.train()(input_ids=ids, labels=ids).loss.backward()
-        directions = {n: p for n, p in model.named_parameters() if "lreg_direction" in n}
+        directions = {n: p for n, p in model.named_parameters() if "lreg_coefficients" in n}
         assert len(directions) > 8
         assert all(p.grad is not None and p.grad.any() for p in directions.values())
 
     def test_profiles_start_at_one_on_the_head_only(self):
         model = get_peft_model(tiny.gpt2(), recommended_config(tiny.gpt2(), init_weights=True))
-        means = {n: p.mean().item() for n, p in model.named_parameters() if "lreg_profile" in n}
+        means = {n: p.mean().item() for n, p in model.named_parameters() if "lreg_encoder" in n}
         inside = {value for name, value in means.items() if "lm_head" not in name}
         (head,) = [value for name, value in means.items() if "lm_head" in name]
         assert head == 1.0

@@ -116,6 +116,13 @@ IMAGE_MODELS = {
     "dinov2": (_ENCODER, 8),
     "beit": (_ENCODER, 8),
 }
+#: Options for every form of the coefficients.
+HEADS = {
+    "full": {"head": "full"},
+    "reduced": {"head": "reduced"},
+    "factored": {"head": "factored"},
+    "factored+linear": {"head": "factored", "linear_term": True},
+}
 AUTO_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -128,9 +135,16 @@ AUTO_CLASSES = {
 }
 
 
+def configuration(model_type: str, options: dict):
+    """Without dropout of any kind unless the options ask for it, so that train mode computes what eval mode does."""
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    rates = {name: 0.0 for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float)}
+    return transformers.AutoConfig.for_model(model_type, **{**rates, **options})
+
+
 def build(model_type: str, task: str, **options):
     """A model in eval mode; the same call always gives the same weights."""
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES[model_type], **options})
+    config = configuration(model_type, {**SIZES[model_type], **options})
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AUTO_CLASSES[task].from_config(config)
@@ -143,7 +157,7 @@ def build(model_type: str, task: str, **options):
 def image_model(model_type: str, **options):
     """A classifier of images in eval mode, whose batch norms have seen data, and a batch with labels for it."""
     sizes, side = IMAGE_MODELS[model_type]
-    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **options})
+    config = configuration(model_type, {**sizes, **options})
     generator = torch.Generator().manual_seed(5)
     batch = {
         "pixel_values": torch.randn(6, 3, side, side, generator=generator),

@@ -3,12 +3,10 @@
 import pytest
 import tiny
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, helpers
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-import lreg_peft.tuner.model as model_module
 from lreg_peft import LRegConfig
-from lreg_peft.tuner.heads import HEADS
 
 IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
 
@@ -31,16 +29,15 @@ def check_sum(model, weights=(0.3, -2.0)):
     """The adapter "sum" is the weighted sum of "a" and "b" in every module."""
     for layer in tiny.layers(model):
         x = torch.randn(20, layer.in_features)
-        terms = [w * shortcut(layer, n, x) for n, w in zip("ab", weights, strict=True) if n in layer.lreg_nodes]
+        terms = [w * shortcut(layer, n, x) for n, w in zip("ab", weights, strict=True) if n in layer.lreg_encoder]
         # Values of order ten, whose parts are added in another order.
         torch.testing.assert_close(shortcut(layer, "sum", x), sum(terms), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_components_side_by_side_are_the_sum(name, tmp_path):
-    kind, _, linear = name.partition("+")
+@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
+def test_components_side_by_side_are_the_sum(head, tmp_path):
     sizes = {"n_components": 3, "component_pattern": {"mlp": 1}}
-    model = two(other=sizes, head=kind, linear_term=bool(linear))
+    model = two(other=sizes, **head)
     model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum")
     check_sum(model)
     assert model.active_adapters == ["a"]
@@ -63,11 +60,11 @@ def test_adapters_may_cover_different_modules():
 def test_adapters_on_one_mesh_and_projection_need_no_more_components():
     model = two()
     for layer in tiny.layers(model):
-        for part in ("lreg_projection", "lreg_projection_bias", "lreg_nodes"):
-            getattr(layer, part)["b"].data.copy_(getattr(layer, part)["a"].data)
+        layer.lreg_projection["b"].load_state_dict(layer.lreg_projection["a"].state_dict())
+        layer.lreg_encoder["b"].nodes.copy_(layer.lreg_encoder["a"].nodes)
     model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum", combination_type="linear")
     check_sum(model)
-    assert {layer.lreg_nodes["sum"].shape[0] for layer in tiny.layers(model)} == {2}
+    assert {layer.lreg_encoder["sum"].nodes.shape[0] for layer in tiny.layers(model)} == {2}
 
 
 class Pool(nn.Module):
@@ -135,20 +132,6 @@ def test_adapters_that_read_a_module_in_another_way_have_no_sum():
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
 
 
-def test_a_sum_that_breaks_off_leaves_nothing(monkeypatch):
-    model = two()
-    before = tiny.state(model)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model_module, "write_sum", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
-    assert tiny.same_state(before, tiny.state(model))
-    assert list(model.peft_config) == ["a", "b"]
-
-
 @pytest.mark.parametrize(
     ("setting", "call", "message"),
     [
@@ -159,8 +142,8 @@ def test_a_sum_that_breaks_off_leaves_nothing(monkeypatch):
         ({}, {"weights": [1.0]}, r"one weight each, got .*weights=\[1.0\]"),
         ({}, {"weights": [1.0, float("nan")]}, "weights must be finite numbers"),
         ({}, {"adapter_name": "b"}, "there is an adapter 'b' already"),
-        ({}, {"adapter_name": "v1.0"}, "an adapter cannot be called"),
-        ({"other": {"head": "reduced"}}, {}, "same head to be combined, got {'a': 'full', 'b': 'reduced'}"),
+        ({"other": {"head": "reduced"}}, {}, r"same head and linear_term .*'b': \('reduced', False\)"),
+        ({"other": {"head": "factored", "linear_term": True}}, {}, "same head and linear_term"),
         ({"other": {"dof": 5}}, {}, "same dof in a module .*got {'a': 4, 'b': 5}"),
         ({"other": {"modules_to_save": ["ln_f"]}}, {}, "have copies of .*ln_f' in modules_to_save"),
     ],
@@ -175,24 +158,55 @@ def test_what_cannot_be_summed_says_why_and_changes_nothing(setting, call, messa
 
 
 class TestScaling:
-    def test_it_scales_every_shortcut_and_restores_it(self):
+    """Of the shortcut, which is linear in its coefficients, by the methods that LoRA's layers have."""
+
+    def test_scales_multiply_and_go_back(self):
         model = two()
         layer = tiny.layers(model)[0]
         x = torch.randn(20, layer.in_features)
         saved, full = get_peft_model_state_dict(model, adapter_name="a"), shortcut(layer, "a", x)
-        with helpers.rescale_adapter_scale(model, 0.5):
-            assert torch.equal(shortcut(layer, "a", x), full / 2)
-        with helpers.rescale_adapter_scale(model, 0.0):
-            assert torch.equal(tiny.outputs(model), tiny.outputs(tiny.gpt2()))
-        with pytest.raises(IndexError), helpers.rescale_adapter_scale(model, 0.0):
-            model(input_ids=IDS + 100)
+        for call, factor in (
+            (lambda: layer.scale_layer(0.5), 0.5),
+            (lambda: layer.scale_layer(0.5), 0.25),
+            (lambda: layer.unscale_layer(0.5), 0.5),
+            (lambda: layer.set_scale("a", 4.0), 4.0),
+            (lambda: layer.unscale_layer(), 1.0),
+            (lambda: layer.set_scale("b", 7.0), 1.0),
+            (lambda: layer.set_scale("unknown", 7.0), 1.0),  # as in LoRA's layers: nothing
+        ):
+            call()
+            assert torch.equal(shortcut(layer, "a", x), full * factor)
         assert tiny.same_state(saved, get_peft_model_state_dict(model, adapter_name="a"))
 
-    @pytest.mark.parametrize(("value", "error"), [("2", TypeError), (True, TypeError), (float("inf"), ValueError)])
-    def test_other_multipliers_are_refused(self, value, error):
-        with pytest.raises(error, match="multiplier must be"), helpers.rescale_adapter_scale(two(), value):
-            pass
+    def test_zero_is_the_base_and_gradients_are_scaled_too(self):
+        model = two()
+        expected = tiny.gradients(model)
+        for layer in tiny.layers(model):
+            layer.set_scale("a", 0.0)
+        assert torch.equal(tiny.outputs(model), tiny.outputs(tiny.gpt2()))
+        found = tiny.gradients(model)
+        assert found.keys() == expected.keys()
+        assert not any(gradient.any() for gradient in found.values())
 
-    def test_other_models_are_pefts_business(self):
-        with pytest.raises(ValueError, match="LoraLayer"), helpers.rescale_adapter_scale(tiny.gpt2(), 0.5):
-            pass
+    def test_the_fused_loss_and_mixed_batches_are_scaled(self):
+        model = two(target_modules=["lm_head"])
+        (layer,) = tiny.layers(model)
+        layer.set_scale("a", 0.5)
+        x, y = torch.randn(9, 16), torch.arange(9)
+        torch.testing.assert_close(layer.fused_loss(x, y), nn.functional.cross_entropy(layer(x), y))
+        expected = tiny.outputs(model)
+        torch.testing.assert_close(tiny.outputs(model, adapter_names=["a"] * 3), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_reduced_heads_sum_their_constants_too():
+    """Of which the sum has one."""
+    model = two(head="reduced")
+    with torch.no_grad():
+        for layer in tiny.layers(model):
+            for name, constant in (("a", 3.0), ("b", 5.0)):
+                table = layer.table(name).clone()
+                table[:-1], table[-1] = 0, constant
+                layer.set_table(name, table)
+    model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "sum")
+    for layer in tiny.layers(model):
+        assert torch.equal(shortcut(layer, "sum", torch.randn(2, 16)), torch.full((2, layer.out_features), -8.5))

@@ -7,17 +7,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from lreg_peft import LRegConfig, LRegLayer, add_grade
-from lreg_peft.tuner.heads import HEADS
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
 
 
-def linear_model(dropout: float, head: str = "full", dof: int = 5, **options):
-    kind, _, linear = head.partition("+")
-    config = LRegConfig(
-        target_modules=["0"], dropout=dropout, head=kind, linear_term=bool(linear), dof=dof, n_components=4, **options
-    )
+def linear_model(dropout: float, dof: int = 5, **options):
+    config = LRegConfig(target_modules=["0"], dropout=dropout, dof=dof, n_components=4, **options)
     torch.manual_seed(5)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
     tiny.shake(model)
@@ -25,27 +21,27 @@ def linear_model(dropout: float, head: str = "full", dof: int = 5, **options):
 
 
 @pytest.mark.parametrize("dof", [5, 40])  # a GEMM with the basis, and a look-up
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
 def test_each_basis_function_of_each_row_is_dropped_by_itself(head, dof):
-    model = linear_model(0.4, head, dof)
+    model = linear_model(0.4, dof, **head)
     (layer,) = tiny.layers(model)
     torch.manual_seed(0)
     value = model.train()(X) - layer.base_layer(X)
     torch.manual_seed(0)
-    design = nn.functional.dropout(layer.design("default", layer.encode("default", X)), 0.4)
+    design = nn.functional.dropout(layer.design("default", X), 0.4)
     # The value is what is left of numbers of order one after a difference.
     torch.testing.assert_close(value, design @ layer.table("default"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
 def test_inference_and_a_rate_of_zero_change_nothing(head):
-    expected = linear_model(0.0, head).eval()(X)
-    assert torch.equal(linear_model(0.4, head).eval()(X), expected)
-    assert torch.equal(linear_model(0.0, head).train()(X), expected)
+    expected = linear_model(0.0, **head).eval()(X)
+    assert torch.equal(linear_model(0.4, **head).eval()(X), expected)
+    assert torch.equal(linear_model(0.0, **head).train()(X), expected)
 
 
-@pytest.mark.parametrize("dof", [4, 40])  # the basis is averaged where it is the narrower, else the value
-def test_positions_are_dropped_before_a_stage_with_a_stride_averages_them(dof):
+@pytest.mark.parametrize("dof", [4, 40])
+def test_a_stage_with_a_stride_drops_in_the_positions_of_its_output(dof):
     base, _ = tiny.image_model("resnet")
     stage = "resnet.encoder.stages.3"
     model = tiny.adapt(base, target_modules=[stage], n_components=3, dof=dof, dropout=0.4)
@@ -55,18 +51,10 @@ def test_positions_are_dropped_before_a_stage_with_a_stride_averages_them(dof):
     torch.manual_seed(0)
     value = layer.shortcut("default", image, like)
     torch.manual_seed(0)
-    design = nn.functional.dropout(layer.design("default", layer.encode("default", image.movedim(1, -1))), 0.4)
-    expected = nn.functional.avg_pool2d((design @ layer.table("default")).movedim(-1, 1), 2)
-    torch.testing.assert_close(value, expected)
-
-
-def test_the_fused_loss_has_it_too():
-    (layer,) = tiny.layers(linear_model(0.4))
-    targets = torch.arange(50) % 3
-    torch.manual_seed(0)
-    fused = layer.fused_loss(X, targets)
-    torch.manual_seed(0)
-    torch.testing.assert_close(fused, nn.functional.cross_entropy(layer(X), targets))
+    design = layer.design("default", image.movedim(1, -1))
+    pooled = nn.functional.avg_pool2d(design.movedim(-1, 1), 2).movedim(1, -1)
+    expected = nn.functional.dropout(pooled, 0.4) @ layer.table("default")
+    torch.testing.assert_close(value, expected.movedim(-1, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_grade_below_has_none():
@@ -82,10 +70,10 @@ def test_a_model_trains_with_it_and_reloads(tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.gpt2(), tmp_path, is_trainable=True)
-    assert {layer.lreg_dropout["default"] for layer in tiny.layers(loaded)} == {0.5}
+    assert {layer.dropout["default"] for layer in tiny.layers(loaded)} == {0.5}
 
 
-@pytest.mark.parametrize("name", ["heads", "profile_mean", "lreg_dropout"])
+@pytest.mark.parametrize("name", ["scaling", "source", "dropout", "parts"])
 def test_a_block_may_have_children_called_like_attributes_of_a_shortcut(name):
     class Block(nn.Module):
         def __init__(self):

@@ -103,7 +103,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         own = self.get_base_layer()
         self._input_name = next(iter(inspect.signature(base_layer.forward).parameters), None)
-        self._is_row_by_row = isinstance(own, _ROW_BY_ROW)
+        self._is_row_by_row = type(own) in _ROW_BY_ROW  # a subclass may read the first token alone
         self._hints = LayoutHints(own, in_features, out_features)
 
     def update_layer(
@@ -230,10 +230,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         design = self.design(name, layout.rows(features))
         if layout.pools:  # averaging is linear: the design is averaged, which is as a rule narrower than the output
             design = layout.pool(design)
-        return layout.restore(self._sum(name, design, layout.output_rows(hidden)))
+        if layout.output_channels_first:  # the sum has the strides of `hidden`, on which the order of later sums depends
+            return hidden + layout.restore(self._sum(name, design, None)).to(hidden.dtype)
+        return self._sum(name, design, hidden)
 
-    def _sum(self, name: str, design: Tensor, hidden: Tensor) -> Tensor:
-        """`hidden` `[..., out_features]` plus what a design `[..., K]` gives."""
+    def _sum(self, name: str, design: Tensor, hidden: Tensor | None) -> Tensor:
+        """What a design `[..., K]` gives, and `hidden` `[..., out_features]` added to it."""
         dropout = self.dropout[name]
         if dropout and self.training and name in self.active_adapters:  # a grade below does not train
             design = F.dropout(design, dropout)
@@ -458,10 +460,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     # Between PEFT and the base module
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Not PEFT's version, which reads device and dtype off `weight`: a whole block has none.
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, like: Tensor | None = None
+    ) -> None:
+        # Not PEFT's version, which reads device and dtype off `weight`: a whole block has none. `like` stands in for a
+        # base without parameters.
         base = self.get_base_layer()
-        source = next((p for p in base.parameters() if p.device.type != "meta"), None)
+        source = next((p for p in base.parameters() if p.device.type != "meta"), like)
         device = device or (None if source is None else source.device)
         dtype = getattr(base, "compute_dtype", None)  # of a quantised layer
         if dtype is None and source is not None and source.is_floating_point() and source.dtype.itemsize > 1:

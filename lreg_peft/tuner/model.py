@@ -93,8 +93,7 @@ class LRegModel(BaseTuner):
             reading=reading_of(current_key, peft_config),
         )
         if next(layer.base_layer.parameters(), None) is None:  # a module without parameters goes with the model
-            device = next((parameter.device for parameter in self.model.parameters()), None)
-            layer._move_adapter_to_device_of_base_layer(adapter_name, device)
+            layer._move_adapter_to_device_of_base_layer(adapter_name, like=next(self.model.parameters(), None))
 
     def _nodes_of_the_same(self, layer: LRegLayer, adapter_name: str, config: LRegConfig) -> Tensor | None:
         """The mesh of an adapter with this very configuration, if there is one.
@@ -110,6 +109,8 @@ class LRegModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Not PEFT's version: that one assigns `weight` and `bias`, which a whole block does not have. The adapter
         # goes to its device when it is added.
+        while isinstance(parent, LRegLayer) and child_name not in parent._modules:  # a block that got a shortcut before
+            parent = parent.base_layer
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

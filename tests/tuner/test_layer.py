@@ -13,15 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lreg_peft import LRegConfig
 from lreg_peft.core import hat_basis, project
-from lreg_peft.tuner.layer import LRegLayer, LRegLinear, wrap
-from lreg_peft.tuner.storage import NodeDict
+from lreg_peft.tuner.layer import LRegLayer, LRegLinear
 
 EPS = torch.finfo(torch.float32).eps
 
 
 def layer_around(module: nn.Module, in_features: int, out_features: int, *names: str, **options) -> LRegLayer:
     """A layer with one active adapter per name ("default" without names), zero coefficients."""
-    layer = wrap(module, in_features, out_features, linear=isinstance(module, nn.Linear))
+    layer = (LRegLinear if isinstance(module, nn.Linear) else LRegLayer)(module, in_features, out_features)
     config = LRegConfig(**{"n_components": 3, "dof": 4, **options})
     for name in names or ("default",):
         layer.update_layer(name, config.n_components, config.dof, config)
@@ -31,9 +30,9 @@ def layer_around(module: nn.Module, in_features: int, out_features: int, *names:
 
 def reference(layer: LRegLayer, features: torch.Tensor, name: str = "default") -> torch.Tensor:
     """sum_ij psi_ij(sigmoid(P x + b)) c_ij, features last."""
-    coords = project(features, layer.lreg_projection[name], layer.lreg_projection_bias[name])
-    coefficients = layer.lreg_coefficients[name].to(coords.dtype)
-    return torch.einsum("...ij,ijc->...c", hat_basis(coords, layer.lreg_nodes[name]), coefficients)
+    coords = project(features, layer.lreg_projection[name].weight, layer.lreg_projection[name].bias)
+    coefficients = layer.nodal_coefficients(name).to(coords.dtype)
+    return torch.einsum("...ij,ijc->...c", hat_basis(coords, layer.lreg_encoder[name].nodes), coefficients)
 
 
 def check_shortcut(layer: LRegLayer, features: torch.Tensor, hidden: torch.Tensor, base: torch.Tensor) -> None:
@@ -79,10 +78,10 @@ class TestArithmetic:
         shake(layer)
         layer.base_layer.requires_grad_(False)
         layer(features).square().sum().backward()
-        assert {name.partition(".")[0] for name, p in layer.named_parameters() if p.grad is not None} == {
-            "lreg_projection",
-            "lreg_projection_bias",
-            "lreg_coefficients",
+        assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+            "lreg_projection.default.weight",
+            "lreg_projection.default.bias",
+            "lreg_coefficients.default.weight",
         }
         assert all(p.grad.abs().sum() > 0 for p in layer.parameters() if p.grad is not None)
         through_base = torch.autograd.grad(layer.base_layer(features).square().sum(), features)[0]
@@ -234,9 +233,9 @@ class TestPrecision:
         """A mesh with two nodes that are closer than the dtype's resolution near 1, and a hat between them."""
         layer = layer_around(nn.Linear(1, 1).to(dtype), 1, 1, n_components=1, dof=3)
         with torch.no_grad():
-            layer.lreg_projection["default"].fill_(1.0)
-            layer.lreg_nodes["default"].copy_(torch.tensor([[0.0, 0.9990, 1.0]]))
-            layer.lreg_coefficients["default"].copy_(torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1))
+            layer.lreg_projection["default"].weight.fill_(1.0)
+            layer.lreg_encoder["default"].nodes.copy_(torch.tensor([[0.0, 0.9990, 1.0]]))
+            layer.set_table("default", torch.tensor([[0.0], [1.0], [0.0]]))
         return layer
 
     # sigmoid: .99909, .99966; both 1.0 in bf16
@@ -257,17 +256,11 @@ class TestPrecision:
     def test_casting_the_model_keeps_nodes(self, cast):
         layer = layer_around(nn.Linear(5, 7), 5, 7)
         shake(layer)
-        before = layer.lreg_nodes["default"].clone()
+        before = layer.lreg_encoder["default"].nodes.clone()
         cast(layer)
-        assert layer.lreg_projection["default"].dtype != torch.float32
-        assert layer.lreg_nodes["default"].dtype == torch.float32
-        assert torch.equal(layer.lreg_nodes["default"], before)
-
-    def test_node_dict_is_saved_and_still_moves(self):
-        nodes = NodeDict()
-        nodes["a"] = torch.tensor([[0.0, 0.9, 0.9005, 1.0]])
-        assert list(nodes.state_dict()) == ["a"]
-        assert nodes.to(device="meta", dtype=torch.bfloat16)["a"].device.type == "meta"
+        assert layer.lreg_projection["default"].weight.dtype != torch.float32
+        assert layer.lreg_encoder["default"].nodes.dtype == torch.float32
+        assert torch.equal(layer.lreg_encoder["default"].nodes, before)
 
     def test_autocast_runs_the_shortcut_in_the_dtype_of_the_output(self):
         layer, features = layer_around(nn.Linear(5, 7), 5, 7), torch.randn(4, 5)
@@ -290,8 +283,8 @@ class TestAdapters:
     def test_update_replaces_the_adapter(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7)
         layer.update_layer("default", 2, 9, LRegConfig(dof=9))
-        assert layer.lreg_coefficients["default"].shape == (2, 9, 7)
-        assert layer.lreg_nodes["default"].shape == (2, 9)
+        assert layer.table("default").shape == (18, 7)
+        assert layer.lreg_encoder["default"].nodes.shape == (2, 9)
 
     def test_deleting_removes_every_tensor(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7, "a", "b")
@@ -305,11 +298,11 @@ class TestAdapters:
         layer.update_layer("other", 2, 2, LRegConfig())
         for active in ("other", "default"):
             layer.set_adapter(active)
-        assert not layer.lreg_projection["default"].requires_grad
-        assert not layer.lreg_projection_bias["default"].requires_grad
-        assert layer.lreg_coefficients["default"].requires_grad
+        assert not layer.lreg_projection["default"].weight.requires_grad
+        assert not layer.lreg_projection["default"].bias.requires_grad
+        assert layer.lreg_coefficients["default"].weight.requires_grad
         layer.set_adapter("other")
-        assert layer.lreg_projection["other"].requires_grad
+        assert layer.lreg_projection["other"].weight.requires_grad
 
     def test_merging_is_refused(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7)
@@ -330,7 +323,7 @@ class TestAdapters:
 
     def test_layers_share_no_bookkeeping(self):
         one, other = layer_around(nn.Linear(5, 7), 5, 7, train_projection=False), layer_around(nn.Linear(5, 7), 5, 7)
-        assert one.frozen_peft_weight_names == {"default": ("lreg_projection", "lreg_projection_bias")}
+        assert one.frozen_peft_weight_names == {"default": ("lreg_projection",)}
         assert other.frozen_peft_weight_names == {}
         assert one.merged_adapters is not other.merged_adapters
 
@@ -365,5 +358,5 @@ class TestStandingInForTheBlock:
         assert "in_features=5, out_features=7" in text
 
     def test_class_tells_linear_layers_apart(self):
-        assert isinstance(wrap(nn.Linear(5, 7), 5, 7, linear=True), LRegLinear)
-        assert "Linear" not in type(wrap(nn.Identity(), 5, 7, linear=False)).__name__
+        assert isinstance(layer_around(nn.Linear(5, 7), 5, 7), LRegLinear)
+        assert "Linear" not in type(layer_around(nn.Identity(), 5, 7)).__name__

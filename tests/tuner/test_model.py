@@ -68,7 +68,7 @@ class TestIdentity:
             optimizer.step()
         assert not torch.equal(outputs(model), before)
         for name, value in state(model.get_base_model()).items():
-            learns = "lreg_" in name and "lreg_nodes" not in name
+            learns = "lreg_" in name and not name.endswith(".nodes")
             assert torch.equal(value, frozen[name]) != learns, name
 
     @placements
@@ -124,12 +124,12 @@ class TestSeveralAdapters:
             model.set_adapter(active)
             learning = {name for name, p in model.named_parameters() if p.requires_grad}
             assert learning
-            assert all(name.endswith(f".{active}.weight") for name in learning), other
+            assert all(f".{active}." in name for name in learning), other
 
     def test_sizes_differ(self):
         (head,) = [layer for layer in layers(two_adapters()) if layer.out_features == 61]
-        assert head.lreg_nodes["one"].shape == (2, 3)
-        assert head.lreg_nodes["two"].shape == (3, 5)
+        assert head.lreg_encoder["one"].nodes.shape == (2, 3)
+        assert head.lreg_encoder["two"].nodes.shape == (3, 5)
 
     def test_both_active_on_one_layer_add_up(self):
         model = two_adapters()
@@ -150,7 +150,7 @@ class TestSeveralAdapters:
         model.set_adapter("two")
         model.delete_adapter("one")
         assert list(model.peft_config) == ["two"]
-        assert not [name for name in model.state_dict() if name.endswith(".one")]
+        assert not [name for name in model.state_dict() if ".one." in name]
         two = outputs(model)
         assert not torch.allclose(one, two)
         model.add_adapter("one", LRegConfig(n_components=2, dof=4, target_modules=["lm_head"]))
@@ -175,7 +175,7 @@ class TestSeveralAdapters:
         model.add_adapter("two", LRegConfig(target_modules="all-linear", dof=3))
         second = {name for name, module in model.named_modules() if isinstance(module, LRegLayer)}
         assert first == second
-        assert all(set(layer.lreg_nodes.keys()) == {"one", "two"} for layer in layers(model))
+        assert all(set(layer.lreg_encoder) == {"one", "two"} for layer in layers(model))
         assert len(first) == 8  # c_attn, c_proj, c_fc, c_proj in two layers; not the output head
 
     def test_inner_module_first_then_the_block_around_it(self):
@@ -258,8 +258,9 @@ class TestMixedBatch:
         model.train()
         with pytest.raises(ValueError, match=r"eval mode only.*model.eval\(\)"):
             model(**inputs(gpt2()), adapter_names=["one", "one", "two"])
-        model.eval()
-        assert all(layer.batch_adapter_names is None for layer in layers(model))
+        with pytest.raises(IndexError):
+            model.eval()(input_ids=torch.full((3, 4), 10**6), adapter_names=["one", "one", "two"])
+        assert torch.equal(outputs(model), self.expected(model, ["one"] * 3))  # nothing is left of these
 
 
 class TestMergingIsRefused:
@@ -305,7 +306,7 @@ class TestPrecision:
         found = gradients(model)
         assert found
         assert all(torch.isfinite(gradient).all() and gradient.abs().sum() > 0 for gradient in found.values())
-        assert all(layer.lreg_nodes["default"].dtype == torch.float32 for layer in layers(model))
+        assert all(layer.lreg_encoder["default"].nodes.dtype == torch.float32 for layer in layers(model))
 
     @pytest.mark.parametrize(("cast", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
     @placements
@@ -320,8 +321,8 @@ class TestPrecision:
         model.to(torch.bfloat16)
         model.half()
         (head,) = layers(model)
-        assert head.lreg_nodes["default"].dtype == head.lreg_nodes["two"].dtype == torch.float32
-        assert torch.equal(head.lreg_nodes["two"][0], torch.linspace(0, 1, 7))
+        assert head.lreg_encoder["default"].nodes.dtype == head.lreg_encoder["two"].nodes.dtype == torch.float32
+        assert torch.equal(head.lreg_encoder["two"].nodes[0], torch.linspace(0, 1, 7))
 
     def test_autocast(self):
         model = adapt(gpt2())
@@ -341,7 +342,7 @@ class TestPrecision:
         shake(model)
         (head,) = layers(model)
         head.double()
-        assert head.lreg_nodes["default"].dtype == torch.float32  # nodes keep their precision, up or down
+        assert head.lreg_encoder["default"].nodes.dtype == torch.float32  # nodes keep their precision, up or down
         single = adapt(gpt2(), dof=5)
         shake(single)
         assert outputs(model).dtype == torch.float64
@@ -369,13 +370,14 @@ class TestCompile:
             result = compiled(**batch, use_cache=False).logits
             compiled_once = len(graphs)
             assert compiled_once >= 1
-            assert torch.equal(result, expected)
+            # Compilers get single operations and eager mode fused ones: roundings of u over the length of an element.
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
             for layer in layers(model):
-                layer.lreg_nodes["default"].copy_(layer.lreg_nodes["default"].square())
+                layer.lreg_encoder["default"].nodes.copy_(layer.lreg_encoder["default"].nodes.square())
             moved = compiled(**batch, use_cache=False).logits
             assert len(graphs) == compiled_once
             assert not torch.allclose(moved, expected)
-            assert torch.equal(moved, model(**batch, use_cache=False).logits)
+            torch.testing.assert_close(moved, model(**batch, use_cache=False).logits, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
     def test_training_step(self):

@@ -1,14 +1,13 @@
 """Small tools for modules that are not ours: their mode, their wrappers, their hooks."""
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -38,13 +37,6 @@ def accepts(model: nn.Module, name: str) -> bool:
     """Whether the forward pass of a model takes a keyword."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def private_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Inputs for a pass that the user did not ask for: tensors on `device`, copies of what a model may change."""
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in batch.items()
-    }
 
 
 def is_compiling() -> bool:

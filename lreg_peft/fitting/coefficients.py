@@ -1,4 +1,4 @@
-"""Fitting the linear weights of a terminal shortcut to their global optimum, with a certificate."""
+"""Fitting the linear weights of a shortcut on a model's output to their global optimum, with a certificate."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,12 +24,11 @@ from ..core.distributed import (
     together,
 )
 from ..core.solve.problem import Report, check_options, rows_at_once
-from ..labels import LossKind, Rows
 from ..modules import eval_mode
-from ..tuner.heads import Encoded
+from ..rows import LossKind, Rows
 from ..tuner.hooks import reminder
 from ..tuner.moves import Tentative
-from .output_shortcut import Terminal, find_terminal
+from .output_layer import OutputLayer, find_output_layer
 
 
 @runtime_checkable
@@ -44,7 +43,7 @@ class RowSource(Protocol):
 class StoredRows(RowSource, Protocol):
     """Rows that were made with one model, and are rows of no other."""
 
-    def check_belongs_to(self, terminal: Terminal) -> None:
+    def check_belongs_to(self, output: OutputLayer) -> None:
         """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
 
 
@@ -124,28 +123,28 @@ def fit_coefficients(
         RuntimeWarning: if the tolerance was not reached, with the option to change.
         UserWarning: if the start from data that the configuration promises has not been made.
     """
-    terminal = begin(model, adapter_name, tolerance, max_passes, ridge=ridge)
-    problem = FitProblem(terminal, data, ridge, show_progress)
+    output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge)
+    problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
     fit = problem.solve(tolerance, max_passes)
     problem.write(fit.table)
     return fit.summary
 
 
-def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> Terminal:
+def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> OutputLayer:
     """The shortcut to fit, after all that can be checked before any work, on all processes together."""
     with together():
-        terminal = find_terminal(model, adapter_name)
-        check_options(terminal.layer.table(terminal.adapter_name), 1.0, tolerance, max_passes)
+        output = find_output_layer(model, adapter_name)
+        check_options(output.layer.table(output.adapter_name), 1.0, tolerance, max_passes)
     require_equal(
-        {"adapter_name": terminal.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
+        {"adapter_name": output.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
         "Give every process the same options.",
     )
     require_equal_models(
-        terminal.model,
+        output.model,
         "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
     )
-    return terminal
+    return output
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,11 @@ class Fitted:
 
 
 class FitProblem:
-    """A terminal shortcut and the rows it is fitted to."""
+    """A shortcut on the output of a model, and the rows it is fitted to."""
 
-    def __init__(self, terminal: Terminal, data: Data, ridge: float, show_progress: bool) -> None:
-        self.terminal, self.ridge = terminal, ridge
-        self.layer, self.adapter = terminal.layer, terminal.adapter_name
+    def __init__(self, output: OutputLayer, data: Data, ridge: float, show_progress: bool) -> None:
+        self.output, self.ridge = output, ridge
+        self.layer, self.adapter = output.layer, output.adapter_name
         self.out_features = self.layer.out_features
         self.processes = AllProcesses()
         self._rank, self._world = rank_and_world()
@@ -175,9 +174,9 @@ class FitProblem:
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []  # offsets or features
         self.loss_kind: LossKind | None = None
-        with together(), torch.no_grad(), eval_mode(terminal.model):
+        with together(), torch.no_grad(), eval_mode(output.model):
             if isinstance(data, StoredRows):
-                data.check_belongs_to(terminal)
+                data.check_belongs_to(output)
             for rows in self._read(data):
                 self._add(rows)
         n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))], device="cpu"))
@@ -200,9 +199,7 @@ class FitProblem:
             yield from bar(self._own_chunks(data))
             return
         for batch in bar(data):
-            rows = self.terminal.rows(batch)
-            yield rows
-            self.terminal.check_what_is_new(batch, rows)  # after the rows, which have been found valid by now
+            yield self.output.rows(batch)
 
     def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
         """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""
@@ -211,7 +208,7 @@ class FitProblem:
             yield Rows(features.to(self._place), targets.to(self._place.device))
 
     def _add(self, rows: Rows) -> None:
-        loss_kind = self.terminal.loss_kind(rows.targets)
+        loss_kind = self.output.check(rows, f"after row {sum(map(len, self._targets))}")
         if self.loss_kind not in (None, loss_kind):
             raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
         if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
@@ -223,46 +220,39 @@ class FitProblem:
             raise ValueError("ridge must be finite, got inf.")
         self.loss_kind = loss_kind
         features, targets = rows
-        for name, tensor in (("features", features), ("labels", targets)):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"the {name} of {self.terminal.name!r} must be finite, got NaN or infinite values after row "
-                    f"{sum(map(len, self._targets))}."
-                )
-        check_yes_or_no(loss_kind, targets)
-        self._latents.append(self.layer.encode(self.adapter, features).latent)
+        self._latents.append(self.layer.latent(self.adapter, features))
         self._targets.append(targets)
         if self._keep_offsets:
-            self._sources.append(self.terminal.base_output(features))
+            self._sources.append(self.output.base_output(features))
         elif self._cache is None:
             self._sources.append(features)
 
     def warn_of_missing_start(self) -> None:
         """Warn if the start from data that the configuration promises has not been made."""
-        if self.adapter in self.layer.start_is_owed:
+        if self.adapter in self.layer.needs_data_init:
             reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
 
     def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
         """One pass over the rows: coordinates, and what the solver takes."""
+        _, encoder, _ = self.layer.parts(self.adapter)
         for latent, targets, offset in self._passes():
-            code = Encoded.of(latent)
-            basis = self.layer.design(self.adapter, code)
+            basis = encoder(latent) * self.layer.scaling[self.adapter]
             offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
             if targets.is_floating_point():
                 targets = targets.to(basis.dtype)
-            yield code.coords, Chunk(basis, targets, offset)
+            yield latent.sigmoid(), Chunk(basis, targets, offset)
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Latents (see `Encoded`), targets, offsets, a bounded number of rows at a time."""
+        """Latents z, targets, offsets, a bounded number of rows at a time."""
         if self._cache is not None:
             again = (features for features, _ in self._own_chunks(self._cache))
             for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
-                yield latent, targets, self.terminal.base_output(features)
+                yield latent, targets, self.output.base_output(features)
             return
         rows = rows_at_once(self.out_features, self._place.device)
         for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
             for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield z, t, source if self._keep_offsets else self.terminal.base_output(source)
+                yield z, t, source if self._keep_offsets else self.output.base_output(source)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the rows, for the solvers."""
@@ -277,7 +267,7 @@ class FitProblem:
             solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
         else:
             solve = solve_cross_entropy
-        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.terminal.model):
+        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.output.model):
             solution = solve(
                 self.chunks,
                 self.layer.table(self.adapter).detach(),
@@ -289,14 +279,14 @@ class FitProblem:
             )
         solution = replace(solution, message=solution.message + self._remark_on_precision())
         certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
-        summary = CoefficientFit(**certificate, module=self.terminal.name, adapter=self.adapter, n_rows=self.n_rows)
+        summary = CoefficientFit(**certificate, module=self.output.name, adapter=self.adapter, n_rows=self.n_rows)
         return Fitted(tensor_from_main(solution.coefficients), summary)
 
     @torch.no_grad()
     def write(self, table: Tensor) -> None:
         """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
         on none."""
-        with Tentative(self.layer.output_weights(self.adapter)) as trial:
+        with Tentative(self.layer.lreg_coefficients[self.adapter].parameters()) as trial:
             with together():
                 self.layer.set_table(self.adapter, table)
             trial.keep()
@@ -308,15 +298,6 @@ class FitProblem:
         return (
             f" The figures are those of the stored weights in fp32 and fp64; the model computes in {dtype}, whose "
             "rounding comes on top in the loss that it reports."
-        )
-
-
-def check_yes_or_no(loss_kind: LossKind, targets: Tensor) -> None:
-    """Raise a `ValueError` for labels that binary cross-entropy has no minimum for."""
-    if loss_kind == "binary_cross_entropy" and len(targets) and not 0 <= targets.min() <= targets.max() <= 1:
-        raise ValueError(
-            "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
-            f"{float(targets.min()):.6g} to {float(targets.max()):.6g}; other values are for 'regression'."
         )
 
 

@@ -12,7 +12,7 @@ from ..core.adapt.indicators import element_sums
 from ..core.adapt.move import AdaptedMesh
 from ..core.mesh import locate, separate_nodes
 from ..core.optimal_knots import optimal_knots
-from ..labels import LossKind
+from ..rows import LossKind
 
 # Samples are summed up in so many bins per component at least, evenly spaced inside of each element.
 _BINS = 1024

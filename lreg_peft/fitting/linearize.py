@@ -24,20 +24,20 @@ from tqdm.auto import tqdm
 from ..core.checks import checked, whole
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
-from ..labels import (
-    LossKind,
+from ..modules import accepts, eval_mode, unwrap
+from ..rows import (
     Pairing,
+    Rows,
     align,
+    exact_pass,
     find_pairing,
     logits_of,
     loss_kind_of,
     loss_of,
-    repeats_loss,
+    model_inputs,
     row_loss,
-    shifts_labels,
-    uneven_parts,
+    without_labels,
 )
-from ..modules import accepts, eval_mode, private_inputs, unwrap
 from ..tuner.layer import LRegLayer
 
 Status = Literal["improved", "no_descent", "heldout_rose"]
@@ -229,102 +229,66 @@ def _best(candidates: list[Candidate], heldout_loss: float | None) -> Candidate 
 
 
 class _Data:
-    """Labelled batches, and what the model makes of them as a function of its parameters."""
+    """Labelled batches, and what the model makes of them as a function of its parameters.
+
+    Attributes:
+        batches: those that hold a row with a label.
+        sizes: how many each holds.
+        pairing: how the model makes its loss of them.
+    """
 
     def __init__(self, model: nn.Module, batches: list[Mapping[str, Any]]) -> None:
-        device = next(model.parameters()).device
         self.model = model
         self.batches: list[dict[str, Any]] = []
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"a batch must be a dictionary of inputs and labels, got {type(batch).__name__}.")
-            if batch.get("labels") is None:
-                raise ValueError(f"a batch needs 'labels', it has {sorted(batch)}.")
-            self.batches.append({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        #: Rows with a label, by batch.
         self.sizes: list[int] = []
-        #: The same for every batch.
-        self.loss_kind: LossKind = "squared_error"
-        self.shift = shifts_labels(model)
-        with torch.no_grad():
-            self._count_rows()
-            shift = self.shift
-            self._check_loss()
-            if self.shift != shift:
-                loss_kind = self.loss_kind
-                self._count_rows()
-                self.loss_kind = loss_kind
-
-    def _count_rows(self) -> None:
-        self.sizes.clear()
-        for batch in self.batches:
-            logits, targets = self.rows({}, batch)
-            self.loss_kind = loss_kind_of(self.model, targets, logits.shape[1], "the model")
-            self.sizes.append(len(targets))
-        if not sum(self.sizes):
+        pairing: Pairing | None = None
+        for batch in batches:
+            inputs = model_inputs(model, batch)
+            with exact_pass(model):
+                logits = self._logits({}, inputs)
+                loss_kind_of(model, inputs["labels"], _width(logits))  # before labels meet the model's loss
+                size = len(_aligned(logits, inputs["labels"], pairing).targets)
+                if pairing is None and size:
+                    own = loss_of(model(**model_inputs(model, batch))) if accepts(model, "labels") else None
+                    pairing = find_pairing(model, logits, inputs["labels"], own)
+                    size = len(_aligned(logits, inputs["labels"], pairing).targets)
+            if size:
+                self.batches.append(inputs)
+                self.sizes.append(size)
+        if pairing is None:
             raise ValueError("the batches hold no row with a label.")
+        self.pairing = pairing
 
-    def rows(self, values: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[n, out_features]` and targets of a batch, padding and ignored labels left out."""
-        labels = batch["labels"]
-        inputs = private_inputs({k: v for k, v in batch.items() if k != "labels"}, labels.device)
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            inputs.setdefault("decoder_input_ids", self.model.prepare_decoder_input_ids_from_labels(labels))  # type: ignore[operator]
-        output = functional_call(self.model, values, args=(), kwargs=inputs)
+    def _logits(self, values: dict[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        own = model_inputs(self.model, without_labels(self.model, inputs), labels=False)
+        output = functional_call(self.model, values, args=(), kwargs=own)
         logits = logits_of(output)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{type(self.model).__name__} must return a tensor or an output with logits, got "
                 f"{type(output).__name__}."
             )
-        width = logits.shape[-1] if logits.ndim > 1 else 1
-        return align(logits, labels, shift=self.shift, out_features=width)
+        return logits
+
+    def rows(self, values: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits `[n, out_features]` and targets of a batch, padding and ignored labels left out."""
+        return _aligned(self._logits(values, batch), batch["labels"], self.pairing)
 
     @torch.no_grad()
     def loss(self, values: dict[str, Tensor]) -> float:
         """Mean loss over all rows, with these values of the trainable parameters."""
         total = 0.0
         for n, batch in zip(self.sizes, self.batches, strict=True):
-            if n:
-                total += n * row_loss(self.loss_kind, *self.rows(values, batch)).item()
+            total += n * row_loss(self.pairing.loss_kind, *self.rows(values, batch)).item()
         return total / sum(self.sizes)
 
-    def _check_loss(self) -> None:
-        """Find out how labels are paired, from the model's own loss; refuse one that is made otherwise."""
-        if not accepts(self.model, "labels"):
-            return
-        device = next(self.model.parameters()).device
 
-        def run(batch: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor | None]:
-            output = self.model(**private_inputs({**batch, "labels": labels}, device))
-            return logits_of(output), loss_of(output)
+def _width(logits: Tensor) -> int:
+    return logits.shape[-1] if logits.ndim > 1 else 1
 
-        largest = self.batches[self.sizes.index(max(self.sizes))]
-        guess = Pairing(self.shift, self.loss_kind)
-        with torch.autocast(device.type, enabled=False):
-            logits, own = run(largest, largest["labels"])
-            if own is None:
-                return
-            width = logits.shape[-1] if logits.ndim > 1 else 1
-            pairing = find_pairing(partial(run, largest), largest["labels"], guess, out_features=width)
-            same = pairing is not None and all(
-                repeats_loss(pairing, *run(batch, batch["labels"]), batch["labels"], out_features=width)
-                for batch in self._uneven_batches(pairing.shift)
-            )
-        if pairing is None or not same:
-            raise ValueError(
-                f"the loss of {type(self.model).__name__} is not the {self.loss_kind.replace('_', ' ')} of its outputs "
-                "averaged over the labels: it computes its loss in a way that is not known here."
-            )
-        self.shift, self.loss_kind = pairing
 
-    def _uneven_batches(self, shift: bool) -> Iterator[dict[str, Any]]:
-        """The first batches whose samples or positions count unevenly, where losses show what they average over."""
-        seen: set[str] = set()
-        for batch in self.batches:
-            if not (parts := uneven_parts(batch, shift=shift)) <= seen:
-                seen |= parts
-                yield batch
+def _aligned(logits: Tensor, labels: Tensor, pairing: Pairing | None) -> Rows:
+    return align(logits, labels, shift=pairing is not None and pairing.shift, out_features=_width(logits))
 
 
 def _data(
@@ -361,7 +325,7 @@ class _Linearised:
     def steps(self, ranks: set[int], dampings: set[float], seed: int) -> Iterator[tuple[int, float, Tensor]]:
         """Rank, damping and step `[size]`, of every combination."""
         products, columns = subspace_cost(self.size, max(ranks))
-        self._bar.total = products * sum(map(bool, self._data.sizes)) * -(-columns // self._columns_at_once)
+        self._bar.total = products * len(self._data.sizes) * -(-columns // self._columns_at_once)
         values, vectors = dominant_subspace(self.multiply, self.size, max(ranks), seed=seed)
         gradient = self.gradient()
         for rank in sorted({min(rank, len(values)) for rank in ranks}):
@@ -392,10 +356,9 @@ class _Linearised:
         return {name: value + tree[name][0] for name, value in self._values.items()}
 
     def _batches(self) -> Iterator[tuple[float, "_LocalModel"]]:
-        """Share of the rows and local model of every batch that has labels."""
+        """Share of the rows and local model of every batch."""
         for n, batch in zip(self._data.sizes, self._data.batches, strict=True):
-            if n:
-                yield n / sum(self._data.sizes), _LocalModel(self._data, self._values, batch)
+            yield n / sum(self._data.sizes), _LocalModel(self._data, self._values, batch)
 
     def _tree(self, block: Tensor) -> dict[str, Tensor]:
         """`[size, k]` as one tensor `[k, ...]` per parameter."""
@@ -423,7 +386,7 @@ class _LocalModel:
         self._outputs = partial(data.rows, batch=batch)
         logits, self.pull, targets = vjp(self._outputs, values, has_aux=True)  # type: ignore[misc]
         # The Hessian is symmetric: its pullback is the product with it.
-        self.slope, self._bend = vjp(grad(partial(row_loss, data.loss_kind, targets=targets)), logits)  # type: ignore[misc]
+        self.slope, self._bend = vjp(grad(partial(row_loss, data.pairing.loss_kind, targets=targets)), logits)  # type: ignore[misc]
 
     def multiply(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """J^T H J times a direction in the parameters."""

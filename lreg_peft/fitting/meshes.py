@@ -13,9 +13,9 @@ from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh
 from ..core.checks import anything, checked, number, real, whole
 from ..core.distributed import together
 from ..core.mesh import locate
-from ..labels import LossKind
 from ..modules import eval_mode
 from ..plotting import new_figure
+from ..rows import LossKind
 from ..tuner.moves import Move, Tentative, agreed
 from ..tuner.sites import Site
 from .coefficients import CoefficientFit, Data, FitProblem, Fitted, begin
@@ -128,16 +128,16 @@ def fit_meshes(
         if strategy not in get_args(FitStrategy):
             raise ValueError(f"strategy must be one of {get_args(FitStrategy)}, got {strategy!r}.")
     options = {"ridge": ridge, "max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
-    terminal = begin(model, adapter_name, tolerance, max_passes, **options)
-    above = [grade for grade, below in terminal.layer.composed_on.items() if below == terminal.adapter_name]
+    output = begin(model, adapter_name, tolerance, max_passes, **options)
+    above = [grade for grade, below in output.layer.composed_on.items() if below == output.adapter_name]
     if above:
         raise ValueError(
-            f"the grade {above[0]!r} is composed on {terminal.adapter_name!r} and reads its mesh: move the mesh before "
+            f"the grade {above[0]!r} is composed on {output.adapter_name!r} and reads its mesh: move the mesh before "
             "the grade is added."
         )
-    problem = FitProblem(terminal, data, ridge, show_progress)
+    problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
-    site = Site(terminal.name, terminal.layer, terminal.adapter_name)
+    site = Site(output.name, output.layer, output.adapter_name)
     with _changed(site) as whole:
         result = _alternate(problem, site, tolerance, max_passes, max_moves, strategy, n_refine)
         whole.keep()
@@ -196,7 +196,7 @@ def _fitted(problem: FitProblem, tolerance: float, max_passes: int) -> Coefficie
 
 def _changed(site: Site) -> Tentative:
     """Everything of an adapter that a move and a fit change."""
-    return Tentative([site.nodes, site.parameter, *site.layer.output_weights(site.adapter)])
+    return Tentative([site.nodes, site.parameter, *site.layer.lreg_coefficients[site.adapter].parameters()])
 
 
 @torch.no_grad()
@@ -204,13 +204,14 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
     """A move, from one pass over the residuals at the optimum of the present mesh."""
     nodes = site.nodes
     components, dof = nodes.shape
-    coefficients = site.layer.nodal_coefficients(site.adapter).detach()  # [components, dof, out]
+    scale = site.layer.scaling[site.adapter]
+    coefficients = scale * site.layer.nodal_coefficients(site.adapter).detach()  # [components, dof, out]
     table = site.layer.table(site.adapter).detach()
     # Slope of every element in every output, one row per element: [components * (dof - 1), out].
     slopes = (coefficients.diff(dim=1) / nodes.diff(dim=1).unsqueeze(-1)).flatten(0, 1)
     first = torch.arange(components, device=nodes.device) * (dof - 1)
     sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
-    with together(), eval_mode(problem.terminal.model):
+    with together(), eval_mode(problem.output.model):
         for coords, chunk in problem.coords_and_chunks():
             residual = _residual(problem.loss_kind, chunk, _outputs(chunk, table))  # [n, out]
             element, local = locate(coords, nodes, validate=False)  # [n, components]
@@ -240,7 +241,7 @@ def _from_program(problem: FitProblem, site: Site) -> AdaptedMesh:
     """The first proposal, from one pass: the best nodes from a grid for each component."""
     table = site.layer.table(site.adapter).detach()
     program = KnotProgram(site.nodes, site.layer.nodal_coefficients(site.adapter).detach(), problem.loss_kind)
-    with together(), eval_mode(problem.terminal.model):
+    with together(), eval_mode(problem.output.model):
         for coords, chunk in problem.coords_and_chunks():
             outputs = _outputs(chunk, table)
             program.add(coords, _residual(problem.loss_kind, chunk, outputs), outputs)

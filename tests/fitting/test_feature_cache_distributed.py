@@ -24,7 +24,7 @@ def test_two_processes_build_one_cache_and_train_as_one_process(tmp_path):
     for result in ours:
         assert torch.equal(result["features"], alone["features"])
         assert "No space left on device" in result["error"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "alone", "both"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "alone", "both", "full"]
 
 
 def _train(folder: Path, rank: int, world: int) -> dict:
@@ -53,21 +53,21 @@ def _full_disk(folder: Path, rank: int) -> str:
     """One process runs out of space; both hear of it."""
     from tiny import gpt2
 
-    own = cache_module._Shard.append
+    own = cache_module.os.fsync
 
-    def append(shard, rows, counts):
+    def fsync(descriptor):
         if rank == 1:
             raise OSError(28, "No space left on device")
-        own(shard, rows, counts)
+        own(descriptor)
 
-    cache_module._Shard.append = append
+    cache_module.os.fsync = fsync
     data = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(4)]
     try:
         cache_features(get_peft_model(gpt2(), LRegConfig()), data, folder, show_progress=False)
     except (OSError, RuntimeError) as error:  # its own, and that of the other
         return str(error)
     finally:
-        cache_module._Shard.append = own
+        cache_module.os.fsync = own
     return "none"
 
 

@@ -31,8 +31,8 @@ def rows(cache: FeatureCache) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def checkpoints_after_every_batch(monkeypatch):
-    monkeypatch.setattr(cache_module, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+def a_shard_for_every_batch(monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -44,51 +44,58 @@ def expected(tmp_path_factory):
 EVERY = pytest.param(1000, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("at_most", [20, EVERY])
-def test_a_kill_at_any_instant_costs_the_work_since_the_last_checkpoint(tmp_path, expected, at_most):
+FILES = ["build.lock", *(f"rows-0-0000{i}.safetensors" for i in range(3)), "stamp.json"]
+
+
+def test_a_kill_at_any_instant_costs_the_work_since_the_last_shard(tmp_path, expected):
     total = kills.count_operations(lambda: build(tmp_path / "count" / "c"), tmp_path / "count")
-    assert total > 40
-    for instant in kills.instants(total, at_most):
+    assert total > 20
+    for instant in range(total):
         folder = tmp_path / str(instant)
         assert kills.kill_at(lambda folder=folder: build(folder / "c"), folder, instant)
-        if (folder / "c").exists():  # then it is complete
+        if is_complete(folder / "c"):
             assert torch.equal(rows(FeatureCache(folder / "c")), expected[0])
         assert torch.equal(rows(build(folder / "c")), expected[0])
-        left = sorted(file.name for file in (folder / "c").iterdir())
-        assert left == ["features-0.bin", "offsets-0.npy", "stamp.json", "targets-0.bin"]
+        assert sorted(file.name for file in (folder / "c").iterdir()) == FILES
         assert [file.name for file in folder.iterdir()] == ["c"]
 
 
-def test_checkpoints_are_used(tmp_path, expected, monkeypatch):
+def is_complete(path: Path) -> bool:
+    try:
+        FeatureCache(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def test_shards_are_used(tmp_path, expected):
     """Killed in the third batch of three, the second run computes no more than that one."""
     ran = []
-    own = cache_module._rows_by_sample
     total = kills.count_operations(lambda: build(tmp_path / "count" / "c"), tmp_path / "count")
-    assert kills.kill_at(lambda: build(tmp_path / "k" / "c"), tmp_path / "k", total * 3 // 4)
-    monkeypatch.setattr(cache_module, "_rows_by_sample", lambda t, b: ran.append(1) or own(t, b))
+    assert kills.kill_at(lambda: build(tmp_path / "k" / "c"), tmp_path / "k", total - 6)
+    handle = MODEL.get_base_model().transformer.register_forward_hook(lambda *inputs: ran.append(1))
     assert torch.equal(rows(build(tmp_path / "k" / "c")), expected[0])
+    handle.remove()
     assert len(ran) <= 1
 
 
-@pytest.mark.parametrize("at_most", [12, EVERY])
-def test_a_kill_while_another_cache_is_replaced(tmp_path, expected, at_most):
-    """There is the old cache, or what becomes the new one; and the same command leads to the new one."""
+def test_a_kill_while_another_cache_is_replaced(tmp_path, expected):
+    """A complete cache is the old one or the new one, never parts of both; the same command leads to the new one."""
     (tmp_path / "count").mkdir()
     build(tmp_path / "count" / "c", seed=1)
     total = kills.count_operations(lambda: build(tmp_path / "count" / "c", overwrite=True), tmp_path / "count")
-    for instant in kills.instants(total, at_most, seed=1):
+    for instant in kills.instants(total, 20, seed=1):
         folder = tmp_path / str(instant)
         build(folder / "c", seed=1)
         assert kills.kill_at(lambda folder=folder: build(folder / "c", overwrite=True), folder, instant)
-        if (folder / "c").exists():
+        if is_complete(folder / "c"):
             found = rows(FeatureCache(folder / "c"))
             assert torch.equal(found, expected[0]) or torch.equal(found, expected[1])
         assert torch.equal(rows(build(folder / "c", overwrite=True)), expected[0])
-        assert [file.name for file in folder.iterdir()] == ["c"]
+        assert sorted(file.name for file in (folder / "c").iterdir()) == FILES
 
 
 def test_killed_again_and_again(tmp_path, expected):
-    instants = kills.instants(30, at_most=8, seed=2)
-    for instant in instants:
+    for instant in kills.instants(25, at_most=8, seed=2):
         kills.kill_at(lambda: build(tmp_path / "c"), tmp_path, instant)
     assert torch.equal(rows(build(tmp_path / "c")), expected[0])

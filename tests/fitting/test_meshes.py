@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes, initialize_lreg_weights
+from lreg_peft.core import hat_basis
 from lreg_peft.core.optimal_knots import optimal_knots
 from lreg_peft.fitting import meshes as mesh_fit
 
@@ -35,7 +36,7 @@ def step_data(n=2000):
 def regression(dof=6, **options):
     model = get_peft_model(Regression(), LRegConfig(target_modules=["head"], n_components=1, dof=dof, **options))
     (layer,) = tiny.layers(model)
-    layer.lreg_projection["default"].data.fill_(1.0)  # u = sigmoid(x)
+    layer.lreg_projection["default"].weight.data.fill_(1.0)  # u = sigmoid(x)
     return model
 
 
@@ -70,7 +71,7 @@ def test_nodes_go_where_the_function_bends():
     model = regression()
     result = fit_meshes(model, step_data(), ridge=1e-6, show_progress=False)
     assert result.objectives[-1] < result.objectives[0] / 10
-    nodes = tiny.layers(model)[0].lreg_nodes["default"][0]
+    nodes = tiny.layers(model)[0].lreg_encoder["default"].nodes[0]
     assert ((nodes > 0.5) & (nodes < 0.75)).sum() >= 3  # one of six on the uniform mesh
     assert nodes[0] == 0 and nodes[-1] == 1 and (nodes.diff() > 0).all()
 
@@ -105,8 +106,8 @@ def test_the_program_goes_further_than_exchanges(dof):
     assert program.objectives[1] < exchange.objectives[1] / 1.2  # the first move is the program's
     assert program.objectives[-1] < exchange.objectives[-1] / 1.05
     assert list(program.objectives) == sorted(program.objectives, reverse=True)
-    nodes = tiny.layers(model)[0].lreg_nodes["default"]
-    start = tiny.layers(waves(dof)[0])[0].lreg_nodes["default"]
+    nodes = tiny.layers(model)[0].lreg_encoder["default"].nodes
+    start = tiny.layers(waves(dof)[0])[0].lreg_encoder["default"].nodes
     assert nodes.shape == start.shape and torch.equal(nodes[:, [0, -1]], start[:, [0, -1]])
 
 
@@ -114,7 +115,7 @@ def test_the_program_with_one_component_is_that_of_the_core():
     """The squared loss, one output: the first move lands at what `optimal_knots` finds, up to bins and ends."""
     model, data = waves(12)
     (layer,) = tiny.layers(model)
-    u = layer.encode("default", data[0]["x"]).coords[:, 0].double()
+    u = layer.coords("default", data[0]["x"])[:, 0].double()
     found = optimal_knots(u, data[0]["labels"][:, 0].double(), [12])[0]
     result = fit_meshes(model, data, ridge=1e-9, strategy="program", max_moves=1, show_progress=False)
     assert result.objectives[-1] == pytest.approx(found.objective / 1000, rel=0.1)
@@ -223,10 +224,10 @@ def test_proposals_rest_on_the_gradients_of_the_loss(monkeypatch):
     monkeypatch.setattr(mesh_fit, "adapt_mesh", look)
     fit_meshes(model, data, ridge=1e-3, show_progress=False)
     (layer,) = tiny.layers(model)
-    nodes = layer.lreg_nodes["default"].double().requires_grad_()
-    layer.lreg_nodes["default"] = nodes
+    nodes = layer.lreg_encoder["default"].nodes.double().requires_grad_()
     x, labels = data[0]["x"], data[0]["labels"]
-    logits = (layer.design("default", layer.encode("default", x)) @ layer.table("default").double()).requires_grad_()
+    design = hat_basis(layer.coords("default", x).double(), nodes).flatten(-2)
+    logits = (design @ layer.table("default").double()).requires_grad_()
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     in_logits, in_nodes = torch.autograd.grad(loss, (logits, nodes))
     torch.testing.assert_close(seen["energy"].sum(dim=1), in_logits.square().sum().expand(3), rtol=1e-5, atol=0)

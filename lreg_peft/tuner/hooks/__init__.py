@@ -1,4 +1,4 @@
-"""What an adapter installs in a foreign model: forward hooks, which `release` takes out again."""
+"""What is installed in a foreign model, hooks and a forward method that takes features: `release` takes it out again."""
 
 from torch import nn
 
@@ -6,10 +6,12 @@ from ...modules import remove_hooks
 
 
 def release(model: nn.Module) -> None:
-    """Take every hook of this package out of a model."""
+    """Take every hook and forward method of this package out of a model."""
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         remove_hooks(module, *(hook for hook in hooks if _is_own(hook)))
+        if _is_own(forward := module.__dict__.get("forward")):
+            forward.release(module)
 
 
 def _is_own(hook: object) -> bool:

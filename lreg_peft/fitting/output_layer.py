@@ -1,0 +1,260 @@
+"""The shortcut on the module that gives a model its output, and the rows of data it sees.
+
+With everything below it frozen, such a shortcut is a small model of its own: features go in, logits come out, and the
+base module's output is a constant offset. Training on stored features and convex fitting both start here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modules import accepts, unwrap
+from ..rows import (
+    LossKind,
+    Pairing,
+    Rows,
+    align,
+    are_values,
+    exact_pass,
+    find_pairing,
+    logits_of,
+    loss_kind_of,
+    loss_of,
+    model_inputs,
+    shifts_labels,
+    without_labels,
+)
+from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.layout import first_tensor
+
+# Difference between a model's own logits and those computed from its rows that rounding explains.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_TOLERANCE_HALF = 3e-2
+
+
+class OutputLayer:
+    """A module with a shortcut whose output is the output of the model; made by `find_output_layer`.
+
+    Attributes:
+        model: the Transformers or custom model inside any wrapper.
+        name: name of the module in `model`.
+        layer: the wrapped module.
+        adapter_name: the adapter it is looked at for.
+        pairing: how the model makes its loss of rows; None until the first batch has been compared.
+    """
+
+    def __init__(self, model: nn.Module, name: str, layer: LRegLayer, adapter_name: str) -> None:
+        self.model, self.name, self.layer, self.adapter_name = model, name, layer, adapter_name
+        self.pairing: Pairing | None = None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether position t goes with label t + 1."""
+        return shifts_labels(self.model) if self.pairing is None else self.pairing.shift
+
+    def loss_kind(self, labels: Tensor) -> LossKind:
+        """What the model minimises over labels, or over targets as in `Rows`.
+
+        Raises:
+            ValueError: for labels outside the classes, or of another number than the outputs.
+        """
+        kind = loss_kind_of(self.model, labels, self.layer.out_features)
+        values = are_values(labels, self.layer.out_features)
+        return self.pairing.loss_kind if values and self.pairing is not None else kind
+
+    def check(self, rows: Rows, where: str) -> LossKind:
+        """What is minimised over rows; `where` says in errors which ones they are.
+
+        Raises:
+            ValueError: if they are for nothing: not finite, or labels that the loss has no minimum for.
+        """
+        kind = self.loss_kind(rows.targets)
+        for name, tensor in (("features", rows.features), ("labels", rows.targets)):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"the {name} of {self.name!r} must be finite, got NaN or infinite values {where}.")
+        if kind == "binary_cross_entropy" and len(rows.targets):
+            low, high = float(rows.targets.min()), float(rows.targets.max())
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
+                    f"{low:.6g} to {high:.6g}; other values are for 'regression'."
+                )
+        return kind
+
+    def rows(self, batch: Mapping[str, Any]) -> Rows:
+        """The rows of a batch: what reaches the module in a pass in eval mode, without a graph.
+
+        In the first batch with labels that count, the rows are compared with the output and the loss of the model.
+
+        Raises:
+            TypeError: if `batch` is not a dictionary.
+            ValueError: if it has no labels, these do not fit, or the model does something to the output of this module
+                that rows cannot repeat.
+        """
+        inputs = model_inputs(self.model, batch)
+        with exact_pass(self.model), self._captured(inputs) as features:
+            if self.pairing is None and accepts(self.model, "labels"):
+                output = self.model(**inputs)
+            else:
+                output = self.model(**without_labels(self.model, inputs))
+        if len(features) != 1:
+            raise ValueError(
+                f"{self.name!r} was called {len(features)} times in a forward pass; exactly once is needed."
+            )
+        if self.pairing is None and len(self._align(features[0], inputs).targets):
+            self._compare(features[0], output, inputs)
+        return self._align(features[0], inputs)
+
+    @contextmanager
+    def _captured(self, inputs: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+        """What the adapter reads in the passes of a block."""
+        seen: list[Tensor] = []
+
+        def see(features: Tensor) -> None:
+            # Refused here, labels that do not fit never meet the model's loss: on a GPU there is no way back from that.
+            self.loss_kind(inputs["labels"])
+            self._align(features, inputs)
+            seen.append(features)
+
+        remove = self.layer.register_input_hook(see, self.adapter_name)
+        try:
+            yield seen
+        finally:
+            remove()
+
+    def _compare(self, features: Tensor, output: Any, inputs: Mapping[str, Any]) -> None:
+        """Find the pairing, and make sure that rows give the model's own output and loss."""
+        own, labels, width = logits_of(output), inputs["labels"], self.layer.out_features
+        same = isinstance(own, Tensor) and (own.shape[-1] == width or own.ndim == 1)
+        if same:
+            pairing = find_pairing(self.model, own, labels, loss_of(output))
+            expected = align(own, labels, shift=pairing.shift, out_features=width).features
+            rows = self._align(features, inputs, pairing.shift).features
+            with exact_pass(self.model):
+                logits = self.output(rows)
+            tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF)
+            same = expected.shape == logits.shape and torch.allclose(
+                expected.to(logits), logits, rtol=tolerance, atol=tolerance, equal_nan=True
+            )
+        if not same:
+            raise ValueError(
+                f"{type(self.model).__name__} changes the output of this module ({self.name!r}), so the shortcut there "
+                "cannot be trained apart from the model. Train it in the model."
+            )
+        self.pairing = pairing
+
+    def output(self, features: Tensor, without: tuple[str, ...] = ()) -> Tensor:
+        """The module's output for rows.
+
+        Args:
+            features: `[n, in_features]`.
+            without: names of active adapters to leave out.
+
+        Returns:
+            `[n, out_features]`; a tensor of its own, safe to change.
+        """
+        # Through whatever lies between, such as an adapter of another method.
+        output, _ = first_tensor(self.layer.base_layer(self.as_inputs(features)))
+        if output.data_ptr() == features.data_ptr():
+            output = output.clone()
+        for name in self.layer.stacked_adapters:
+            if name not in without:
+                output = output + self.layer.shortcut(name, features, output)
+        return output
+
+    def base_output(self, features: Tensor) -> Tensor:
+        """What everything but this adapter gives for rows: the offset of a convex fit."""
+        return self.output(features, without=(self.adapter_name,))
+
+    def as_inputs(self, features: Tensor) -> Tensor:
+        """Rows `[n, in_features]` in the layout that the module takes: one token, or one pixel, per sample."""
+        own = self.layer.get_base_layer()
+        # The classification heads of RoBERTa's kin take [batch, length, features] and look at the first position.
+        if "ClassificationHead" in type(own).__name__:
+            return features.unsqueeze(1)
+        # The classifiers of convolutional networks flatten or average [batch, features, height, width].
+        images = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d)
+        return features[:, :, None, None] if any(isinstance(part, images) for part in own.modules()) else features
+
+    def _align(self, values: Tensor, inputs: Mapping[str, Any], shift: bool | None = None) -> Rows:
+        """Bring features and labels together."""
+        return align(
+            values,
+            inputs["labels"],
+            shift=self.shifts if shift is None else shift,
+            out_features=self.layer.out_features,
+            pool=partial(self._last_tokens, inputs=inputs),
+        )
+
+    def _last_tokens(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """What decoders classify a sample by, of `[batch, length, width]`: the last position that is not padding."""
+        ids, pad = inputs.get("input_ids"), getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if ids is None or pad is None:
+            raise ValueError(
+                f"{self.name!r} gives one output per token, and which token counts is not known without input_ids and "
+                "config.pad_token_id. Set model.config.pad_token_id."
+            )
+        last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
+        return values[torch.arange(len(values), device=values.device), last]
+
+
+def find_output_layer(model: nn.Module, adapter_name: str | None = None) -> OutputLayer:
+    """The shortcut on the output of a model.
+
+    Args:
+        model: a model with LReg adapters, in a `PeftModel`, a wrapper for several processes, or neither.
+        adapter_name: which adapter; None takes the active one.
+
+    Raises:
+        ValueError: if the adapter does not exist, is not on exactly one module that ends the model, or reads the output
+            of another one; with the reason.
+    """
+    inner = unwrap(model)
+    if adapter_name is None:
+        layers = [module for module in inner.modules() if isinstance(module, LRegLayer)]
+        active = dict.fromkeys(a for layer in layers for a in layer.active_adapters if a in layer.lreg_encoder)
+        if len(active) != 1:
+            raise ValueError(f"name the adapter: adapter_name must be one of the active {sorted(active)}.")
+        (adapter_name,) = active
+    own = layers_with_adapter(inner, adapter_name)
+    inside = [name for name in own if _is_inside_backbone(inner, name)]
+    if inside or len(own) != 1:
+        raise ValueError(
+            f"the adapter {adapter_name!r} has a shortcut at {(inside or list(own))[0]!r}"
+            + (f" and {len(own) - 1} more modules" if len(own) > 1 else "")
+            + ", inside the network; it must be on the one module that gives the model's output, such as a language "
+            "model head or a classifier: LRegConfig(target_modules=[...])."
+        )
+    ((name, layer),) = own.items()
+    if layer.source is not None:
+        raise ValueError(
+            f"a shortcut that is fitted or cached must read the input of its own module, and the one at {name!r} has "
+            f"the feature_source {layer.source.name!r}: do without that option, or train the shortcut in the model."
+        )
+    return OutputLayer(inner, name, layer, adapter_name)
+
+
+def trained_elsewhere(output: OutputLayer) -> list[str]:
+    """Names of the parameters that require gradients and are not part of the shortcut's layer."""
+    own = {id(parameter) for parameter in output.layer.parameters()}
+    base = {id(parameter) for parameter in output.layer.base_layer.parameters()}
+    return [
+        name
+        for name, parameter in output.model.named_parameters()
+        if parameter.requires_grad and (id(parameter) not in own or id(parameter) in base)
+    ]
+
+
+def _is_inside_backbone(model: nn.Module, name: str) -> bool:
+    """Whether the module `name` belongs to the backbone of a Transformers model (`transformer`, `roberta`, ...).
+
+    In a custom model nothing does: whether a module ends it shows when it runs.
+    """
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, model.base_model_prefix):
+        return False
+    return name.partition(".")[0] == model.base_model_prefix

@@ -1,0 +1,246 @@
+"""Which label belongs to which row of a model's output, and what the model minimises over the rows.
+
+A row is what one label is predicted from: a token, or a sample. Everything here goes by tensors and by the model's own
+output; nothing knows of shortcuts.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modules import accepts, eval_mode
+
+IGNORE_INDEX = -100
+
+# Relative difference between two computations of one loss from the same logits, by the dtype of the loss.
+_SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-5}
+_SAME_LOSS_HALF = 1e-2
+
+LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+
+
+class Rows(NamedTuple):
+    """Values and targets, one row per label; padding and ignored labels are left out.
+
+    Attributes:
+        features: `[n, width]`, inputs of a module or logits, in the dtype of the model.
+        targets: int64 `[n]` (classes), or `[n, out_features]` (values or 0/1 labels) in the dtype of `features`.
+    """
+
+    features: Tensor
+    targets: Tensor
+
+
+class Pairing(NamedTuple):
+    """How a model makes its loss of rows.
+
+    Attributes:
+        shift: whether position t goes with label t + 1.
+        loss_kind: what is minimised.
+    """
+
+    shift: bool
+    loss_kind: LossKind
+
+
+# Calling a model
+
+
+def model_inputs(model: nn.Module, batch: Any, *, labels: bool = True) -> dict[str, Any]:
+    """A batch as a pass takes it that the user did not ask for: tensors on the device of the model, copies of objects
+    that it may change.
+
+    Args:
+        model: the model.
+        batch: inputs of the model by name.
+        labels: whether the batch must have labels.
+
+    Raises:
+        TypeError: if it is not a dictionary.
+        ValueError: if labels are missing, or no tensor.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    if labels and not isinstance(batch.get("labels"), Tensor):
+        raise ValueError(f"a batch needs 'labels', a tensor; it has {sorted(batch)}.")
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in batch.items()
+    }
+
+
+def without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs for a pass that computes no loss; an encoder-decoder reads the labels as inputs too."""
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and accepts(model, "decoder_input_ids"):
+        prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if others.get("decoder_input_ids") is None and prepare is not None:
+            others["decoder_input_ids"] = prepare(inputs["labels"])
+    return others
+
+
+@contextmanager
+def exact_pass(model: nn.Module) -> Iterator[None]:
+    """For passes of our own: in eval mode, without autocast and without a graph."""
+    device = next(model.parameters()).device.type
+    with torch.no_grad(), eval_mode(model), torch.autocast(device, enabled=False):
+        yield
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in what a model returned: a tensor, a dictionary, an object or a tuple; None without any."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, Tensor):
+        output = (output,)
+    if isinstance(output, (tuple, list)):
+        return next((part for part in output[:2] if isinstance(part, Tensor) and part.ndim), None)
+    return getattr(output, "logits", None)
+
+
+def loss_of(output: Any) -> Any:
+    """The loss in what a model returned; None without one."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, Tensor):
+        output = (output,)
+    if isinstance(output, (tuple, list)):
+        first = output[0] if output else None
+        return first if isinstance(first, Tensor) and not first.ndim else None
+    return getattr(output, "loss", None)
+
+
+# Pairing
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether token t is trained to predict label t + 1, by the kind of the model."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in names) and not getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    )
+
+
+def is_per_token(values: Tensor, labels: Tensor) -> bool:
+    """Whether there is one class label for every position of `[batch, length, width]`."""
+    return values.ndim == 3 and labels.shape == values.shape[:2] and not labels.is_floating_point()
+
+
+def are_values(labels: Tensor, out_features: int) -> bool:
+    """Whether labels are values or 0/1 and no classes: with one output, whole numbers are values too."""
+    return labels.is_floating_point() or out_features == 1
+
+
+def rows_per_sample(labels: Tensor, *, shift: bool) -> list[int]:
+    """How many rows each sample of class labels `[batch]` or `[batch, length]` gives."""
+    counted = labels[:, 1:] if shift and labels.ndim == 2 else labels
+    return (counted != IGNORE_INDEX).unsqueeze(-1).flatten(1).sum(dim=1).tolist()  # type: ignore[no-any-return]
+
+
+def align(
+    values: Tensor, labels: Tensor, *, shift: bool, out_features: int, pool: Callable[[Tensor], Tensor] | None = None
+) -> Rows:
+    """Bring values and labels together.
+
+    Args:
+        values: features or logits, `[batch, (length,) width]`.
+        labels: `[batch, length]` or one or several per sample; -100 is left out if they are classes.
+        shift: whether position t goes with label t + 1.
+        out_features: outputs of the model per row.
+        pool: makes `[batch, width]` of `[batch, length, width]` where labels belong to samples.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if is_per_token(values, labels):
+        if shift:
+            values, labels = values[:, :-1], labels[:, 1:]
+        counts = labels != IGNORE_INDEX
+        return Rows(values[counts], labels[counts])
+    shape = tuple(values.shape)
+    is_value = are_values(labels, out_features)
+    if values.ndim == 3 and pool is not None:
+        values = pool(values)
+    elif is_value and len(labels) == len(values):
+        values = values.reshape(len(labels), -1)
+    if values.ndim != 2 or len(labels) != len(values) or not (is_value or labels.ndim == 1):
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit outputs of shape {shape}: they fit neither the "
+            "tokens nor the samples."
+        )
+    if is_value:
+        return Rows(values, labels.to(values.dtype).reshape(len(labels), -1))
+    counts = labels != IGNORE_INDEX
+    return Rows(values[counts], labels[counts])
+
+
+def loss_kind_of(model: nn.Module, labels: Tensor, out_features: int) -> LossKind:
+    """What `model` minimises over labels, as Transformers' models choose it.
+
+    Raises:
+        ValueError: for labels outside the classes, or of another number than the outputs.
+    """
+    if not are_values(labels, out_features):
+        classes = labels[labels != IGNORE_INDEX]
+        low, high = (int(classes.min()), int(classes.max())) if len(classes) else (0, 0)
+        if low < 0 or high >= out_features:
+            raise ValueError(
+                f"labels must lie in [0, {out_features - 1}], the classes of {type(model).__name__}, or be "
+                f"{IGNORE_INDEX}, got {low if low < 0 else high}."
+            )
+        return "cross_entropy"
+    width = labels[0].numel() if len(labels) else out_features
+    if width != out_features:
+        raise ValueError(f"{type(model).__name__} has {out_features} outputs, but a sample has {width} labels.")
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
+
+
+def row_loss(loss_kind: LossKind, logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss over rows, as Transformers' models compute it: logits `[n, out_features]`, targets as in `Rows`."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if loss_kind == "cross_entropy":
+        return F.cross_entropy(logits, targets)
+    if loss_kind == "binary_cross_entropy":
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    return F.mse_loss(logits, targets.to(logits.dtype))
+
+
+def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> Pairing:
+    """Which label a row goes with, and what is minimised: what gives the loss that the model itself made of a batch.
+
+    What Transformers' models do is tried first, then the other shift of token labels, and the other kind of loss for
+    values. One batch shows what it shows: a weight of a class that it does not hold goes unseen.
+
+    Args:
+        model: the model, for what its kind and configuration say.
+        logits: its own, `[batch, (length,) out_features]`; computed in eval mode, without autocast.
+        labels: of the batch.
+        loss: its own; None for a model without one, which is then taken at its word.
+
+    Raises:
+        ValueError: if labels do not fit, or no pairing gives the loss.
+    """
+    width = logits.shape[-1] if logits.ndim > 1 else 1
+    kind, shift = loss_kind_of(model, labels, width), shifts_labels(model)
+    kinds: tuple[LossKind, ...] = (kind,)
+    if kind != "cross_entropy":
+        kinds = (kind, "squared_error" if kind == "binary_cross_entropy" else "binary_cross_entropy")
+    for pairing in (Pairing(s, k) for s in (shift, not shift) for k in kinds):
+        rows = align(logits, labels, shift=pairing.shift, out_features=width)
+        if loss is None or not len(rows.targets):
+            return pairing
+        mine = row_loss(pairing.loss_kind, *rows)
+        tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
+        if loss.numel() == 1 and torch.isclose(loss.reshape(()).to(mine), mine, tolerance, 1e-7, equal_nan=True):
+            return pairing
+    raise ValueError(
+        f"the loss of {type(model).__name__} is not the {kind.replace('_', ' ')} of its outputs averaged over the "
+        "labels, which is all that is known here: it weights labels, changes the outputs or adds terms, so train "
+        "the adapter in the model, by gradients."
+    )

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lreg_peft import LRegLayer
-from lreg_peft.fitting.output_shortcut import Rows, Terminal
+from lreg_peft.fitting.output_layer import OutputLayer
+from lreg_peft.rows import Rows
 
 
 class StoredRows:
@@ -40,23 +41,23 @@ class Score:
 
 
 @torch.no_grad()
-def score(terminal: Terminal, rows: StoredRows, per_chunk: int = 256) -> Score:
+def score(output: OutputLayer, rows: StoredRows, per_chunk: int = 256) -> Score:
     """Judge the shortcut as it is in the model, whatever put it there."""
     loss = hits = 0.0
     for features, targets in rows.chunks(per_chunk):
-        logits = terminal.base_output(features, without=()).double()
+        logits = output.output(features).double()
         loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         hits += (logits.argmax(1) == targets).sum().item()
     return Score(loss / len(rows), hits / len(rows))
 
 
-def penalty(terminal: Terminal, ridge: float) -> Tensor:
+def penalty(output: OutputLayer, ridge: float) -> Tensor:
     """The second term of the objective: `ridge / 2` times the sum of the squared linear weights."""
-    return ridge / 2 * sum(weight.square().sum() for weight in terminal.layer.output_weights(terminal.adapter_name))
+    return ridge / 2 * output.layer.table(output.adapter_name).square().sum()
 
 
 def train(
-    terminal: Terminal,
+    output: OutputLayer,
     rows: StoredRows,
     *,
     ridge: float,
@@ -69,7 +70,7 @@ def train(
     """AdamW on the objective of the fit, with a linear schedule; returns the CPU seconds it took.
 
     Args:
-        terminal: the shortcut, from wherever it stands.
+        output: the shortcut, from wherever it stands.
         rows: to train on.
         ridge: weight of the penalty, as in the fit.
         rate: the first learning rate.
@@ -78,10 +79,10 @@ def train(
         projection: train projection and bias as well.
         seed: of the order.
     """
-    layer, name = terminal.layer, terminal.adapter_name
-    trained = list(layer.output_weights(name))
+    layer, name = output.layer, output.adapter_name
+    trained = list(layer.lreg_coefficients[name].parameters())
     if projection:
-        trained += [layer.lreg_projection[name], layer.lreg_projection_bias[name]]
+        trained += layer.lreg_projection[name].parameters()
     steps = epochs * -(-len(rows) // batch_size)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -89,8 +90,8 @@ def train(
     started = time.process_time()
     for _ in tqdm(range(epochs), f"AdamW {rate:g}", leave=False, mininterval=5):
         for chosen in torch.randperm(len(rows), generator=draw).split(batch_size):
-            logits = terminal.base_output(rows.features[chosen], without=())
-            loss = torch.nn.functional.cross_entropy(logits, rows.targets[chosen]) + penalty(terminal, ridge)
+            logits = output.output(rows.features[chosen])
+            loss = torch.nn.functional.cross_entropy(logits, rows.targets[chosen]) + penalty(output, ridge)
             for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                 parameter.grad = gradient
             optimizer.step()
@@ -103,15 +104,16 @@ def train(
 
 def adapter_state(layer: LRegLayer, name: str) -> dict[str, Tensor]:
     """A copy of everything that an adapter of a layer consists of."""
-    kinds = (*layer.adapter_layer_names, "lreg_nodes")
-    return {kind: getattr(layer, kind)[name].detach().clone() for kind in kinds if name in getattr(layer, kind)}
+    parts = zip(layer.adapter_layer_names, layer.parts(name), strict=True)
+    return {f"{kind}.{key}": value.clone() for kind, part in parts for key, value in part.state_dict().items()}
 
 
 @torch.no_grad()
 def restore(layer: LRegLayer, name: str, state: dict[str, Tensor]) -> None:
     """Put a copy back, in place."""
-    for kind, value in state.items():
-        getattr(layer, kind)[name].copy_(value)
+    for place, value in state.items():
+        kind, key = place.split(".")
+        getattr(getattr(layer, kind)[name], key).copy_(value)
 
 
 def provenance(settings: dict[str, Any]) -> dict[str, Any]:

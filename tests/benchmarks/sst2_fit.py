@@ -42,7 +42,7 @@ from transformers.utils import logging
 
 from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
 from lreg_peft.core.coordinates import principal_axes, standardised_start
-from lreg_peft.fitting.output_shortcut import Terminal, find_terminal
+from lreg_peft.fitting.output_layer import OutputLayer, find_output_layer
 
 SPLITS = ("train", "validation")
 GRADES = 3
@@ -78,13 +78,13 @@ def features(model: nn.Module, encoder: str, data_dir: Path, path: Path) -> tupl
     """Rows of both splits and the CPU seconds that they took, from `path` if they are there."""
     if not path.exists():
         started = time.process_time()
-        terminal, tokenizer = find_terminal(model), AutoTokenizer.from_pretrained(encoder)
+        output, tokenizer = find_output_layer(model), AutoTokenizer.from_pretrained(encoder)
         tokenizer.model_max_length = min(tokenizer.model_max_length, 512)
         stored = {}
         for split in SPLITS:
             texts, labels = sentences(data_dir / f"{split}.tsv")
             total = math.ceil(len(texts) / 64)
-            parts = [terminal.rows(batch) for batch in tqdm(batches(tokenizer, texts, labels, 64), split, total)]
+            parts = [output.rows(batch) for batch in tqdm(batches(tokenizer, texts, labels, 64), split, total)]
             stored[split] = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
         stored["seconds"] = time.process_time() - started
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,8 +98,8 @@ class Comparison:
 
     def __init__(self, model: nn.Module, data: dict[str, StoredRows], arguments: argparse.Namespace) -> None:
         self.model, self.data, self.arguments = model, data, arguments
-        self.terminal: Terminal = find_terminal(model)
-        self.layer, self.name = self.terminal.layer, self.terminal.adapter_name
+        self.output: OutputLayer = find_output_layer(model)
+        self.layer, self.name = self.output.layer, self.output.adapter_name
         sample = data["train"].features[:: max(1, len(data["train"]) // 8192)]
         axes = principal_axes(sample, GRADES * arguments.components)
         #: Projection, bias and mesh of every grade.
@@ -114,14 +114,14 @@ class Comparison:
 
     def judge(self, method: str, seconds: float, **more: Any) -> None:
         """Add what the model holds now to the table."""
-        fitted = score(self.terminal, self.data["train"], 4096)
+        fitted = score(self.output, self.data["train"], 4096)
         self.rows.append(
             {
                 "method": method,
                 "loss": fitted.loss,
-                "objective": fitted.loss + penalty(self.terminal, self.arguments.ridge).item(),
+                "objective": fitted.loss + penalty(self.output, self.arguments.ridge).item(),
                 "train_accuracy": fitted.accuracy,
-                "accuracy": score(self.terminal, self.data["validation"], 4096).accuracy,
+                "accuracy": score(self.output, self.data["validation"], 4096).accuracy,
                 "seconds": seconds,
                 **more,
             }
@@ -158,8 +158,8 @@ class Comparison:
         for number, encoder in enumerate(self.encoders, start=1):
             if number > 1:
                 add_grade(self.model)
-                self.terminal = find_terminal(self.model)
-                self.layer.set_encoder(self.terminal.adapter_name, *encoder)
+                self.output = find_output_layer(self.model)
+                self.layer.set_encoder(self.output.adapter_name, *encoder)
             started = time.process_time()
             fitted = fit_coefficients(self.model, self.data["train"], ridge=self.arguments.ridge, show_progress=False)
             self.judge(
@@ -175,7 +175,7 @@ class Comparison:
         for rate in arguments.rates:
             restore(self.layer, self.name, self.start)
             seconds = train(
-                self.terminal,
+                self.output,
                 self.data["train"],
                 ridge=arguments.ridge,
                 rate=rate,
@@ -183,8 +183,8 @@ class Comparison:
                 batch_size=arguments.batch_size,
                 projection=projection,
             )
-            objective = score(self.terminal, self.data["train"], 4096).loss
-            objective += penalty(self.terminal, arguments.ridge).item()
+            objective = score(self.output, self.data["train"], 4096).loss
+            objective += penalty(self.output, arguments.ridge).item()
             tried.append((objective, rate, seconds, adapter_state(self.layer, self.name)))
             print("adamw", projection, rate, objective, f"{seconds:.0f} s", flush=True)
         _, rate, seconds, state = min(tried, key=lambda run: run[0])

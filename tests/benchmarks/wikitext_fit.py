@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from lreg_peft import CoefficientFit, LRegConfig, fit_coefficients, initialize_lreg_weights
 from lreg_peft.core import Chunk, Solution, solve_cross_entropy
-from lreg_peft.fitting.output_shortcut import find_terminal
+from lreg_peft.fitting.output_layer import find_output_layer
 
 ROWS = 256
 COLUMNS = {
@@ -75,8 +75,8 @@ class Comparison:
             task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=arguments.components, dof=arguments.dof
         )
         self.model: nn.Module = get_peft_model(base, config)
-        self.terminal = find_terminal(self.model)
-        self.layer, self.name = self.terminal.layer, self.terminal.adapter_name
+        self.output = find_output_layer(self.model)
+        self.layer, self.name = self.output.layer, self.output.adapter_name
         blocks = self._blocks(tokenizer, arguments.train_file, arguments.train_tokens)
         held = torch.arange(len(blocks)) % 10 == 9
         batch = {"input_ids": blocks[~held], "labels": blocks[~held]}
@@ -95,7 +95,7 @@ class Comparison:
         return blocks[torch.linspace(0, len(blocks) - 1, wanted).long()]
 
     def _rows(self, blocks: Tensor) -> StoredRows:
-        parts = [self.terminal.rows({"input_ids": part, "labels": part}) for part in blocks.split(16)]
+        parts = [self.output.rows({"input_ids": part, "labels": part}) for part in blocks.split(16)]
         return StoredRows(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def add(self, method: str, *, tuning: float, test: float, **more: Any) -> None:
@@ -170,7 +170,7 @@ class Comparison:
         for rate in rates:
             restore(self.layer, self.name, self.start)
             seconds = train(
-                self.terminal,
+                self.output,
                 self.train,
                 ridge=ridge,
                 rate=rate,
@@ -178,7 +178,7 @@ class Comparison:
                 batch_size=ROWS,
                 projection=projection,
             )
-            objective = self._loss(self.train) + penalty(self.terminal, ridge).item()
+            objective = self._loss(self.train) + penalty(self.output, ridge).item()
             print("adamw", projection, rate, objective, f"{seconds:.0f} s", flush=True)
             if best is None or objective < best[0]:
                 best = objective, rate, seconds, adapter_state(self.layer, self.name)
@@ -199,24 +199,24 @@ class Comparison:
         return rate
 
     def _parameters(self, projection: bool = False) -> dict[str, int]:
-        weights = list(self.layer.output_weights(self.name))
+        weights = list(self.layer.lreg_coefficients[self.name].parameters())
         if projection:
-            weights += [self.layer.lreg_projection[self.name], self.layer.lreg_projection_bias[self.name]]
+            weights += self.layer.lreg_projection[self.name].parameters()
         return {"parameters": sum(weight.numel() for weight in weights)}
 
     def _loss(self, rows: StoredRows) -> float:
-        return score(self.terminal, rows, ROWS).loss
+        return score(self.output, rows, ROWS).loss
 
     @torch.no_grad()
     def _bias_chunks(self) -> Iterator[Chunk]:
         for features, targets in self.train.chunks(ROWS):
-            yield Chunk(torch.ones(len(targets), 1), targets, self.terminal.base_output(features))
+            yield Chunk(torch.ones(len(targets), 1), targets, self.output.base_output(features))
 
     @torch.no_grad()
     def _bias_loss(self, rows: StoredRows, bias: Tensor) -> float:
         total = 0.0
         for features, targets in rows.chunks(ROWS):
-            logits = self.terminal.base_output(features).double() + bias
+            logits = self.output.base_output(features).double() + bias
             total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         return total / len(rows)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...labels import IGNORE_INDEX, shifts_labels
 from ...modules import is_compiling, remove_hooks
+from ...rows import IGNORE_INDEX, shifts_labels
 from ..layer import LRegLayer, this_thread
 from .output_head import wrapped_head
 

@@ -17,7 +17,6 @@ from peft import get_peft_model
 from processes import run_on_two
 from torch import nn
 
-import lreg_peft.fitting.cache_files as files_module
 import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
 import lreg_peft.fitting.meshes as meshes_module
@@ -203,20 +202,17 @@ def scenarios(rank: int, folder: Path):
     yield "cache: other weights", cache, copy.deepcopy(base), "h.0.mlp.c_fc.bias' of process 1", None
     yield "cache: data", lambda m: cache(m, Breaking(samples(), 1)), at_head(), "the disk of process 1", None
     yield "cache: one's data", lambda m: cache(m, _late(rank)), at_head(), "late on process 1", None
-    for name, where in (("replace_file", files_module), ("write_all", files_module)):
-        for at in (1, 2):
-            patch = failing(rank, where, name, at)
-            yield (
-                f"cache: {name} {at}",
-                lambda m, a=at: cache(m, path=f"w{a}"),
-                at_head(),
-                f"{name} of process 1",
-                patch,
-            )
-    patch = failing(1 - rank, cache_module.Building, "begin")  # what the main process does
-    yield "cache: begin", cache, at_head(), "process 0 stopped: begin", patch
-    patch = failing(1 - rank, cache_module, "_put_in_place")
-    yield "cache: end", cache, at_head(), "process 0 stopped: _put_in_place", patch
+    patch = failing(rank, cache_module.os, "fsync")
+    yield "cache: a shard", lambda m: cache(m, path="shard"), at_head(), "fsync of process 1", patch
+    for at in (1, 3):  # the main process writes the first stamp, its shard, the last stamp
+        patch = failing(1 - rank, cache_module.os, "fsync", at)
+        yield (
+            f"cache: a stamp {at}",
+            lambda m, a=at: cache(m, path=f"stamp{a}"),
+            at_head(),
+            "process 0 stopped: f",
+            patch,
+        )
 
     model, optimizer = trained()
     for at in (1, 2):
@@ -276,7 +272,7 @@ def _run(folder: Path) -> None:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     run_on_two(__file__, folder)
-    assert sorted(path.name for path in folder.iterdir() if "partial" not in path.name) == ["0.pt", "1.pt"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["0.pt", "1.pt"]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

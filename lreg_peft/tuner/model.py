@@ -72,6 +72,10 @@ class LRegModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, LRegLayer) and not target.lreg_encoder:  # nothing of earlier adapters is left
+            if target.source is not None:
+                spans.remove(self.model, target.source)
+            target = target.base_layer
         layer = target
         if not isinstance(layer, LRegLayer):
             sizes = sizes_of_shortcut(self.model, current_key, target, peft_config)

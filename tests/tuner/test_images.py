@@ -20,6 +20,8 @@ from lreg_peft import (
     track_statistics,
     update_meshes,
 )
+from lreg_peft.training.statistics import statistics_of
+from lreg_peft.tuner.sites import Site
 
 PLACEMENTS = {
     "resnet": ("resnet.encoder.stages.3", 16, 24),
@@ -119,7 +121,7 @@ class TestClassifierOfConvolutionalNetworks:
         assert fit.gap < 1e-6
         loss = model(**batch).loss.item()
         (layer,) = layers(model)
-        penalty = 1e-2 / 2 * sum(w.square().sum().item() for w in layer.output_weights("default"))
+        penalty = 1e-2 / 2 * layer.table("default").square().sum().item()
         assert loss + penalty == pytest.approx(fit.objective, abs=1e-5)
         assert loss < own
 
@@ -143,7 +145,7 @@ def test_as_many_channels_as_the_image_is_wide():
     shake(model)
     (layer,) = layers(model)
     images = torch.randn(2, 8, 8, 8)
-    value = layer._value("default", layer.encode("default", images.movedim(1, -1)), torch.float32)
+    value = layer.design("default", images.movedim(1, -1)) @ layer.table("default")
     torch.testing.assert_close(layer(images), layer.base_layer(images) + value.movedim(-1, 1))
 
 
@@ -162,7 +164,7 @@ class TestStridedStages:
         (layer,) = layers(model)
         features, like = torch.randn(2, 16, 6, 6), torch.randn(2, 24, 3, 3)
         rows = features.movedim(1, -1)
-        unpooled = layer._value("default", layer.encode("default", rows), torch.float32)
+        unpooled = layer.design("default", rows) @ layer.table("default")
         expected = functional.avg_pool2d(unpooled.movedim(-1, 1), 2)
         torch.testing.assert_close(layer.shortcut("default", features, like), expected)
 
@@ -173,25 +175,17 @@ class TestStridedStages:
         shake(model)
         track_statistics(model, True, n_rows=10**6)
         (layer,) = layers(model)
-        model.train()
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
-        noted = []
-        (seen,) = layer.lreg_statistics.values()
-
         inputs, gradients = [], []
-        layer.register_input_hook(lambda rows: inputs.append(rows))
+        layer.register_input_hook(inputs.append)
         layer.register_forward_hook(lambda m, a, out: out.register_hook(gradients.append) and None)
+        model.train()
         model(**batch).loss.backward()
-        optimizer.step()
-        noted = seen.read(layer.lreg_nodes["default"])
-        rows = inputs[0].reshape(-1, 16)
+        nodes, rows = layer.lreg_encoder["default"].nodes, inputs[0].reshape(-1, 16)
         # every position of a window of 2 x 2 has a quarter of the gradient of its average
         spread = gradients[0].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).movedim(1, -1).reshape(-1, 24) / 4
-        element = (
-            (layer.coords("default", rows).unsqueeze(-1) >= layer.lreg_nodes["default"][:, 1:-1]).sum(dim=-1).detach()
-        )
+        element = (layer.coords("default", rows).unsqueeze(-1) >= nodes[:, 1:-1]).sum(dim=-1)
         expected = torch.zeros(3, 5).scatter_add_(1, element.T, spread.square().sum(dim=1).expand(3, -1))
-        torch.testing.assert_close(noted.energy, expected)
+        torch.testing.assert_close(statistics_of(Site("", layer, "default")).read().energy, expected)
 
     def test_gradient_start_takes_the_leading_directions_of_the_pooled_product(self):
         base, batch = image_model("resnet")
@@ -210,7 +204,7 @@ class TestStridedStages:
         compress = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))  # as the start draws it
         _, _, right = torch.linalg.svd(compress.T @ product)
         (layer,) = layers(model)
-        found = functional.normalize(layer.lreg_projection["default"].detach(), dim=1)
+        found = functional.normalize(layer.lreg_projection["default"].weight.detach(), dim=1)
         # Directions are up to their sign; sums of some hundred fp32 numbers.
         torch.testing.assert_close((found * right[:3]).sum(dim=1).abs(), torch.ones(3), rtol=1e-4, atol=1e-4)
 
@@ -220,7 +214,7 @@ class TestStridedStages:
         model = adapt(base, **STRIDED)
         shake(model)
         track_statistics(model, n_hard_samples=8)
-        before = layers(model)[0].lreg_nodes["default"].clone()
+        before = layers(model)[0].lreg_encoder["default"].nodes.clone()
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
@@ -228,7 +222,7 @@ class TestStridedStages:
             model(**batch).loss.backward()
             optimizer.step()
         update_meshes(model, optimizer, strategy=strategy)
-        after = layers(model)[0].lreg_nodes["default"]
+        after = layers(model)[0].lreg_encoder["default"].nodes
         assert (after.diff(dim=1) > 0).all()
         assert not torch.equal(after, before)
 

@@ -48,7 +48,7 @@ class TestFiles:
     def test_keys_and_dtypes(self, saved):
         folder, _ = saved
         tensors = load_file(folder / "adapter_model.safetensors")
-        kinds = ("projection", "projection_bias", "coefficients", "nodes")
+        kinds = ("projection.weight", "projection.bias", "coefficients.weight", "encoder.nodes")
         modules = ("lm_head", "transformer.h.0.mlp", "transformer.h.1.mlp")
         assert set(tensors) == {f"base_model.model.{module}.lreg_{kind}" for module in modules for kind in kinds}
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -80,8 +80,9 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         for folder, shape in ((tmp_path, (3, 5)), (tmp_path / "default_2", (2, 7)), (tmp_path / "fault", (1, 3))):
             tensors = load_file(folder / "adapter_model.safetensors")
-            assert {tuple(t.shape) for name, t in tensors.items() if name.endswith("lreg_nodes")} == {shape}
-            assert all(name.endswith(("projection", "bias", "coefficients", "nodes")) for name in tensors)
+            assert {tuple(t.shape) for name, t in tensors.items() if name.endswith(".nodes")} == {shape}
+            assert not [name for name in tensors if "default" in name or "fault" in name]
+            assert len(tensors) == (12 if folder == tmp_path else 4)
 
     def test_pickle_format(self, tmp_path):
         model = trained()
@@ -93,14 +94,14 @@ class TestFiles:
         model = trained(gpt2().to(dtype))
         nodes = torch.tensor([0.0, 0.9, 0.9005, 0.901, 1.0])
         for layer in layers(model):
-            layer.lreg_nodes["default"].copy_(nodes.expand(3, 5))
+            layer.lreg_encoder["default"].nodes.copy_(nodes.expand(3, 5))
         model.to(dtype)
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(gpt2().to(dtype), tmp_path, autocast_adapter_dtype=False)
         loaded.to(dtype)
         for layer in layers(loaded):
-            assert layer.lreg_nodes["default"].dtype == torch.float32
-            assert torch.equal(layer.lreg_nodes["default"], nodes.expand(3, 5))
+            assert layer.lreg_encoder["default"].nodes.dtype == torch.float32
+            assert torch.equal(layer.lreg_encoder["default"].nodes, nodes.expand(3, 5))
         assert torch.equal(outputs(loaded), outputs(model))
 
 
@@ -114,10 +115,10 @@ class TestWaysIn:
     def test_trainable(self, saved):
         folder, expected = saved
         loaded = PeftModel.from_pretrained(gpt2(), folder, is_trainable=True)
-        assert {n.split(".")[-3] for n, p in loaded.named_parameters() if p.requires_grad} == {
-            "lreg_projection",
-            "lreg_projection_bias",
-            "lreg_coefficients",
+        assert {n.partition("lreg_")[2] for n, p in loaded.named_parameters() if p.requires_grad} == {
+            "projection.default.weight",
+            "projection.default.bias",
+            "coefficients.default.weight",
         }
         assert torch.equal(outputs(loaded), expected)
 
@@ -213,56 +214,120 @@ def edit(change):
 
 
 HEAD = "base_model.model.lm_head.lreg_"
+
+
+def replaced(name, change):
+    """One tensor of the output layer, changed; new in memory."""
+    return edit(lambda tensors: tensors.update({HEAD + name: change(tensors[HEAD + name].clone())}))
+
+
+def added(name, shape=(16,)):
+    return edit(lambda tensors: tensors.update({"base_model.model." + name: torch.zeros(shape)}))
+
+
+def collide(nodes):
+    nodes[1, 2] = nodes[1, 1]
+    return nodes
+
+
+#: What happens to a file, and the sentence.
 DAMAGE = {
-    "truncated": (truncate, r"is damaged or incomplete \(.*\)\. Copy or download it again"),
-    "missing tensor": (
-        edit(lambda tensors: tensors.pop(HEAD + "coefficients")),
-        r"lacks 1 tensors of this configuration, the first is 'lm_head.lreg_coefficients'",
+    "missing weights": (
+        edit(lambda tensors: tensors.pop(HEAD + "coefficients.weight")),
+        r"lacks .*lm_head.lreg_coefficients.*without which the rest of this adapter would be another function",
     ),
-    "missing nodes": (edit(lambda tensors: tensors.pop(HEAD + "nodes")), "the first is 'lm_head.lreg_nodes'"),
+    "missing nodes": (
+        edit(lambda tensors: tensors.pop(HEAD + "encoder.nodes")),
+        r"lacks .*lm_head.lreg_encoder.*nodes.* The nodes are buffers: .*save_pretrained\(\)",
+    ),
     "not finite": (
-        edit(lambda tensors: tensors[HEAD + "coefficients"][0, 0, 0].fill_(float("nan"))),
-        "lm_head.lreg_coefficients holds values that are not finite",
+        replaced("coefficients.weight", lambda weight: weight * torch.nan),
+        "damaged: .*lm_head.lreg_coefficients.* holds values that are not finite",
     ),
     "integers": (
-        edit(lambda tensors: tensors.update({HEAD + "projection_bias": torch.ones(3, dtype=torch.long)})),
-        "lm_head.lreg_projection_bias holds values that are not finite numbers",
+        replaced("projection.bias", lambda bias: torch.ones(3, dtype=torch.long)),
+        "damaged: .*lm_head.lreg_projection.*bias holds values that are not finite numbers",
     ),
     "colliding nodes": (
-        edit(lambda tensors: tensors[HEAD + "nodes"][1, 2].fill_(tensors[HEAD + "nodes"][1, 1])),
-        "damaged: .*lm_head.lreg_nodes: nodes must be strictly increasing: component 1",
+        replaced("encoder.nodes", collide),
+        "damaged: .*lm_head.lreg_encoder.*nodes: nodes must be strictly increasing: component 1",
     ),
-    "nodes of another range": (
-        edit(lambda tensors: tensors[HEAD + "nodes"].mul_(2)),
-        r"lm_head.lreg_nodes: every mesh must span \[0, 1\]",
+    "unsorted nodes": (replaced("encoder.nodes", lambda nodes: nodes.flip(1)), "nodes must be strictly increasing"),
+    "nodes rounded to bf16": (
+        replaced("encoder.nodes", lambda nodes: torch.tensor([0, 0.9, 0.9005, 0.901, 1]).repeat(3, 1).bfloat16()),
+        "strictly increasing.* saved in torch.bfloat16, which rounds: save them in float32",
     ),
+    "nodes of another range": (replaced("encoder.nodes", lambda nodes: nodes * 2), r"every mesh must span \[0, 1\]"),
     "another size": (
-        edit(lambda tensors: tensors.update({HEAD + "coefficients": torch.zeros(3, 4, 61)})),
-        r"size mismatch for .*lm_head.lreg_coefficients: .* ask for \(3, 5, 61\), the adapter file holds \(3, 4, 61\)",
+        replaced("coefficients.weight", lambda weight: torch.zeros(61, 12)),
+        r"size mismatch for .*lm_head.lreg_coefficients.*: .* ask for \(61, 15\), the file holds \(61, 12\)",
     ),
+    "another module's shortcut": (
+        added("transformer.h.0.attn.lreg_projection.weight", (3, 16)),
+        r"holds 1 tensors of shortcuts that the model does not have, .*transformer.h.0.attn.lreg_projection",
+    ),
+    "another head's tensor": (added("lm_head.lreg_encoder.weight", (3, 5)), r"holds .*lreg_encoder.* do not have"),
+    "something of nobody": (added("lm_head.lreg_other.weight"), r"holds .*lreg_other.* do not have"),
 }
 
 
 class TestBadFiles:
+    """Refused before anything is copied, with a sentence."""
+
     @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-    def test_loading_into_a_model_with_adapters_changes_nothing(self, damage, message, saved):
+    def test_into_a_model_with_adapters(self, damage, message, saved):
         folder, expected = saved
         model = PeftModel.from_pretrained(gpt2(), folder)
         damage(folder / "adapter_model.safetensors")
         before = state(model)
-        with pytest.raises(Exception, match=message) as caught:
-            model.load_adapter(folder, "damaged")
-        assert isinstance(caught.value, (ValueError, RuntimeError)) or "afetensor" in type(caught.value).__name__
-        assert list(model.peft_config) == ["default"]
-        assert same_state(state(model), before)
-        assert torch.equal(outputs(model), expected)
+        for name in ("damaged", "default"):
+            with pytest.raises(ValueError, match=message):
+                model.load_adapter(folder, name)
+            after = state(model)
+            assert same_state(before, {key: after[key] for key in before})
+            model.set_adapter("default")
+            assert torch.equal(outputs(model), expected)
 
     @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-    def test_loading_anew_is_refused(self, damage, message, saved):
+    def test_anew(self, damage, message, saved):
         folder, _ = saved
         damage(folder / "adapter_model.safetensors")
-        with pytest.raises(Exception, match=message):
+        with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(gpt2(), folder)
+
+    @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+    def test_as_a_state_dict(self, damage, message, saved):
+        """`load_state_dict` of the whole model, strictly or not, of the layer alone, and PEFT's function."""
+        folder, expected = saved
+        model = PeftModel.from_pretrained(gpt2(), folder)
+        damage(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        inside = {}
+        for key, value in tensors.items():
+            path, _, name = key.rpartition(".")
+            inside[f"{path}.default.{name}"] = value
+        before = state(model)
+        whole = {**{key: value for key, value in before.items() if "lreg_" not in key}, **inside}
+        for load in (
+            lambda: model.load_state_dict(dict(whole)),
+            lambda: model.load_state_dict(dict(inside), strict=False),
+            lambda: set_peft_model_state_dict(model, dict(tensors)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                load()
+            assert same_state(before, state(model))
+        assert torch.equal(outputs(model), expected)
+
+    def test_a_file_that_ends_early(self, saved):
+        folder, expected = saved
+        model = PeftModel.from_pretrained(gpt2(), folder)
+        truncate(folder / "adapter_model.safetensors")
+        with pytest.raises(Exception, match=r"[Ii]ncomplete|deserializ"):
+            PeftModel.from_pretrained(gpt2(), folder)
+        with pytest.raises(Exception, match=r"[Ii]ncomplete|deserializ"):
+            model.load_adapter(folder, "damaged")
+        model.set_adapter("default")
+        assert torch.equal(outputs(model), expected)
 
     def test_adapter_for_another_model_size(self, saved):
         folder, _ = saved
@@ -274,7 +339,7 @@ class TestBadFiles:
         folder, _ = saved
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["attn"]}))
-        with pytest.raises(ValueError, match=r"lacks 8 tensors .*saved for other target modules or is damaged"):
+        with pytest.raises(ValueError, match=r"holds .* tensors of shortcuts that the model does not have"):
             PeftModel.from_pretrained(gpt2(), folder)
 
     @pytest.mark.parametrize("field", ["n_components", "dof"])
@@ -293,24 +358,69 @@ class TestBadFiles:
             model.load_adapter(folder, "default")
         assert same_state(state(model), before)
 
-    def test_modules_that_had_no_adapter_before_work_as_before(self, saved):
-        folder, _ = saved
-        model = trained(target_modules=["attn"])
-        expected = outputs(model)
-        truncate(folder / "adapter_model.safetensors")
-        with pytest.raises(Exception, match=r"incomplete|deserializ"):
-            model.load_adapter(folder, "damaged")
-        assert torch.equal(outputs(model), expected)
-        assert not [name for name in model.state_dict() if name.endswith(".damaged")]
-
     def test_missing_file(self, saved):
         folder, _ = saved
         (folder / "adapter_model.safetensors").unlink()
-        model = PeftModel(gpt2(), LRegConfig(**OPTIONS))
-        before = state(model)
+        model = trained()
+        expected = outputs(model)
         with pytest.raises((ValueError, OSError)):
             model.load_adapter(folder, "gone")
-        assert same_state(state(model), before)
+        model.set_adapter("default")
+        assert torch.equal(outputs(model), expected)
+
+
+class TestWhatTrainsAlone:
+    """Nodes are buffers: a state dict of what requires gradients lacks them."""
+
+    def only_what_trains(self, model) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @pytest.mark.parametrize("head", ["full", "factored"])
+    def test_it_is_saved_with_the_nodes(self, head, tmp_path):
+        """As trainers under ZeRO-3 do, which gather what trains."""
+        model = trained(head=head)
+        model.save_pretrained(tmp_path, state_dict=self.only_what_trains(model))
+        keys = load_file(tmp_path / "adapter_model.safetensors")
+        assert sum(key.endswith("lreg_encoder.nodes") for key in keys) == 3
+        assert torch.equal(outputs(PeftModel.from_pretrained(gpt2(), tmp_path)), outputs(model))
+
+    def test_of_native_adapters_too(self, tmp_path):
+        model = gpt2()
+        model.add_adapter(LRegConfig(**OPTIONS))
+        shake(model)
+        expected = outputs(model)
+        state_dict = get_peft_model_state_dict(model, self.only_what_trains(model), adapter_name="default")
+        loaded = gpt2()
+        loaded.add_adapter(LRegConfig(**OPTIONS))
+        set_peft_model_state_dict(loaded, state_dict)
+        assert torch.equal(outputs(loaded), expected)
+
+    def test_as_a_checkpoint_it_is_refused(self):
+        model, other = trained(), adapt(gpt2(), **OPTIONS)
+        checkpoint = self.only_what_trains(model)
+        before = state(other)
+        with pytest.raises(ValueError, match=r"lacks .*\.nodes'.*another function.*requires gradients lacks them"):
+            other.load_state_dict(checkpoint, strict=False)
+        assert same_state(before, state(other))
+        whole = {key: value for key, value in model.state_dict().items() if "lreg_" in key}
+        other.load_state_dict(whole, strict=False)
+        assert torch.equal(outputs(other), outputs(model))
+
+    def test_a_checkpoint_without_shortcuts_is_none_of_its_business(self):
+        model = trained()
+        expected = outputs(model)
+        rest = {key: value for key, value in model.state_dict().items() if "lreg_" not in key}
+        model.load_state_dict(rest, strict=False)
+        assert torch.equal(outputs(model), expected)
+
+    def test_one_adapter_of_two(self):
+        model = trained()
+        model.add_adapter("other", LRegConfig(**OPTIONS))
+        alone = {key: value.clone() for key, value in model.state_dict().items() if ".default." in key}
+        expected = outputs(model)
+        shake(model, seed=4)
+        model.load_state_dict(alone, strict=False)
+        assert torch.equal(outputs(model), expected)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -374,7 +484,7 @@ class TestTrainer:
         class MoveNodes(transformers.TrainerCallback):
             def on_step_end(self, args, state, control, model=None, **kwargs):
                 for layer in layers(model):
-                    layer.lreg_nodes["default"].pow_(1.1)
+                    layer.lreg_encoder["default"].nodes.pow_(1.1)
 
         model = adapt(gpt2(), task_type="CAUSAL_LM", dof=4)
         trainer = self.trainer(
@@ -385,11 +495,11 @@ class TestTrainer:
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # the loss falls, the largest is the first
         (head,) = layers(model)
         saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
-        assert torch.equal(head.lreg_nodes["default"], saved[HEAD + "nodes"])
+        assert torch.equal(head.lreg_encoder["default"].nodes, saved[HEAD + "encoder.nodes"])
         uniform = torch.linspace(0, 1, 4)
-        assert torch.allclose(head.lreg_nodes["default"][0], uniform ** (1.1**2))
-        for name in ("projection", "projection_bias", "coefficients"):
-            assert torch.equal(getattr(head, "lreg_" + name)["default"], saved[HEAD + name])
+        assert torch.allclose(head.lreg_encoder["default"].nodes[0], uniform ** (1.1**2))
+        for name in ("projection.weight", "projection.bias", "coefficients.weight"):
+            assert torch.equal(head.get_parameter("lreg_" + name.replace(".", ".default.")), saved[HEAD + name])
 
     def test_gradient_checkpointing_through_trainer(self, tmp_path):
         results = []

@@ -1,11 +1,8 @@
 """Shortcuts that read another module's output."""
 
 import copy
-import gc
 import pickle
 import threading
-import weakref
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -62,8 +59,8 @@ def test_reads_the_output_of_the_source():
     shake(model)
     (layer,) = layers(model)
     assert (layer.in_features, layer.out_features) == (6, 7)
-    assert layer.lreg_projection["default"].shape == (3, 6)
-    value = layer._value("default", layer.encode("default", base.first(X)), torch.float32)
+    assert layer.lreg_projection["default"].weight.shape == (3, 6)
+    value = layer.design("default", base.first(X)) @ layer.table("default")
     torch.testing.assert_close(model(X), before + value)
 
 
@@ -80,124 +77,34 @@ def test_span_over_a_change_of_size():
     with torch.no_grad():
         base(pixel_values=batch["pixel_values"])
         model.eval()(pixel_values=batch["pixel_values"])
-        rows = layer._value("default", layer.encode("default", seen[0].movedim(1, -1)), torch.float32)
+        rows = layer.design("default", seen[0].movedim(1, -1)) @ layer.table("default")
     expected = after[0] + functional.avg_pool2d(rows.movedim(-1, 1), 2)
     # Sums of a few products of the size of the largest value, in another order.
     torch.testing.assert_close(after[1], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("checkpointed", [("first",), ("middle",), ("last",), ("first", "middle", "last")])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's: the base is frozen
-def test_checkpointing_gives_the_same_gradients(checkpointed, reentrant):
-    def gradients(model):
-        model.train()
-        for _ in range(2):  # the second pass must not find what the first has recomputed
-            model.zero_grad()
-            model(X.clone().requires_grad_()).square().sum().backward()
+class TestCheckpointing:
+    """Backward repeats parts of the pass by themselves; a part without the source has nothing to read."""
+
+    SENTENCE = r"around 'last' reads the output of feature_source 'first'.*checkpointing.*cannot be used"
+
+    def step(self, *checkpointed, reentrant):
+        model = spanned(net(checkpointed=checkpointed, reentrant=reentrant)).train()
+        model(X.clone().requires_grad_()).square().sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    expected = gradients(spanned(net()))
-    found = gradients(spanned(net(checkpointed=checkpointed, reentrant=reentrant)))
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+    @pytest.mark.parametrize("others", [(), ("first",), ("first", "middle")])
+    def test_of_the_shortcut_is_refused(self, others, reentrant):
+        with pytest.raises(RuntimeError, match=self.SENTENCE):
+            self.step(*others, "last", reentrant=reentrant)
 
-
-class Blocks(nn.Module):
-    """`first`, then what lies in `block`, which is checkpointed as a module, as a function or not at all."""
-
-    def __init__(self, how: str | None = None, reentrant: bool = False):
-        super().__init__()
-        self.first, self.how, self.reentrant = nn.Linear(4, 6), how, reentrant
-        self.block = nn.Sequential(OrderedDict(middle=nn.Linear(6, 5), act=nn.Tanh(), last=nn.Linear(5, 7)))
-
-    def forward(self, x):
-        hidden = torch.tanh(self.first(x))
-        if self.how is None:
-            return self.block(hidden)
-        block = self.block if self.how == "module" else lambda x: self.block.last(self.block.middle(x).tanh())
-        return checkpoint(block, hidden, use_reentrant=self.reentrant)
-
-
-def blocks(*args):
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        base = Blocks(*args)
-    return spanned(base).train()
-
-
-def gradients(model, losses=lambda first, second: [first + 3 * second], between=lambda model: None):
-    """Of two forward passes before the first backward pass."""
-    first = model(X.clone().requires_grad_()).square().sum()
-    second = model(1 - X.clone().requires_grad_()).square().sum()
-    between(model)
-    for loss in losses(first, second):
-        loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def check_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
-
-
-def evaluate(model):
-    model.eval()
-    with torch.no_grad():
-        model(X[:3])
-    model.train()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's: the base is frozen
-class TestCheckpointsOfSeveralPasses:
-    """Backward repeats parts of a pass when others have run since: each has its own features."""
-
-    @pytest.mark.parametrize("checkpointed", [("last",), ("first", "last"), ("first", "middle", "last")])
-    def test_single_modules(self, checkpointed, reentrant):
-        found = gradients(spanned(net(checkpointed=checkpointed, reentrant=reentrant)).train())
-        check_same(found, gradients(spanned(net()).train()))
-
-    @pytest.mark.parametrize("between", [evaluate, lambda model: None], ids=["evaluation", "nothing"])
-    @pytest.mark.parametrize("order", [lambda a, b: [a, b], lambda a, b: [b, a], lambda a, b: [a + b]])
-    def test_a_block_around_the_shortcut(self, order, between, reentrant):
-        found = gradients(blocks("module", reentrant), order, between)
-        check_same(found, gradients(blocks(), order))
-
-    def test_a_function_is_an_error_but_for_the_latest_pass(self, reentrant):
-        model = blocks("function", reentrant)
-        with pytest.raises(RuntimeError, match=r"not known any more.*call backward before the next forward pass"):
-            gradients(model)
-        model.zero_grad()
-        check_same(gradients(model, lambda a, b: [b], evaluate), gradients(blocks(), lambda a, b: [b]))
-
-    def test_passes_from_one_tensor_are_an_error_if_the_source_is_random(self, reentrant):
-        class Parallel(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.last = nn.Sequential(nn.Linear(4, 6)), nn.Linear(4, 7)
-
-            def forward(self, x, scale):
-                self.first(x * scale)
-                return checkpoint(self.last, x, use_reentrant=reentrant)
-
-        model = spanned(Parallel()).train()
-        x = X.clone().requires_grad_()
-        (model(x, 1.0) + model(x, 1.0)).sum().backward()
-        with pytest.raises(RuntimeError, match="not known any more"):
-            (model(x, 1.0) + model(x, 2.0)).sum().backward()
-
-
-def test_passes_that_are_over_hold_nothing():
-    model = spanned(net(checkpointed=("last",))).train()
-    outputs = []
-    model.base_model.model.first.register_forward_hook(lambda m, a, out: outputs.append(weakref.ref(out)))
-    for _ in range(3):
-        model(X.clone().requires_grad_()).square().sum().backward()
-    gc.collect()
-    assert sum(output() is not None for output in outputs) <= 1
+    def test_of_other_parts_changes_nothing(self, reentrant):
+        expected, found = self.step(reentrant=False), self.step("middle", reentrant=reentrant)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
 
 
 def test_what_an_interrupted_pass_left_is_not_read():
@@ -233,28 +140,17 @@ def test_threads_have_their_own_passes():
     assert torch.equal(other_is_done[1], expected[1])
 
 
-@pytest.mark.parametrize("checkpointed", ["first", "last"])
-def test_reentrant_checkpointing_is_refused_if_something_below_the_source_trains(checkpointed):
-    options = {"target_modules": ["first", "last"]}
-    model = spanned(net(checkpointed=(checkpointed,), reentrant=True), **options)
-    with pytest.raises(RuntimeError, match=r"around 'last' from its feature_source 'first'.*'use_reentrant': False"):
-        model(X.clone().requires_grad_())
-    model = spanned(net(checkpointed=(checkpointed,)), **options)
-    model(X).square().sum().backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "lreg_" in name)
-
-
 def test_gradients_pass_through_the_source():
     """The output of the source with its own shortcut, though that was added with it."""
     model = spanned(net(), target_modules=["first", "last"])
     first, last = layers(model)
     hidden = first(X)
-    value = last._value("default", last.encode("default", hidden), torch.float32)
+    value = last.design("default", hidden) @ last.table("default")
     base = last.base_layer(torch.tanh(model.base_model.model.middle(torch.tanh(hidden))))
     torch.testing.assert_close(model(X), base + value)
     last.base_layer.weight.data.zero_()  # what is left depends on the first shortcut through the span alone
     model(X).square().sum().backward()
-    assert first.lreg_coefficients["default"].grad.abs().sum() > 0
+    assert first.lreg_coefficients["default"].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -4,6 +4,7 @@ from torch import nn
 
 from ...modules import remove_hooks
 from ..layer import LRegLayer
+from ..source import FeatureSource
 
 
 def install(model: nn.Module) -> None:
@@ -12,7 +13,12 @@ def install(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if isinstance(module, LRegLayer)]:
         if (source := layer.source) is None:
             continue
-        for module in model.modules():
-            remove_hooks(module, source, source.begin)
+        remove(model, source)
         model.get_submodule(source.name).register_forward_hook(source)
         model.register_forward_pre_hook(source.begin)
+
+
+def remove(model: nn.Module, source: FeatureSource) -> None:
+    """Take the hooks of a feature source out of `model`."""
+    for module in model.modules():
+        remove_hooks(module, source, source.begin)

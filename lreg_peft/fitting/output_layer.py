@@ -4,8 +4,7 @@ With everything below it frozen, such a shortcut is a small model of its own: fe
 base module's output is a constant offset. Training on stored features and convex fitting both start here.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -97,22 +96,6 @@ class OutputLayer:
                 that rows cannot repeat.
         """
         inputs = model_inputs(self.model, batch)
-        with exact_pass(self.model), self._captured(inputs) as features:
-            if self.pairing is None and accepts(self.model, "labels"):
-                output = self.model(**inputs)
-            else:
-                output = self.model(**without_labels(self.model, inputs))
-        if len(features) != 1:
-            raise ValueError(
-                f"{self.name!r} was called {len(features)} times in a forward pass; exactly once is needed."
-            )
-        if self.pairing is None and len(self._align(features[0], inputs).targets):
-            self._compare(features[0], output, inputs)
-        return self._align(features[0], inputs)
-
-    @contextmanager
-    def _captured(self, inputs: Mapping[str, Any]) -> Iterator[list[Tensor]]:
-        """What the adapter reads in the passes of a block."""
         seen: list[Tensor] = []
 
         def see(features: Tensor) -> None:
@@ -121,22 +104,28 @@ class OutputLayer:
             self._align(features, inputs)
             seen.append(features)
 
+        compares = self.pairing is None and accepts(self.model, "labels")
         remove = self.layer.register_input_hook(see, self.adapter_name)
         try:
-            yield seen
+            with exact_pass(self.model):
+                output = self.model(**(inputs if compares else without_labels(self.model, inputs)))
         finally:
             remove()
+        if len(seen) != 1:
+            raise ValueError(f"{self.name!r} was called {len(seen)} times in a forward pass; exactly once is needed.")
+        if self.pairing is None and len(self._align(seen[0], inputs).targets):
+            self._compare(seen[0], output, inputs)
+        return self._align(seen[0], inputs)
 
     def _compare(self, features: Tensor, output: Any, inputs: Mapping[str, Any]) -> None:
         """Find the pairing, and make sure that rows give the model's own output and loss."""
         own, labels, width = logits_of(output), inputs["labels"], self.layer.out_features
         same = isinstance(own, Tensor) and (own.shape[-1] == width or own.ndim == 1)
         if same:
-            pairing = find_pairing(self.model, own, labels, loss_of(output))
-            expected = align(own, labels, shift=pairing.shift, out_features=width).features
-            rows = self._align(features, inputs, pairing.shift).features
+            self.pairing = find_pairing(self.model, own, labels, loss_of(output))
+            expected = align(own, labels, shift=self.shifts, out_features=width).features
             with exact_pass(self.model):
-                logits = self.output(rows)
+                logits = self.output(self._align(features, inputs).features)
             tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF)
             same = expected.shape == logits.shape and torch.allclose(
                 expected.to(logits), logits, rtol=tolerance, atol=tolerance, equal_nan=True
@@ -146,30 +135,21 @@ class OutputLayer:
                 f"{type(self.model).__name__} changes the output of this module ({self.name!r}), so the shortcut there "
                 "cannot be trained apart from the model. Train it in the model."
             )
-        self.pairing = pairing
 
-    def output(self, features: Tensor, without: tuple[str, ...] = ()) -> Tensor:
-        """The module's output for rows.
+    def output(self, features: Tensor) -> Tensor:
+        """The module's output for rows: `[n, in_features]` -> `[n, out_features]`, active shortcuts included."""
+        return first_tensor(self.layer(self.as_inputs(features)))[0]
 
-        Args:
-            features: `[n, in_features]`.
-            without: names of active adapters to leave out.
-
-        Returns:
-            `[n, out_features]`; a tensor of its own, safe to change.
-        """
+    def base_output(self, features: Tensor) -> Tensor:
+        """What everything but this adapter gives for rows: the offset of a convex fit, a tensor of its own."""
         # Through whatever lies between, such as an adapter of another method.
         output, _ = first_tensor(self.layer.base_layer(self.as_inputs(features)))
         if output.data_ptr() == features.data_ptr():
             output = output.clone()
         for name in self.layer.stacked_adapters:
-            if name not in without:
+            if name != self.adapter_name:
                 output = output + self.layer.shortcut(name, features, output)
         return output
-
-    def base_output(self, features: Tensor) -> Tensor:
-        """What everything but this adapter gives for rows: the offset of a convex fit."""
-        return self.output(features, without=(self.adapter_name,))
 
     def as_inputs(self, features: Tensor) -> Tensor:
         """Rows `[n, in_features]` in the layout that the module takes: one token, or one pixel, per sample."""
@@ -181,15 +161,10 @@ class OutputLayer:
         images = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d)
         return features[:, :, None, None] if any(isinstance(part, images) for part in own.modules()) else features
 
-    def _align(self, values: Tensor, inputs: Mapping[str, Any], shift: bool | None = None) -> Rows:
+    def _align(self, values: Tensor, inputs: Mapping[str, Any]) -> Rows:
         """Bring features and labels together."""
-        return align(
-            values,
-            inputs["labels"],
-            shift=self.shifts if shift is None else shift,
-            out_features=self.layer.out_features,
-            pool=partial(self._last_tokens, inputs=inputs),
-        )
+        pool = partial(self._last_tokens, inputs=inputs)
+        return align(values, inputs["labels"], shift=self.shifts, out_features=self.layer.out_features, pool=pool)
 
     def _last_tokens(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """What decoders classify a sample by, of `[batch, length, width]`: the last position that is not padding."""

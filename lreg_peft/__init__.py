@@ -22,6 +22,7 @@ from .tuner.model import LRegModel
 
 if TYPE_CHECKING:
     from .core.fused_loss import fused_cross_entropy
+    from .export.lora import LoraReport, convert_to_lora, save_as_lora
     from .fitting.coefficients import CoefficientFit, fit_coefficients
     from .fitting.feature_cache import FeatureCache, cache_features
     from .fitting.linearize import Refinement, refine_linearized
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 # Where the other names are: imported when asked for, since most of them bring more than an adapter needs.
 _LAZY = {
     "core.fused_loss": ("fused_cross_entropy",),
+    "export.lora": ("LoraReport", "convert_to_lora", "save_as_lora"),
     "fitting.coefficients": ("CoefficientFit", "fit_coefficients"),
     "fitting.feature_cache": ("FeatureCache", "cache_features"),
     "fitting.linearize": ("Refinement", "refine_linearized"),
@@ -75,6 +77,7 @@ __all__ = [
     "LRegModel",
     "LabelShift",
     "MeshFit",
+    "LoraReport",
     "MeshSnapshot",
     "MeshUpdate",
     "ModuleUpdate",
@@ -84,6 +87,7 @@ __all__ = [
     "add_grade",
     "cache_features",
     "calibrate_output",
+    "convert_to_lora",
     "count_hard_samples",
     "curvature_penalty",
     "fit_coefficients",
@@ -98,6 +102,7 @@ __all__ = [
     "push_model_card",
     "recommended_config",
     "refine_linearized",
+    "save_as_lora",
     "snapshot_meshes",
     "track_statistics",
     "update_meshes",

@@ -27,6 +27,9 @@ _SMALLEST_MEAN = 0.1
 # Largest dof at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
 # operations; beyond it looking up the element costs less (measured on one CPU core and by the number of launches).
 _MAX_DENSE_DOF = 32
+# Up to so many components everything is kept for the backward pass that it would make again: 2 n numbers for each, which
+# is little beside the features of a layer. With more components that memory counts.
+_MOST_KEPT = 8
 # Stands for infinity beyond both ends of a mesh, in fp32 too: a coordinate has all of the element before the mesh behind
 # it, and all of the element after it ahead.
 _FAR = 1e30
@@ -47,7 +50,8 @@ class LagrangeEncoder(nn.Module):
 
     Attributes:
         nodes: `[n_components, dof]`, a buffer that stays in fp32 (or fp64) whatever the module is cast to: in half
-            precision neighbouring nodes collide.
+            precision neighbouring nodes collide. To be changed by `set_nodes`, in place or by assignment, but not
+            through `nodes.data`, which hides changes from autograd and from this module alike.
         weight: the profiles at the nodes, `[n_components, dof]`; None unless the head is factored.
     """
 
@@ -306,8 +310,8 @@ def profile_values(latent: Tensor, mesh: Mesh, profile: Tensor, slope: float = 0
 
 
 def _wants_single_operations() -> bool:
-    """Compilers fuse them, and transforms of `torch.func` and forward mode differentiate them one by one."""
-    return torch.compiler.is_compiling() or under_transform()
+    """Compilers fuse them, traces keep them, `torch.func` and forward mode differentiate them one by one."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or under_transform()  # type: ignore[no-untyped-call]
 
 
 def _plain_basis(latent: Tensor, nodes: Tensor) -> Tensor:
@@ -333,18 +337,20 @@ class _Profile(torch.autograd.Function):
         coords = latent.sigmoid()
         ahead = _ahead(coords, mesh)
         hats = _hats(ahead)  # [..., d, n]
-        ctx.save_for_backward(latent, profile, coords, ahead, hats)
+        kept = (ahead, hats) if latent.shape[-1] <= _MOST_KEPT else ()
+        ctx.save_for_backward(latent, profile, coords, *kept)
         ctx.mesh, ctx.slope = mesh, slope
         value = (hats * profile).sum(dim=-1)
         return value.add_(latent, alpha=slope) if slope else value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        latent, profile, coords, ahead, hats = ctx.saved_tensors
+        latent, profile, coords, *kept = ctx.saved_tensors
         needs_latent, needs_profile = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # a second derivative will be taken: let autograd see every step
             value = _plain_profile(latent, ctx.mesh.nodes, profile, ctx.slope)
             return _again(value, {0: latent, 1: profile}, ctx.needs_input_grad, gradient)
+        ahead = kept[0] if kept else _ahead(coords, ctx.mesh)
         d_latent = d_profile = None
         if needs_latent:
             steep = _slopes_here(profile.diff().div_(ctx.mesh.inner), ahead)
@@ -353,6 +359,7 @@ class _Profile(torch.autograd.Function):
                 d_latent.add_(ctx.slope)
             d_latent.mul_(gradient)
         if needs_profile:
+            hats = kept[1] if kept else _hats(ahead)
             d_profile = hats.mul(gradient.unsqueeze(-1)).reshape(-1, *profile.shape).sum(dim=0)
         return d_latent, d_profile, None, None
 

@@ -21,8 +21,8 @@ from .source import FeatureSource
 
 MERGE_REFUSED = (
     "LReg adapters cannot be merged: the shortcut is a nonlinear function of the input, so no weight of the base "
-    "module can express it. Keep the adapter beside the model (it adds little to a forward pass), or call unload() "
-    "to get the base model back without it."
+    "module can express it. lreg_peft.save_as_lora(path, model, dataloader) writes the closest LoRA, which can be "
+    "merged; or keep the adapter beside the model, or call unload() to get the base model back without it."
 )
 
 # Standard deviation of the coefficients for init_weights=False.

@@ -102,7 +102,7 @@ def recommended_config(
     inside = [site for site in chosen if site.name != head]
     config = {
         "task_type": task_type,
-        "target_modules": _short_names(model, names),
+        "target_modules": short_names(model, names),
         "head": "factored",
         "linear_term": True,
         "n_components": 1,
@@ -232,7 +232,7 @@ def _turn(site: _Site) -> tuple[float, int]:
     return site.components / site.share, 0 if site.components else -site.share
 
 
-def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+def short_names(model: nn.Module, names: list[str]) -> list[str]:
     """Endings where all modules of an ending are meant, whole names elsewhere."""
     wanted = set(names)
     short: dict[str, None] = {}

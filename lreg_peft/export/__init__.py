@@ -1,0 +1,1 @@
+"""Adapters for places that do not know LReg."""

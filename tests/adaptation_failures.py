@@ -49,9 +49,9 @@ def fail(stage: str, rank: int, folder: str) -> dict:
     if stage == "statistics" and fails:
         track_statistics(layer, False)
     if stage == "meshes" and fails:
-        layer.lreg_nodes["default"].pow_(1.1)
+        layer.lreg_encoder["default"].nodes.pow_(1.1)
     if stage == "projection" and fails:
-        layer.lreg_projection["default"].data.mul_(1.1)
+        layer.lreg_projection["default"].weight.data.mul_(1.1)
     if stage == "optimizer" and fails:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     if stage.endswith("check"):

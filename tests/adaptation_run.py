@@ -14,15 +14,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from lreg_peft import LRegConfig, track_statistics, update_meshes
-from lreg_peft.tuner.layer import wrap
+from lreg_peft import LRegConfig, LRegLayer, track_statistics, update_meshes
 
 STEPS, EVERY, BATCH, FEATURES = 60, 5, 64, 3
 
 
 def model():
     torch.manual_seed(0)
-    layer = wrap(nn.Linear(FEATURES, 2), FEATURES, 2, linear=True)
+    layer = LRegLayer(nn.Linear(FEATURES, 2), FEATURES, 2)
     layer.update_layer("default", 2, 8, LRegConfig(n_components=2, dof=8))
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
@@ -54,13 +53,13 @@ def train() -> dict[str, list]:
             # Every second check speaks of this rank's share of the batch alone: the processes have to agree.
             accept = (lambda x=x, y=y: (layer(x) - y).square().mean()) if step // EVERY % 2 else None
             updates.append(update_meshes(wrapped, optimizer, accept=accept))
-    state = optimizer.state[layer.lreg_coefficients["default"]]
+    state = optimizer.state[layer.nodal_parameter("default")]
     return {
         "losses": losses,
         "accepted": [update.accepted for update in updates],
         "checks": [update.loss_after for update in updates],
-        "nodes": layer.lreg_nodes["default"],
-        "coefficients": layer.lreg_coefficients["default"].detach(),
+        "nodes": layer.lreg_encoder["default"].nodes,
+        "coefficients": layer.table("default").detach(),
         "moments": torch.stack((state["exp_avg"], state["exp_avg_sq"])),
     }
 

@@ -9,7 +9,6 @@ from tiny import gpt2, inputs, layers, shake
 from torch import nn
 
 from lreg_peft import LRegConfig, plot_meshes, snapshot_meshes
-from lreg_peft.core import project
 
 PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h.1.mlp"]
 
@@ -22,7 +21,7 @@ def adapted():
 
 def move(model):
     for layer in layers(model):
-        layer.lreg_nodes["default"].pow_(2)
+        layer.lreg_encoder["default"].nodes.pow_(2)
 
 
 class TestSnapshot:
@@ -33,10 +32,9 @@ class TestSnapshot:
         first.register_forward_pre_hook(lambda module, args: features.append(args[0]))
         snapshot = snapshot_meshes(model, [inputs("gpt2")])
         assert list(snapshot) == PATHS
-        mesh, nodes = snapshot[PATHS[0]], first.lreg_nodes["default"].clone()
-        coords = project(features[0], first.lreg_projection["default"], first.lreg_projection_bias["default"])
-        assert torch.equal(mesh.coords, coords.detach().reshape(-1, 2))
-        assert torch.equal(mesh.coefficients, first.lreg_coefficients["default"])
+        mesh, nodes = snapshot[PATHS[0]], first.lreg_encoder["default"].nodes.clone()
+        assert torch.equal(mesh.coords, first.coords("default", features[0]).detach().reshape(-1, 2))
+        assert torch.equal(mesh.coefficients, first.nodal_coefficients("default"))
         move(model)
         assert torch.equal(mesh.nodes, nodes)
         assert model.training
@@ -64,9 +62,9 @@ class TestPlot:
         )
         old, new = (collection.get_segments() for collection in panels[0].collections)
         assert [segment[0][0] for segment in old] == pytest.approx(before[PATHS[0]].nodes[0].tolist())
-        nodes = layers(model)[0].lreg_nodes["default"]
+        nodes = layers(model)[0].lreg_encoder["default"].nodes
         assert [segment[0][0] for segment in new] == pytest.approx(nodes[0].tolist())
-        slope = layers(model)[0].lreg_coefficients["default"][0].diff(dim=0).norm(dim=1) / nodes[0].diff()
+        slope = layers(model)[0].nodal_coefficients("default")[0].diff(dim=0).norm(dim=1) / nodes[0].diff()
         (drawn,) = (patch.get_data().values for patch in panels[0].patches if patch.get_label() == "slope now")
         assert drawn == pytest.approx(slope.detach().numpy(), rel=1e-5)
 

@@ -69,7 +69,7 @@ def calibrate_output(
         layer, adapter_name = _head(model, adapter_name)
     require_equal({"adapter_name": adapter_name, "n_batches": n_batches}, "Give every process the same options.")
     require_equal_models(model, "Load the same model on every process.")
-    if adapter_name in layer.start_is_owed:
+    if adapter_name in layer.needs_data_init:
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     rank, _ = rank_and_world()
     batches = tqdm(
@@ -79,7 +79,7 @@ def calibrate_output(
         disable=not (show_progress and rank == 0),
     )
     head = ShiftedHead(model, layer, adapter_name, "a calibration of the output", "do without calibrate_output")
-    with Tentative(layer.output_weights(adapter_name)) as trial:
+    with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = shift_labels(head, batches, n_batches)
         trial.keep()
     return report
@@ -99,7 +99,7 @@ def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
             "calibrate_output needs whole parameters, and those of this model are sharded: save the adapter, load it "
             "into a model that is not, and calibrate that."
         )
-    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_nodes]
+    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_encoder]
     if adapter_name is None and len(active) == 1:
         return layer, active[0]
     if adapter_name is None or adapter_name not in active:

@@ -1,23 +1,27 @@
 """Mesh adaptation in a Transformers `Trainer`: when to call `update_meshes`, and what to log. No mathematics."""
 
+import warnings
+from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..core.adapt.move import Strategy, check_strategy
 from ..core.checks import anything, checked, number, whole
-from ..tuner import penalty
-from ..tuner.layer import LRegLayer
+from ..modules import eval_mode
+from ..rows import loss_of
+from ..tuner.penalty import add_penalty_gradient, curvature_penalty, is_penalised
 from ..tuner.sites import movable_sites
-from ..tuner.statistics import DEFAULT_ROWS
-from .check_loss import RecentBatches, trainer_of
 from .mesh_update import MeshUpdate, node_spread, update_meshes
-from .tracking import track_statistics
+from .statistics import DEFAULT_ROWS, track_statistics
 
 Unit = Literal["steps", "epochs"]
+#: Computes the loss that a move is judged by: of the model, on the inputs of a recent training batch.
+CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 # A size so small that nodes hardly slide any more.
 _SMALLEST_SIZE = 1 / 64
@@ -27,8 +31,12 @@ class LRegCallback(TrainerCallback, ExportableState):
     """Moves the meshes of an LReg adapter while a `Trainer` trains it.
 
     Each move is tried on the last few training batches, in eval mode, and undone if the loss on them rises. Then the
-    next one is half as large; an accepted move restores the size. The loss is the one that the model returns, for which
-    its batches must hold the labels, or with label smoothing or a `compute_loss_func` what `Trainer` makes of it.
+    next one is half as large; an accepted move restores the size. The loss is the one that the model returns. Where it
+    returns none, since the Trainer takes the labels out of the batch (label smoothing, `compute_loss_func`), give a
+    `check_loss`.
+
+    With a `curvature_weight` the gradient of `curvature_penalty(model)` is added in every step of the optimiser, after
+    gradients are clipped.
 
     Every training begins with the given size and counters at zero, unless it resumes from a checkpoint.
 
@@ -38,8 +46,9 @@ class LRegCallback(TrainerCallback, ExportableState):
     these to see the entries, `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
 
     With `TrainingArguments(restore_callback_states_from_checkpoint=True)` its state survives
-    `resume_from_checkpoint`. Statistics since the last move are not saved: a checkpoint in whose step the meshes
-    moved resumes exactly, another one moves next time by the steps after it alone.
+    `resume_from_checkpoint`, all but `check_loss`, which no file can hold. Statistics since the last move are not
+    saved: a checkpoint in whose step the meshes moved resumes exactly, another one moves next time by the steps after
+    it alone.
 
     Args:
         every: move after this many `unit`s.
@@ -51,6 +60,8 @@ class LRegCallback(TrainerCallback, ExportableState):
         size: size of the first move, see `core.adapt.adapt_mesh`.
         n_check_batches: training batches to try a move on; 0 keeps every move (what `"mrc"` needs: its moves pay
             only after the coefficients have followed).
+        check_loss: called as `check_loss(model, inputs)` for each of these, the inputs by name as the model got them;
+            returns the loss. None takes the loss that the model returns.
         tolerance: how far the loss on these may rise for a move to be kept, relative to the loss.
         adapter_name: which adapter; None takes the active ones of every layer.
         n_rows: see `track_statistics`.
@@ -60,6 +71,9 @@ class LRegCallback(TrainerCallback, ExportableState):
         TypeError: for options of a wrong type.
         ValueError: for options out of range; when training begins, if the model has no mesh that can move.
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
+
+    Warns:
+        UserWarning: when training ends, if it was too short for one move.
     """
 
     @checked(
@@ -86,6 +100,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_refine: int | None = None,
         size: float = 1.0,
         n_check_batches: int = 2,
+        check_loss: CheckLoss | None = None,
         tolerance: float = 0.0,
         adapter_name: str | None = None,
         n_rows: int = DEFAULT_ROWS,
@@ -122,8 +137,8 @@ class LRegCallback(TrainerCallback, ExportableState):
         self.last_update: MeshUpdate | None = None
         self._shape_logs: dict[str, float] = {}
         self._model: nn.Module | None = None
-        self._trainer: Trainer | None = None
-        self._batches: RecentBatches | None = None
+        self._check_loss = check_loss
+        self._batches: _RecentBatches | None = None
         self._is_gathering = False
 
     def state(self) -> dict[str, Any]:
@@ -138,13 +153,25 @@ class LRegCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Start gathering, if the first move is near."""
         self._close()  # of a training that broke off
-        self._model, self._trainer = kwargs["model"], trainer_of(self)
+        self._model = kwargs["model"]
         if state.global_step == 0:  # not resumed
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0
             self.last_update = None
         self._describe_meshes(self._model)
         self._open_or_close(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Penalise curvature, if a configuration asks for it."""
+        if not is_penalised(kwargs["model"]):
+            return
+        optimizer = kwargs["optimizer"]
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and not args.max_grad_norm:  # else gradients were unscaled to be clipped
+            scaler.unscale_(optimizer.optimizer)
+        add_penalty_gradient(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move, if it is time: after the optimiser's step, before evaluation and saving."""
@@ -175,9 +202,8 @@ class LRegCallback(TrainerCallback, ExportableState):
             "lreg_moves_accepted": self.n_accepted,
             "lreg_moves_refused": self.n_refused,
         }
-        value = penalty.value(module for module in self._model.modules() if isinstance(module, LRegLayer))
-        if value is not None:
-            entries["lreg_curvature_penalty"] = float(value)
+        if is_penalised(self._model):
+            entries["lreg_curvature_penalty"] = float(curvature_penalty(self._model).detach())
         logs.update(entries)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(entries)  # the Trainer has copied the logs there already
@@ -187,6 +213,15 @@ class LRegCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Stop gathering and take every hook off."""
         self._close()
+        if self.last_update is None and not self.n_accepted + self.n_refused:
+            first, last = self._window(state)
+            warnings.warn(
+                f"LRegCallback moved no mesh: a move is due every {self._options['every']} {self._options['unit']}, "
+                f"between steps {first:.0f} and {last:.0f}, and the training had {state.global_step} steps. "
+                "Set a smaller `every`, or leave the callback out.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     # What they do
 
@@ -233,7 +268,7 @@ class LRegCallback(TrainerCallback, ExportableState):
                 n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
             )
             if self._options["n_check_batches"]:
-                self._batches = RecentBatches(self._model, self._options["n_check_batches"], self._trainer)
+                self._batches = _RecentBatches(self._model, self._options["n_check_batches"], self._check_loss)
             self._is_gathering = True
         elif not wanted:
             self._stop_gathering()
@@ -248,7 +283,7 @@ class LRegCallback(TrainerCallback, ExportableState):
 
     def _close(self) -> None:
         self._stop_gathering()
-        self._model = self._trainer = None
+        self._model = None
 
     def _describe_meshes(self, model: nn.Module) -> None:
         meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
@@ -256,3 +291,56 @@ class LRegCallback(TrainerCallback, ExportableState):
             "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
             "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
         }
+
+
+class _RecentBatches:
+    """Keeps the last training batches as the model gets them, to compute the loss on them again.
+
+    Args:
+        model: the model that trains.
+        n_batches: how many to keep.
+        check_loss: see `LRegCallback`.
+    """
+
+    def __init__(self, model: nn.Module, n_batches: int, check_loss: CheckLoss | None) -> None:
+        self._model, self._check_loss = model, check_loss
+        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=n_batches)
+        self._handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self._calls.append((args, dict(kwargs)))
+
+    def loss(self) -> float:
+        """The mean over the batches, in eval mode.
+
+        Raises:
+            RuntimeError: if there is no batch, or no loss for it.
+        """
+        if not self._calls:
+            raise RuntimeError(
+                "there is no training batch to try a move of the meshes on: let the model run in train mode before one "
+                "is due, or set LRegCallback(n_check_batches=0) to keep every move."
+            )
+        with eval_mode(self._model):
+            losses = [self._loss_on(args, dict(kwargs)).detach().mean() for args, kwargs in self._calls]
+        return float(torch.stack(losses).float().mean())
+
+    def _loss_on(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
+        if self._check_loss is not None:
+            return self._check_loss(self._model, inputs)
+        output = self._model(*args, **inputs)
+        loss = loss_of(output)
+        if not isinstance(loss, Tensor):
+            raise RuntimeError(
+                f"the model returned no loss for a training batch (its output is a {type(output).__name__}), so a move "
+                "of the meshes cannot be tried: labels that the Trainer keeps for label smoothing or a "
+                "compute_loss_func do not reach the model. Give LRegCallback(check_loss=...), a function of the model "
+                "and the inputs of a batch that returns the loss, or set n_check_batches=0 to keep every move."
+            )
+        return loss
+
+    def close(self) -> None:
+        """Forget the batches, and look at no more of them."""
+        self._calls.clear()
+        self._handle.remove()

@@ -21,8 +21,8 @@ from ..core.distributed import (
     tensor_from_main,
     together,
 )
-from ..labels import IGNORE_INDEX
 from ..modules import eval_mode, unwrap
+from ..rows import IGNORE_INDEX, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
@@ -101,7 +101,7 @@ def initialize_lreg_weights(
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
     options["output_start"] = output_start
     require_equal({**options, "seed": seed}, "Give every process the same options.")
-    own = [tensor for layer in layers.values() for tensor in _encoder(layer, adapter_name)]
+    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
     require_equal_models(model, "Load the same model on every process.", without=own)
 
     rank, world = rank_and_world()
@@ -118,7 +118,7 @@ def initialize_lreg_weights(
 
     starts = {}
     for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=not main):
-        rows = _gather(collector.rows[name], layer.lreg_nodes[adapter_name].device, world)
+        rows = _gather(collector.rows[name], layer.parts(adapter_name)[1].nodes.device, world)
         sketch = None
         if with_gradient:
             (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0) if len(rows) else None)])
@@ -126,33 +126,30 @@ def initialize_lreg_weights(
             start = _start(name, layer, adapter_name, rows, sketch)
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
-    owed = [layer for layer in layers.values() if adapter_name in layer.start_is_owed]
+    owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
     try:
-        with Tentative(value for layer in layers.values() for value in _encoder(layer, adapter_name)) as trial:
+        with Tentative(own) as trial:
             with together():
                 for name, layer in layers.items():
                     layer.set_encoder(adapter_name, *starts[name])
             report = None
             if head is not None:
                 layer = layers[head]
-                constant = layer.heads[adapter_name].constant(layer.weights(adapter_name))
+                _, encoder, _ = layer.parts(adapter_name)
                 shifted = ShiftedHead(model, layer, adapter_name, f"a start of {head!r}", _WITHOUT)
-                report = shift_labels(shifted, batches, n_batches, constant)
+                report = shift_labels(shifted, batches, n_batches, encoder.constant())
             trial.keep()
     except BaseException:
         for layer in owed:
-            layer.start_is_owed.add(adapter_name)
+            layer.needs_data_init.add(adapter_name)
         raise
     return report
 
 
 def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool) -> None:
     """One batch through the model."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch must be a dictionary of model inputs, got {type(batch).__name__}.")
-    device = next(model.parameters()).device
-    collector.attention_mask = batch.get("attention_mask")
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs = model_inputs(model, batch, labels=False)
+    collector.attention_mask = inputs.get("attention_mask")
     output = model(**inputs)
     labels = inputs.get("labels")
     if with_gradient and not _all_ignored(labels):  # the mean over no label is NaN
@@ -177,7 +174,7 @@ def _start(
             f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
             "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
         )
-    n_components, dof = layer.lreg_nodes[adapter_name].shape
+    n_components, dof = layer.parts(adapter_name)[1].nodes.shape
     if sketch is None:
         axes = principal_axes(rows, n_components)
     else:
@@ -211,10 +208,10 @@ def _output_head(model: nn.Module, layers: Mapping[str, LRegLayer]) -> str:
     return name
 
 
-def _encoder(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
-    """What `set_encoder` may change."""
-    stores = (layer.lreg_projection, layer.lreg_projection_bias, layer.lreg_nodes)
-    return [*(store[adapter_name] for store in stores), *layer.weights(adapter_name).values()]
+def _weights(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
+    """What a start may change."""
+    projection, encoder, coefficients = layer.parts(adapter_name)
+    return [*projection.parameters(), encoder.nodes, *encoder.parameters(), coefficients.weight]
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
@@ -230,12 +227,13 @@ def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRe
 
 def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> None:
     """Send the gradient of the loss through the model, without touching any `.grad`."""
-    loss = getattr(output, "loss", None)
+    loss = loss_of(output)
     if loss is None:
         raise ValueError(
             "the method 'gradient' needs a loss, and the model returned none: give batches with labels, or use 'pca'."
         )
-    weights = [weight for layer in layers for weight in layer.output_weights(adapter_name) if weight.requires_grad]
+    weights = [layer.parts(adapter_name)[2].weight for layer in layers]
+    weights = [weight for weight in weights if weight.requires_grad]
     if not weights:
         raise ValueError(f"the adapter {adapter_name!r} is frozen: activate it with set_adapter before initialising.")
     if not torch.isfinite(loss).all():
@@ -297,10 +295,10 @@ class _Collector(ExitStack):
         Zero for a process that saw no gradients; `mean` is None if no process saw rows.
         """
         layer = self.layers[name]
-        width = layer.lreg_projection[self.adapter_name].shape[1]
         if mean is None or name not in self._products:
-            place = layer.lreg_nodes[self.adapter_name].device
-            return torch.zeros(min(_SKETCH_SIZE, layer.out_features), width, device=place)
+            projection, _, _ = layer.parts(self.adapter_name)
+            sizes = min(_SKETCH_SIZE, layer.out_features), projection.in_features
+            return torch.zeros(sizes, device=projection.weight.device)
         product, total = self._products[name]
         return product - torch.outer(total, mean.to(total))
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.distributed import rank_and_world, sum_over_processes, tensor_from_main, together
-from ..labels import Rows, align, is_per_token, logits_of, loss_of, row_loss, shifts_labels
-from ..modules import eval_mode, unwrap
+from ..modules import unwrap
+from ..rows import Rows, align, exact_pass, find_pairing, is_per_token, logits_of, loss_of, model_inputs
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 
@@ -79,7 +79,7 @@ class ShiftedHead:
 
     def design(self, features: Tensor) -> Tensor:
         """What the table of the shortcut is weighted by, `[n, K]`."""
-        return self.layer.design(self.adapter_name, self.layer.encode(self.adapter_name, features)).float()
+        return self.layer.design(self.adapter_name, features).float()
 
 
 def shift_labels(
@@ -102,7 +102,7 @@ def shift_labels(
             module gives.
         TypeError: if a batch is not a dictionary.
     """
-    with torch.no_grad(), eval_mode(head.model):
+    with exact_pass(head.model):
         with together():
             halves = _Half.of(head, batches, n_batches)
         counts, expected = sum_over_processes([torch.stack([getattr(half, kind) for half in halves]) for kind in _SUMS])
@@ -151,24 +151,6 @@ def _closest_to_one(halves: "tuple[_Half, _Half]") -> Tensor:
     return tensor_from_main((inverse @ total).float())
 
 
-def _pair(head: ShiftedHead, logits: Tensor, labels: Tensor, loss: Tensor | None) -> tuple[bool, Rows]:
-    """Whether position t predicts label t + 1, and logits with targets: the pairing whose mean cross-entropy is the
-    model's own loss."""
-    model = unwrap(head.model)
-    guess = shifts_labels(model)
-    for shift in (guess, not guess):
-        rows = align(logits, labels, shift=shift, out_features=logits.shape[-1])
-        if loss is None or not len(rows.targets):
-            return guess, align(logits, labels, shift=guess, out_features=logits.shape[-1])
-        own = row_loss("cross_entropy", rows.features, rows.targets)
-        if torch.isclose(own.float(), loss.float(), rtol=1e-2 if logits.dtype.itemsize < 4 else 1e-4):
-            return shift, rows
-    raise ValueError(
-        f"the loss of {type(model).__name__} is not the mean cross-entropy of its logits, which {head.purpose} is "
-        f"about: {head.instead}."
-    )
-
-
 def _spaced(n: int, most: int, device: torch.device) -> Tensor:
     """Positions of at most so many of n rows, evenly spaced."""
     few = min(n, most)
@@ -202,12 +184,9 @@ class _Half:
 
     def _add(self, batch: Mapping[str, Any]) -> None:
         """Run the model on a batch."""
-        if not isinstance(batch, Mapping):
-            raise TypeError(f"a batch must be a dictionary of model inputs with labels, got {type(batch).__name__}.")
         head = self._head
         model, classes = head.model, head.layer.out_features
-        device = next(model.parameters()).device
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        inputs = model_inputs(model, batch, labels=False)
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             raise ValueError(f"{head.purpose} needs batches with labels that are classes.")
@@ -225,7 +204,8 @@ class _Half:
             )
         if logits.sum().isnan():  # a tenth of the time of looking at each
             raise ValueError(f"{head.purpose} needs finite logits, and some of {type(model).__name__} are NaN.")
-        shift, (own, targets) = _pair(head, logits, labels, loss_of(output))
+        shift = find_pairing(unwrap(model), logits, labels, loss_of(output)).shift
+        own, targets = align(logits, labels, shift=shift, out_features=classes)
         features = align(seen[0], labels, shift=shift, out_features=classes).features
         n = len(targets)
         few = _spaced(n, _CHECKED, targets.device)

@@ -19,9 +19,10 @@ from ..core.distributed import (
     tensor_from_main,
     together,
 )
+from ..tuner.layer import LRegLayer
 from ..tuner.moves import Move, Tentative, agreed, optimizer_state
-from ..tuner.sites import Site, movable_sites
-from ..tuner.statistics import MeshStatistics
+from ..tuner.sites import Site, check_whole, movable_sites
+from .statistics import MeshStatistics, RunningStatistics, statistics_of
 
 # Relative distance from which projections of two processes are two, not one rounded in two ways.
 _ENCODERS_DIFFER = 1e-3
@@ -143,7 +144,8 @@ def update_meshes(
         if not (optimizer is None or hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer")):
             raise TypeError(f"optimizer must be a torch optimizer, a wrapper of one, or None, got {show(optimizer)}.")
         check_strategy(strategy)
-        own = _gathered(movable_sites(model, adapter_name))
+        gathering = _gathering(movable_sites(model, adapter_name))
+        own = [(site, running.read()) for site, running in gathering]
     options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
     _check_agreement([site for site, _ in own], {**options, "accept": accept is None})
     sites = _with_samples(own, strategy)
@@ -163,15 +165,15 @@ def update_meshes(
             refused = before is not None and after is not None and not after <= before + tolerance * abs(before)
             if not refused:
                 trial.keep()
-    for site, _ in sites:
-        if site.statistics is not None:
-            site.statistics.reset()
+    for _, running in gathering:
+        running.reset()
     return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
 
 
-def _gathered(sites: list[Site]) -> list[tuple[Site, MeshStatistics]]:
-    """The sites that are tracked, with the sums of this process."""
-    tracked = [(site, site.statistics.read(site.nodes)) for site in sites if site.statistics is not None]
+def _gathering(sites: list[Site]) -> list[tuple[Site, RunningStatistics]]:
+    """The sites that are tracked, and what gathers there."""
+    found = [(site, statistics_of(site)) for site in sites]
+    tracked = [(site, running) for site, running in found if running is not None]
     if not tracked:
         raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
     return tracked
@@ -188,15 +190,14 @@ def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
     require_equal(
         {**options, **meshes}, "Build the model from the same weights on all processes, and update meshes alike."
     )
-    kinds = [kind for site in sites for kind in (site.layer.lreg_projection, site.layer.lreg_projection_bias)]
-    owners = [site for site in sites for _ in range(2)]
     different = []
-    for site, kind in zip(owners, kinds, strict=True):
-        encoder = kind[site.adapter].detach()
-        if not hasattr(encoder, "full_tensor"):  # sharded: refused where the coefficients are looked at
-            main = tensor_from_main(encoder.float())
-            if (encoder.float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
-                different.append(site.module)
+    for site in sites:
+        projection, _, _ = site.layer.parts(site.adapter)
+        for weight in (projection.weight.detach(), projection.bias.detach()):
+            if not hasattr(weight, "full_tensor"):  # sharded: refused where the coefficients are looked at
+                main = tensor_from_main(weight.float())
+                if (weight.float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
+                    different.append(site.module)
     with together():
         if different:
             raise ValueError(
@@ -231,9 +232,8 @@ def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) ->
                 "optimiser made for them: train in bfloat16, or in float32 with autocast."
             )
     raise RuntimeError(
-        "no statistics were gathered since the last update. They come from training passes (train mode, gradients on) "
-        "that are followed by a step of an optimiser that holds the coefficients; steps that a gradient scaler skips "
-        "do not count, nor do passes through a copy of the model."
+        "no statistics were gathered since the last update. They come from the backward passes of training passes "
+        "(train mode, gradients on); passes through a copy of the model do not count."
     )
 
 
@@ -247,12 +247,7 @@ def _propose(
     size: float,
 ) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
     """What this process would do, and what lives on the mesh."""
-    parameter = site.parameter.detach()
-    if hasattr(parameter, "full_tensor") or parameter.shape[0] != site.nodes.shape[0]:
-        raise RuntimeError(
-            f"the coefficients of {site.module} are sharded over processes, and meshes move on whole ones. "
-            "Use data parallelism without sharding for the adapter, or keep the meshes as they are."
-        )
+    check_whole(site)
     exchange = strategy != "mrc"
     mesh = adapt_mesh(
         site.nodes,
@@ -265,7 +260,63 @@ def _propose(
         node_gradient=sums.node_gradient if exchange else None,
         size=size,
     )
-    return site, mesh, (parameter, *optimizer_state(site, optimizer))
+    return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))
+
+
+@checked()
+def follow_meshes(copy: nn.Module, model: nn.Module) -> None:
+    """Bring a copy of a model to the model's meshes, after these have moved: averages of weights (EMA, SWA).
+
+    Coefficients of two meshes cannot be averaged. The copy gets the model's nodes, and what lives on its own mesh (the
+    profiles of a factored head, else the weight of B) is interpolated there, as `update_meshes` does in the model:
+
+        update_meshes(model, optimizer)
+        follow_meshes(averaged, model)          # e.g. torch.optim.swa_utils.AveragedModel
+        averaged.update_parameters(model)
+
+    Args:
+        copy: a copy of the model, wrapped in other modules or not; changed in place.
+        model: the model whose meshes have moved.
+
+    Raises:
+        ValueError: if the two do not have the same LReg layers with the same adapters and shapes. The copy is then as
+            it was.
+        TypeError: for arguments of a wrong type.
+    """
+    moves = []
+    for own, leader in _pairs(copy, model):
+        if not torch.equal(own.nodes, leader.nodes.to(own.nodes)):
+            mesh = AdaptedMesh(leader.nodes.detach().to(own.nodes, copy=True), own.nodes.clone())
+            moves.append(Move(own, mesh, (own.parameter.detach(),)))
+    with Tentative(tensor for move in moves for tensor in move.state()) as trial:
+        for move in moves:
+            move.apply()
+        trial.keep()
+
+
+def _pairs(copy: nn.Module, model: nn.Module) -> list[tuple[Site, Site]]:
+    """The sites of all adapters in both models, in the order of their layers."""
+    own, leading = ([item for item in m.named_modules() if isinstance(item[1], LRegLayer)] for m in (copy, model))
+    if len(own) != len(leading) or not own:
+        raise ValueError(
+            f"the copy must have the {len(leading)} LReg layers of the model, and it has {len(own)}: make it of the "
+            "adapted model, by copy.deepcopy for example."
+        )
+    pairs = []
+    for (path, layer), (model_path, model_layer) in zip(own, leading, strict=True):
+        names, wanted = sorted(layer.lreg_encoder), sorted(model_layer.lreg_encoder)
+        if names != wanted:
+            raise ValueError(f"the adapters of {path!r} in the copy are {names}, those of {model_path!r} are {wanted}.")
+        for name in names:
+            pair = Site(path, layer, name), Site(model_path, model_layer, name)
+            shapes = [(tuple(site.nodes.shape), tuple(site.parameter.shape)) for site in pair]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the adapter {name!r} of {path!r} in the copy has nodes and coefficients of shapes {shapes[0]}, "
+                    f"that of {model_path!r} has {shapes[1]}: they are not copies of one model."
+                )
+            pairs.append(pair)
+    return pairs
 
 
 def _describe(move: Move) -> ModuleUpdate:

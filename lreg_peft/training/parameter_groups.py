@@ -35,9 +35,8 @@ def parameter_groups(
         TypeError: for arguments of a wrong type.
     """
     layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
-    profiles = {
-        id(weight): weight for layer in layers for weight in layer.lreg_profile.values() if weight.requires_grad
-    }
+    encoders = [encoder for layer in layers for encoder in layer.lreg_encoder.values()]
+    profiles = {id(weight): weight for encoder in encoders for weight in encoder.parameters() if weight.requires_grad}
     if not profiles:
         raise ValueError(
             f"{type(model).__name__} has no profile that trains, so there is nothing to set apart: profiles are those "

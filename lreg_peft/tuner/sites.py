@@ -79,3 +79,13 @@ def movable_sites(model: nn.Module, adapter_name: str | None = None) -> list[Sit
             "Set LRegConfig(dof=...) to 3 or more."
         )
     return movable
+
+
+def check_whole(site: Site) -> None:
+    """Raise a `RuntimeError` if processes hold parts of what lives on a mesh (FSDP, ZeRO-3)."""
+    parameter = site.parameter
+    if hasattr(parameter, "full_tensor") or not isinstance(parameter, nn.Parameter) or parameter.ndim != 2:
+        raise RuntimeError(
+            f"the coefficients of {site.module} are sharded over processes, and meshes move on whole ones. "
+            "Use data parallelism without sharding for the adapter, or keep the meshes as they are."
+        )

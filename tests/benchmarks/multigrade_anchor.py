@@ -117,7 +117,8 @@ def by_adapter(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: t
         )
         layer = next(module for module in model.modules() if isinstance(module, LRegLayer))
         rest = y - model(x)
-        layer.lreg_coefficients[name].copy_(solve(layer.coords(name, x), layer.lreg_nodes[name], rest))
+        coefficients = solve(layer.coords(name, x), layer.lreg_encoder[name].nodes, rest)
+        layer.set_table(name, coefficients.flatten(0, 1))
         seconds = time.perf_counter() - start
         errors = (relative_error(y - model(x), y), relative_error(test_y - model(test_x), test_y))
         grades.append(entry(dof, seconds, *errors))

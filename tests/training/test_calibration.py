@@ -184,7 +184,7 @@ def test_refused_with_the_reason_and_nothing_changed(case):
 
 
 def test_a_batch_that_is_no_dictionary():
-    with pytest.raises(TypeError, match="a batch must be a dictionary of model inputs with labels, got Tensor"):
+    with pytest.raises(TypeError, match="a batch must be a dictionary of model inputs by name, got Tensor"):
         calibrate_output(trained(), [skewed()[0]["input_ids"]], show_progress=False)
 
 

@@ -12,9 +12,10 @@ from peft import get_peft_model
 from tiny import VOCABULARY, gpt2, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegCallback, LRegConfig, update_meshes
+from lreg_peft import LRegCallback, LRegConfig, LRegLayer, curvature_penalty, update_meshes
 from lreg_peft.training import callback
-from lreg_peft.tuner.layer import wrap
+from lreg_peft.training.statistics import statistics_of
+from lreg_peft.tuner.sites import all_sites
 
 LOGS = {"lreg_node_spread", "lreg_smallest_element", "lreg_moves_accepted", "lreg_moves_refused"}
 
@@ -33,7 +34,7 @@ class Small(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 4)
-        self.head = wrap(nn.Linear(4, VOCABULARY), 4, VOCABULARY, linear=True)
+        self.head = LRegLayer(nn.Linear(4, VOCABULARY), 4, VOCABULARY)
         self.head.update_layer("default", 2, 6, LRegConfig(n_components=2, dof=6))
         self.head.set_adapter("default")
 
@@ -67,6 +68,14 @@ def trainer(model, folder, *callbacks, dataset=None, **options):
     return made
 
 
+def n_hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def is_tracked(model):
+    return any(statistics_of(site) is not None for site in all_sites(model))
+
+
 class Recorder(transformers.TrainerCallback):
     """Notes the nodes after every step, and whether statistics are gathered."""
 
@@ -74,8 +83,8 @@ class Recorder(transformers.TrainerCallback):
         self.nodes, self.tracked = [], []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.nodes.append(torch.cat([layer.lreg_nodes["default"].flatten() for layer in layers(model)]))
-        self.tracked.append(any(layer.lreg_statistics for layer in layers(model)))
+        self.nodes.append(torch.cat([layer.lreg_encoder["default"].nodes.flatten() for layer in layers(model)]))
+        self.tracked.append(is_tracked(model))
 
     def moved_at(self):
         pairs = zip(self.nodes, self.nodes[1:], strict=False)
@@ -182,7 +191,7 @@ class TestCheck:
             return update_meshes(model, optimizer, accept=accept, **kwargs)
 
         monkeypatch.setattr(callback, "update_meshes", spy)
-        model, inputs = adapted(backbone_eval=False), []
+        model, inputs = adapted(), []
         model.register_forward_pre_hook(
             lambda module, args, kwargs: inputs.append(kwargs["input_ids"]) if module.training else None,
             with_kwargs=True,
@@ -190,62 +199,47 @@ class TestCheck:
         trainer(model, tmp_path, LRegCallback(every=4, stop=0.5)).train()
         assert len(seen) == 1
 
-    def losses_by_hand(self, model, batches, loss):
-        """Loss on `batches` in eval mode."""
-        model.eval()
-        with torch.no_grad():
-            found = [float(loss(model(input_ids=batch).logits, batch)) for batch in batches]
-        model.train()
-        return sum(found) / len(found)
+    @pytest.mark.parametrize("kind", ["label smoothing", "compute_loss_func"])
+    def test_a_loss_of_ones_own(self, tmp_path, monkeypatch, kind):
+        """Labels are taken out of the batch before the model sees it."""
 
-    @pytest.mark.parametrize("kind", ["label smoothing", "compute_loss_func", "class of one's own"])
-    def test_loss_that_the_trainer_computes(self, tmp_path, monkeypatch, kind):
-        """Labels are taken out of the batch before the model sees it; the loss is still that of the training."""
-
-        def smoothed(logits, ids):
-            # Labels are shifted here, and the mean is over their number before that, as the Trainer counts them.
-            log = logits[:, :-1].log_softmax(-1)
-            own = -log.gather(-1, ids[:, 1:].unsqueeze(-1)).sum()
-            return (0.8 * own - 0.2 * log.mean(-1).sum()) / ids.numel()
-
-        def squared(logits, ids):
-            return (logits.sum(-1) - ids).square().sum() / ids.numel()
-
-        class Counting(transformers.Trainer):
-            n_calls = 0
-
-            def compute_loss(self, *args, **kwargs):
-                Counting.n_calls += 1
-                return super().compute_loss(*args, **kwargs)
+        def own_loss(model, inputs):
+            logits = model(**inputs).logits[:, :-1].log_softmax(-1)
+            return -logits.gather(-1, inputs["input_ids"][:, 1:].unsqueeze(-1)).mean()
 
         seen, inputs = [], []
 
         def spy(model, optimizer, *, accept, **kwargs):
-            before = state(model)
-            batches = inputs[-2:]
+            before, batches = state(model), inputs[-2:]
             seen.append(accept())
             assert same_state(before, state(model)) and model.training
-            by_hand = squared if kind == "compute_loss_func" else smoothed
-            assert seen[-1] == pytest.approx(self.losses_by_hand(model, batches, by_hand), rel=1e-5)
+            model.eval()
+            with torch.no_grad():
+                by_hand = [float(own_loss(model, {"input_ids": batch})) for batch in batches]
+            model.train()
+            assert seen[-1] == pytest.approx(sum(by_hand) / 2, rel=1e-5)
             return update_meshes(model, optimizer, accept=accept, **kwargs)
 
         monkeypatch.setattr(callback, "update_meshes", spy)
-        model = adapted(backbone_eval=False)
-        model.register_forward_pre_hook(
-            lambda module, args, kwargs: inputs.append(kwargs["input_ids"]) if module.training else None,
-            with_kwargs=True,
-        )
-        own = LRegCallback(every=2, stop=0.5)
-        options = {"max_steps": 8} if kind == "compute_loss_func" else {"max_steps": 8, "label_smoothing_factor": 0.2}
-        made = trainer(model, tmp_path, own, **options)
-        if kind == "compute_loss_func":
-            made.compute_loss_func = lambda outputs, labels, num_items_in_batch: squared(outputs.logits, labels)
-        if kind == "class of one's own":
-            made.__class__ = Counting
-        made.train()
-        assert len(seen) == 2 and own.n_accepted + own.n_refused == 2
-        assert "compute_loss" not in vars(made)
-        assert kind != "class of one's own" or Counting.n_calls == 8  # not once more for the checks
+        options = {"max_steps": 8}
+        if kind == "label smoothing":
+            options["label_smoothing_factor"] = 0.2
+        for check_loss in (own_loss, None):
+            model = adapted()
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: inputs.append(kwargs["input_ids"]) if module.training else None,
+                with_kwargs=True,
+            )
+            own = LRegCallback(every=2, stop=0.5, check_loss=check_loss)
+            made = trainer(model, tmp_path, own, **options)
+            if kind == "compute_loss_func":
+                made.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+            if check_loss is None:
+                with pytest.raises(RuntimeError, match=r"label smoothing or a compute_loss_func .*check_loss=\.\.\."):
+                    made.train()
+            else:
+                made.train()
+                assert len(seen) == 2 and own.n_accepted + own.n_refused == 2
 
     def test_no_loss(self, tmp_path):
         class OwnLoss(transformers.Trainer):
@@ -277,7 +271,7 @@ class TestLogs:
         assert "lreg_curvature_penalty" not in entries[0]
         last = entries[-1]
         assert last["lreg_moves_accepted"] + last["lreg_moves_refused"] == 4
-        nodes = [layer.lreg_nodes["default"] for layer in layers(model)]
+        nodes = [layer.lreg_encoder["default"].nodes for layer in layers(model)]
         assert last["lreg_smallest_element"] == min(mesh.diff(dim=1).min() for mesh in nodes)
         json.dumps(entries)
 
@@ -287,12 +281,13 @@ class TestLogs:
         made.train()
         expected = 0.0
         for layer in layers(model):
-            nodes, values = layer.lreg_nodes["default"], layer.lreg_coefficients["default"].detach()
+            nodes, values = layer.lreg_encoder["default"].nodes, layer.nodal_coefficients("default").detach()
             share = (nodes[:, 1:-1] - nodes[:, :-2]) / (nodes[:, 2:] - nodes[:, :-2])
             line = values[:, :-2] + share[..., None] * (values[:, 2:] - values[:, :-2])
             expected += 0.5 * (values[:, 1:-1] - line).abs().mean()
         entry = [entry for entry in made.state.log_history if "loss" in entry][-1]
         assert entry["lreg_curvature_penalty"] == pytest.approx(float(expected), rel=1e-5)
+        assert float(curvature_penalty(model).detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
 class TestLife:
@@ -304,31 +299,29 @@ class TestLife:
         always(True)
         trainer(adapted(), tmp_path, own, max_steps=8).train()
         assert (own.n_accepted, own.n_refused, own.current_size) == (2, 0, 0.8)
-        trainer(adapted(), tmp_path, own, max_steps=1).train()
+        with pytest.warns(UserWarning, match="moved no mesh"):
+            trainer(adapted(), tmp_path, own, max_steps=1).train()
         assert (own.n_accepted, own.n_refused, own.last_update) == (0, 0, None)
 
-    def test_a_listener_that_a_broken_training_left_is_taken_off(self, tmp_path):
-        class Stop(transformers.TrainerCallback):
-            def on_step_end(self, *args, **kwargs):
-                raise KeyboardInterrupt
-
-        model, own = adapted(), LRegCallback(every=2)
-        made = trainer(model, tmp_path, own, Stop(), label_smoothing_factor=0.1)
-        with pytest.raises(KeyboardInterrupt):
-            made.train()
-        assert "compute_loss" in vars(made)
-        made.remove_callback(Stop)
-        made.train()
-        assert "compute_loss" not in vars(made) and own.n_accepted + own.n_refused == 4
+    @pytest.mark.parametrize(
+        ("options", "steps", "window"),
+        [
+            ({}, 12, "every 50 steps, between steps 0 and 9, and the training had 12 steps"),
+            ({"every": 5, "start": 0.5, "stop": 0.6}, 12, "every 5 steps, between steps 6 and 7"),
+            ({"every": 2, "unit": "epochs"}, 8, "every 2 epochs, between steps 0 and 6"),
+        ],
+    )
+    def test_a_training_too_short_for_one_move_says_so(self, tmp_path, options, steps, window):
+        with pytest.warns(UserWarning, match=window) as caught:
+            trainer(adapted(), tmp_path, LRegCallback(**options), max_steps=steps).train()
+        assert len([warning for warning in caught if "LRegCallback" in str(warning.message)]) == 1
 
     def test_leaves_no_hook_behind(self, tmp_path):
         model = adapted()
-        before = len(model._forward_pre_hooks)
-        own = LRegCallback(every=2, stop=1.0)
-        trainer(model, tmp_path, own).train()
-        assert len(model._forward_pre_hooks) == before
-        assert not any(layer.lreg_statistics for layer in layers(model))
-        assert not own._batches
+        before = n_hooks(model)
+        trainer(model, tmp_path, LRegCallback(every=2, stop=1.0)).train()
+        assert n_hooks(model) == before
+        assert not is_tracked(model)
 
     def test_trains_again_after_a_training_that_broke_off(self, tmp_path):
         class Stop(transformers.TrainerCallback):
@@ -336,11 +329,12 @@ class TestLife:
                 raise KeyboardInterrupt
 
         model, own = adapted(), LRegCallback(every=2)
+        before = n_hooks(model)
         with pytest.raises(KeyboardInterrupt):
             trainer(model, tmp_path, own, Stop()).train()
-        before = len(model._forward_pre_hooks)
+        assert n_hooks(model) > before
         trainer(model, tmp_path, own).train()
-        assert len(model._forward_pre_hooks) == before - 1
+        assert n_hooks(model) == before and own.n_accepted + own.n_refused == 4
 
     def test_state_goes_through_json(self):
         own = LRegCallback(every=3, unit="epochs", size=0.5, n_refine=2)
@@ -404,6 +398,7 @@ class TestErrors:
             ({"n_hard_samples": 0}, ValueError, "n_hard_samples must be at least 1, got 0"),
             ({"every": 2.5}, TypeError, "every must be a whole number, got 2.5"),
             ({"adapter_name": 3}, TypeError, "adapter_name must be a string"),
+            ({"check_loss": 3}, TypeError, "check_loss must be a function"),
             ({"strategy": None}, ValueError, "strategy must be one of"),
             *(
                 ({name: math.nan}, ValueError, f"{name} must be|start and stop")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
-from lreg_peft.core import locate, project
+from lreg_peft.core import locate
 from lreg_peft.core.coordinates import principal_axes, standardised_start
 
 VOCABULARY = 101
@@ -50,10 +50,10 @@ def test_gradient_start_of_a_double_precision_model():
     for model in (single, double):
         initialize_lreg_weights(model, data, method="gradient", show_progress=False)
     for one, two in zip(layers(single), layers(double), strict=True):
-        assert two.lreg_projection["default"].dtype == torch.float64
+        assert two.lreg_projection["default"].weight.dtype == torch.float64
         # A randomised SVD in two precisions.
-        expected = one.lreg_projection["default"].double()
-        torch.testing.assert_close(two.lreg_projection["default"], expected, rtol=1e-2, atol=1e-3)
+        expected = one.lreg_projection["default"].weight.double()
+        torch.testing.assert_close(two.lreg_projection["default"].weight, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
@@ -68,8 +68,7 @@ def test_function_is_unchanged_and_every_element_is_used(head):
     assert torch.equal(model(**data[0]).logits, before)
     for layer, inputs in seen.items():
         rows = torch.cat([features.reshape(-1, features.shape[-1]) for features in inputs])
-        coords = project(rows, layer.lreg_projection["default"], layer.lreg_projection_bias["default"])
-        element, _ = locate(coords, layer.lreg_nodes["default"])
+        element, _ = locate(layer.coords("default", rows).detach(), layer.lreg_encoder["default"].nodes)
         for i in range(3):
             share = torch.bincount(element[:, i], minlength=4) / len(rows)
             assert share.min() > 0.22 and share.max() < 0.28  # all 768 rows are used: 0.25 up to what batch 0 adds
@@ -121,9 +120,20 @@ class TestGradientMethod:
         initialize_lreg_weights(model, data, show_progress=False)
         # g = 2 (change x) / size, so that sum g (x - mean)^T is change times the covariance of x.
         wanted = torch.linalg.qr((change * scale.square()).T)[0]
-        found = torch.linalg.qr(layers(model)[0].lreg_projection["default"].T)[0]
+        found = torch.linalg.qr(layers(model)[0].lreg_projection["default"].weight.T)[0]
         assert torch.linalg.svdvals(wanted.T @ found).min() > 0.98
         assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_models_that_return_dictionaries(self):
+        model = self.regression()
+        inner, own = model.get_base_model(), model.get_base_model().forward
+        data = [{"x": torch.randn(64, 12), "labels": torch.randn(64, 5)} for _ in range(2)]
+        starts = []
+        for forward in (own, lambda x, labels=None: vars(own(x, labels))):
+            inner.forward = forward
+            initialize_lreg_weights(model, data, show_progress=False)
+            starts.append(layers(model)[0].lreg_projection["default"].weight.detach().clone())
+        assert torch.equal(*starts)
 
     def test_needs_a_loss(self):
         with pytest.raises(ValueError, match="batches with labels, or use 'pca'"):
@@ -133,10 +143,10 @@ class TestGradientMethod:
         model = adapted(head="factored")
         data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
         before = model(**data[0]).logits
-        projection = layers(model)[0].lreg_projection["default"].detach().clone()
+        projection = layers(model)[0].lreg_projection["default"].weight.detach().clone()
         initialize_lreg_weights(model, data, method="gradient", show_progress=False)
         assert torch.equal(model(**data[0]).logits, before)
-        assert not torch.equal(layers(model)[0].lreg_projection["default"], projection)
+        assert not torch.equal(layers(model)[0].lreg_projection["default"].weight, projection)
 
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="'pca' or 'gradient', got 'svd'"):
@@ -160,9 +170,8 @@ def test_padding_is_left_out():
             batch["input_ids"][:, 14:] = filler
         initialize_lreg_weights(model, data, show_progress=False)
         results.append(layers(model)[0])
-    for name in ("lreg_projection", "lreg_projection_bias", "lreg_nodes"):
-        first, second = (getattr(layer, name)["default"] for layer in results)
-        assert torch.equal(first, second)
+    for first, second in zip(*(layer.parts("default") for layer in results), strict=True):
+        assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
 def test_same_seed_gives_the_same_start_and_rows_are_limited():
@@ -172,7 +181,7 @@ def test_same_seed_gives_the_same_start_and_rows_are_limited():
         rows = []
         model_layers = layers(model)
         initialize_lreg_weights(model, batches(), max_samples=16, seed=5, show_progress=False)
-        starts.append(copy.deepcopy(model_layers[0].lreg_projection["default"]))
+        starts.append(copy.deepcopy(model_layers[0].lreg_projection["default"].weight))
         del rows
     assert torch.equal(*starts)
 
@@ -190,7 +199,7 @@ def test_works_after_native_add_adapter():
     model = tiny_gpt2()
     model.add_adapter(LRegConfig(target_modules=["mlp"], dof=4, init_weights="pca"), adapter_name="default")
     initialize_lreg_weights(model, batches(2), show_progress=False)
-    assert not torch.equal(layers(model)[0].lreg_nodes["default"][0], torch.linspace(0, 1, 4))
+    assert not torch.equal(layers(model)[0].lreg_encoder["default"].nodes[0], torch.linspace(0, 1, 4))
 
 
 def test_channels_first_modules():
@@ -204,7 +213,7 @@ def test_channels_first_modules():
     torch.manual_seed(0)
     data = [Batch(input=torch.randn(2, 3, 8, 8)) for _ in range(2)]
     initialize_lreg_weights(model, data, show_progress=False)
-    assert layers(model)[0].lreg_projection["default"].shape == (2, 3)
+    assert layers(model)[0].lreg_projection["default"].weight.shape == (2, 3)
 
 
 class TestOwedStart:
@@ -234,7 +243,7 @@ class TestOwedStart:
             any_model.train()
             any_model(**batches(1)[0])  # warnings are errors
         for ours, theirs in zip(layers(model), layers(loaded), strict=True):
-            assert torch.equal(ours.lreg_nodes["default"], theirs.lreg_nodes["default"])
+            assert torch.equal(ours.lreg_encoder["default"].nodes, theirs.lreg_encoder["default"].nodes)
 
 
 class TestBadInput:
@@ -246,7 +255,7 @@ class TestBadInput:
         model = adapted()
         layer = layers(model)[0]
         with torch.no_grad():
-            layer.lreg_coefficients["default"].add_(1)
+            layer.lreg_coefficients["default"].weight.add_(1)
         before = copy.deepcopy(layer.state_dict())
         with pytest.raises(ValueError, match="non-zero coefficients"):
             initialize_lreg_weights(model, batches(), show_progress=False)
@@ -257,7 +266,7 @@ class TestBadInput:
             initialize_lreg_weights(adapted(), [], show_progress=False)
 
     def test_batches_that_are_no_dictionaries(self):
-        with pytest.raises(TypeError, match="must be a dictionary of model inputs, got list"):
+        with pytest.raises(TypeError, match="must be a dictionary of model inputs by name, got list"):
             initialize_lreg_weights(adapted(), [[1, 2]], show_progress=False)
 
     @pytest.mark.parametrize("name", ["n_batches", "max_samples"])

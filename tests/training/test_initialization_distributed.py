@@ -69,8 +69,8 @@ def _start(folder: Path) -> None:
         batches = [{"input_ids": batch, "labels": batch} for batch in ids]
         initialize_lreg_weights(model, batches, method=method, show_progress=False)
         layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
-        names = ("lreg_projection", "lreg_projection_bias", "lreg_nodes")
-        results[method] = [getattr(layer, name)["default"].detach() for layer in layers for name in names]
+        parts = [part for layer in layers for part in layer.parts("default")]
+        results[method] = [value for part in parts for value in part.state_dict().values()]
         results["rows"] = ids[0].tolist()
     results["output"] = _start_of_the_output(rank, 2)
     results["calibration"] = _calibration(rank, 2)

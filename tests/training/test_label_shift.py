@@ -76,7 +76,9 @@ def test_refused_where_the_loss_is_another_one():
     model = adapted()
     inner = model.get_base_model()
     inner.loss_function = lambda logits, labels, **options: 2 * logits.square().mean()
-    with pytest.raises(ValueError, match=r"loss of GPT2LMHeadModel is not the mean cross-entropy of its logits"):
+    with pytest.raises(
+        ValueError, match=r"loss of GPT2LMHeadModel is not the cross entropy of its outputs averaged over the labels"
+    ):
         initialize_lreg_weights(model, skewed(), output_start=True, method="pca", show_progress=False)
 
 
@@ -133,7 +135,7 @@ def test_a_failure_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))
-    assert all("default" in layer.start_is_owed for layer in tiny.layers(model))
+    assert all("default" in layer.needs_data_init for layer in tiny.layers(model))
 
 
 def test_labels_that_never_count():

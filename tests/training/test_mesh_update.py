@@ -1,6 +1,7 @@
 """Meshes that move in training: what moves with them, what must stay, what is refused."""
 
 import copy
+import itertools
 import warnings
 
 import adaptation_failures
@@ -14,9 +15,10 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, track_statistics, update_meshes
-from lreg_peft.tuner.layer import wrap
+from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, follow_meshes, track_statistics, update_meshes
+from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.moves import Move
+from lreg_peft.tuner.sites import Site
 
 HEADS = ("full", "reduced", "factored")
 OPTIMIZERS = {
@@ -30,7 +32,7 @@ EPS = torch.finfo(torch.float32).eps
 
 def toy(head="full", *, dof=9, components=2, track=True, **options) -> LRegLayer:
     """A shortcut around nothing, from one feature to two."""
-    layer = wrap(nn.Linear(1, 2), 1, 2, linear=True)
+    layer = LRegLayer(nn.Linear(1, 2), 1, 2)
     layer.update_layer("default", components, dof, LRegConfig(n_components=components, dof=dof, head=head, **options))
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False).weight.zero_()
@@ -65,16 +67,23 @@ def trained(head="full", kind="AdamW", n_steps=5):
     return layer, optimizer, x
 
 
+def nodes_of(layer):
+    return layer.lreg_encoder["default"].nodes
+
+
+def sums(layer):
+    return statistics_of(Site("", layer, "default")).read()
+
+
 def nodal(layer, values):
-    """`[components, dof, ...]`: with the first node of the reduced head."""
-    missing = layer.lreg_nodes["default"].shape[1] - values.shape[1]
-    return torch.cat((torch.zeros_like(values[:, :missing]), values), dim=1)
+    """`[components, dof, ...]`."""
+    return layer.lreg_encoder["default"].to_nodes(values)
 
 
 def snapshot(layer, optimizer):
     held = optimizer.state[layer.nodal_parameter("default")]
     return {
-        "nodes": layer.lreg_nodes["default"].clone(),
+        "nodes": nodes_of(layer).clone(),
         "values": layer.nodal_parameter("default").detach().clone(),
         **{k: v.clone() for k, v in held.items() if isinstance(v, torch.Tensor)},
     }
@@ -113,12 +122,12 @@ class TestCarrying:
     def test_in_place_with_rising_nodes(self, head):
         layer, optimizer, x = trained(head)
         held = optimizer.state[layer.nodal_parameter("default")]
-        tensors = [layer.lreg_nodes["default"], layer.nodal_parameter("default"), held["exp_avg"], held["exp_avg_sq"]]
+        tensors = [nodes_of(layer), layer.nodal_parameter("default"), held["exp_avg"], held["exp_avg_sq"]]
         addresses = [tensor.data_ptr() for tensor in tensors]
         for _ in range(30):
             step(layer, optimizer, x)
             update = update_meshes(layer, optimizer)
-            nodes = layer.lreg_nodes["default"]
+            nodes = nodes_of(layer)
             assert (nodes.diff(dim=1) > 0).all() and (nodes[:, 0] == 0).all() and (nodes[:, -1] == 1).all()
             assert update.smallest_element == nodes.diff(dim=1).min()
         assert [tensor.data_ptr() for tensor in tensors] == addresses
@@ -129,7 +138,7 @@ class TestCarrying:
         update_meshes(layer, optimizer)
         after = state(layer)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed == {"lreg_nodes.default", "lreg_profile.default.weight"}
+        assert changed == {"lreg_encoder.default.nodes", "lreg_encoder.default.weight"}
 
     def test_without_an_optimizer_its_state_stays(self):
         layer, optimizer, _ = trained()
@@ -141,20 +150,18 @@ class TestCarrying:
 
     def test_wrapped_optimizer(self):
         layer, optimizer, _ = trained()
-        twin, twin_optimizer, _ = copy.deepcopy((layer, optimizer, None))
-        twin.lreg_statistics["default"] = layer.lreg_statistics["default"]
-        sums = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
+        torch.manual_seed(0)
+        twin, twin_optimizer, _ = trained()
         update_meshes(layer, Accelerator(cpu=True).prepare_optimizer(optimizer))
-        twin.lreg_statistics["default"]._committed.sums = sums
         update_meshes(twin, twin_optimizer)
         one, other = snapshot(layer, optimizer), snapshot(twin, twin_optimizer)
         assert all(torch.equal(one[name], other[name]) for name in one)
 
     def test_report(self):
         layer, optimizer, _ = trained()
-        old = layer.lreg_nodes["default"].clone()
+        old = nodes_of(layer).clone()
         update = update_meshes(layer, optimizer)
-        new = layer.lreg_nodes["default"]
+        new = nodes_of(layer)
         (module,) = update.modules
         assert (module.module, module.adapter) == ("", "default")
         assert update.n_moved == sum(len(set(new[i].tolist()) - set(old[i].tolist())) for i in range(2)) > 0
@@ -166,10 +173,10 @@ class TestCarrying:
         layer, x = toy(track=False), 2 * torch.randn(100, 1)
         track_statistics(layer, n_hard_samples=10)
         step(layer, torch.optim.SGD(parameters(layer), lr=0.01), x)
-        sums = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
+        gathered = sums(layer)
         assert update_meshes(layer, strategy="mrc").accepted
-        lengths = layer.lreg_nodes["default"].diff(dim=1)
-        assert lengths[sums.hits > 0].mean() < lengths[sums.hits == 0].mean()
+        lengths = nodes_of(layer).diff(dim=1)
+        assert lengths[gathered.hits > 0].mean() < lengths[gathered.hits == 0].mean()
 
 
 class TestAcceptance:
@@ -195,11 +202,11 @@ class TestAcceptance:
     def test_a_loss_that_fails_leaves_no_trace(self, head, failing, error):
         layer, optimizer, _ = trained(head)
         before, held = state(layer), snapshot(layer, optimizer)
-        sums = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
+        gathered = sums(layer)
         calls = []
 
         def accept():
-            calls.append(layer.lreg_nodes["default"].clone())
+            calls.append(nodes_of(layer).clone())
             if len(calls) == failing:
                 raise error
             return 1.0
@@ -207,13 +214,15 @@ class TestAcceptance:
         with pytest.raises(type(error)):
             update_meshes(layer, optimizer, accept=accept)
         assert len(calls) == failing
-        assert torch.equal(calls[-1], before["lreg_nodes.default"]) is (failing == 1)  # the second sees the move
+        assert torch.equal(calls[-1], before["lreg_encoder.default.nodes"]) is (
+            failing == 1
+        )  # the second sees the move
         assert same_state(before, state(layer))
         now = snapshot(layer, optimizer)
         assert held.keys() == now.keys() and all(torch.equal(held[name], now[name]) for name in held)
         # What was gathered is still there for the next try.
-        again = layer.lreg_statistics["default"].read(layer.lreg_nodes["default"])
-        assert all(torch.equal(one, other) for one, other in zip(sums.tensors(), again.tensors(), strict=True))
+        again = sums(layer)
+        assert all(torch.equal(one, other) for one, other in zip(gathered.tensors(), again.tensors(), strict=True))
         assert update_meshes(layer, optimizer, accept=lambda: 1.0).accepted
 
     @pytest.mark.parametrize("accept", [None, lambda: 1.0])
@@ -250,10 +259,10 @@ class TestAcceptance:
 
     def test_equal_loss_is_kept(self):
         layer, optimizer, _ = trained()
-        before = layer.lreg_nodes["default"].clone()
+        before = nodes_of(layer).clone()
         update = update_meshes(layer, optimizer, accept=self.losses(1.0, 1.0))
         assert update.accepted and not update.refused
-        assert not torch.equal(before, layer.lreg_nodes["default"])
+        assert not torch.equal(before, nodes_of(layer))
 
     @pytest.mark.parametrize(("after", "accepted"), [(-1.96, True), (-1.94, False)])
     def test_tolerance(self, after, accepted):
@@ -266,12 +275,12 @@ class TestAcceptance:
         seen = []
 
         def accept():
-            seen.append((layer.lreg_nodes["default"].clone(), torch.is_grad_enabled()))
+            seen.append((nodes_of(layer).clone(), torch.is_grad_enabled()))
             return 1.0
 
-        old = layer.lreg_nodes["default"].clone()
+        old = nodes_of(layer).clone()
         update_meshes(layer, optimizer, accept=accept)
-        assert torch.equal(seen[0][0], old) and torch.equal(seen[1][0], layer.lreg_nodes["default"])
+        assert torch.equal(seen[0][0], old) and torch.equal(seen[1][0], nodes_of(layer))
         assert not seen[0][1] and not seen[1][1]
 
     def test_statistics_start_anew(self):
@@ -310,7 +319,7 @@ class TestErrors:
         layer, optimizer, x = trained(n_steps=0)
         layer.eval()
         step(layer, optimizer, x)
-        with pytest.raises(RuntimeError, match="training passes"):
+        with pytest.raises(RuntimeError, match="the backward passes of training passes"):
             update_meshes(layer, optimizer)
 
     def test_no_hits(self):
@@ -374,10 +383,10 @@ class TestErrors:
     )
     def test_options_of_the_statistics(self, options, error, message):
         layer = toy()
-        tracked = layer.lreg_statistics["default"]
+        tracked = statistics_of(Site("", layer, "default"))
         with pytest.raises(error, match=message):
             track_statistics(layer, **options)
-        assert layer.lreg_statistics["default"] is tracked
+        assert statistics_of(Site("", layer, "default")) is tracked
         with pytest.raises(TypeError, match="losses must be a tensor"):
             count_hard_samples(layer, [1.0], 1)
         with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
@@ -403,7 +412,7 @@ class TestInModels:
     def test_the_manual_loop(self, native):
         model = self.adapted(native)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        before = [layer.lreg_nodes["default"].clone() for layer in layers(model)]
+        before = [nodes_of(layer).clone() for layer in layers(model)]
         track_statistics(model)
         for i in range(1, 7):
             model(**self.batch()).loss.backward()
@@ -413,7 +422,7 @@ class TestInModels:
                 update = update_meshes(model, optimizer)
         assert [module.module.rpartition("transformer.")[2] for module in update.modules] == ["h.0.mlp", "h.1.mlp"]
         for layer, nodes in zip(layers(model), before, strict=True):
-            assert not torch.equal(layer.lreg_nodes["default"], nodes)
+            assert not torch.equal(nodes_of(layer), nodes)
 
     def test_wrapped_in_another_module(self):
         model = self.adapted()
@@ -428,8 +437,8 @@ class TestInModels:
         for moving in (False, True):
             torch.manual_seed(0)
             layer, x = toy(components=1, dof=12, track=moving, train_projection=False), 2 * torch.randn(200, 1)
-            layer.lreg_projection["default"].data.fill_(1.0)
-            layer.lreg_projection_bias["default"].data.zero_()
+            layer.lreg_projection["default"].weight.data.fill_(1.0)
+            layer.lreg_projection["default"].bias.data.zero_()
             optimizer = torch.optim.Adam(parameters(layer), lr=0.03)
             for i in range(1, 401):
                 losses[moving] = step(layer, optimizer, x)
@@ -471,6 +480,86 @@ class TestInModels:
         track_statistics(layer)
         with pytest.raises(Exception, match="track_statistics"):
             compiled(x)
+        track_statistics(layer, False)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+    def test_a_model_compiled_before_gathers_from_then_on(self):
+        layer, x = toy(track=False), torch.randn(20, 1)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="eager")
+        optimizer = torch.optim.AdamW(parameters(layer), lr=1e-2)
+        step(compiled, optimizer, x)
+        track_statistics(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch looks at .grad of the tensors where a graph breaks
+            step(compiled, optimizer, x)
+        assert update_meshes(layer, optimizer).accepted
+
+
+class TestFollowing:
+    """Averages of weights over a move."""
+
+    @pytest.mark.parametrize("head", HEADS)
+    def test_a_copy_keeps_its_function_as_far_as_the_new_mesh_holds_it(self, head):
+        layer, optimizer, _ = trained(head)
+        twin = copy.deepcopy(layer)
+        for parameter in twin.parameters():
+            parameter.data.mul_(0.9)  # an average is another model
+        before, old = twin.nodal_parameter("default").detach().clone(), nodes_of(twin).clone()
+        assert update_meshes(layer, optimizer).accepted
+        follow_meshes(twin, layer)
+        assert torch.equal(nodes_of(twin), nodes_of(layer))
+        values, carried = nodal(twin, before), nodal(twin, twin.nodal_parameter("default").detach())
+        for i, column in itertools.product(range(2), range(values.shape[2])):
+            wanted = np.interp(nodes_of(twin)[i], old[i], values[i, :, column])
+            # Local coordinates carry a few roundings, over elements that can be a tenth of the mesh.
+            np.testing.assert_allclose(carried[i, :, column], wanted, atol=100 * EPS * values.abs().max())
+
+    @pytest.mark.parametrize("follows", [True, False])
+    def test_an_average_of_weights_is_one_of_functions(self, follows):
+        layer, x = toy(train_projection=False), 2 * torch.randn(100, 1)  # linear in what is averaged
+        optimizer = torch.optim.SGD(parameters(layer), lr=1.0)
+        averaged = torch.optim.swa_utils.AveragedModel(layer)
+        averaged.update_parameters(layer)
+        for _ in range(5):
+            step(layer, optimizer, x)
+        assert update_meshes(layer, optimizer).accepted
+        if follows:
+            follow_meshes(averaged, layer)
+        mean = (averaged(x) + layer(x)) / 2
+        averaged.update_parameters(layer)
+        difference = (averaged(x) - mean).abs().max()
+        if follows:  # rounding of sums of a dozen numbers
+            assert difference < 1e-5
+        else:  # coefficients of two meshes are mixed
+            assert difference > 0.01
+
+    def test_every_adapter_of_a_wrapped_model(self):
+        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, dof=6))
+        model.add_adapter("other", LRegConfig(target_modules=["lm_head"], dof=4, head="factored"))
+        for name in ("default", "other"):
+            shake(model, name)
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        for layer in layers(model):
+            for encoder in layer.lreg_encoder.values():
+                encoder.nodes.pow_(1.2)
+        follow_meshes(averaged, model)
+        meshes, followed = (
+            {name: value for name, value in state(m).items() if name.endswith(".nodes")}
+            for m in (model, averaged.module)
+        )
+        assert len(meshes) == 3 and same_state(meshes, followed)
+
+    @pytest.mark.parametrize("other", [nn.Linear(1, 2), toy(dof=5, track=False), toy("factored", track=False)])
+    def test_what_is_no_copy_is_refused(self, other):
+        layer = toy()
+        before = state(other)
+        with pytest.raises(ValueError, match=r"the copy must have the 1 LReg layers|they are not copies of one model"):
+            follow_meshes(other, layer)
+        assert same_state(before, state(other))
+        layer.update_layer("other", 2, 4, LRegConfig(n_components=2, dof=4))
+        with pytest.raises(ValueError, match=r"in the copy are \['default'\], those of '' are \['default', 'other'\]"):
+            follow_meshes(toy(), layer)
 
 
 def test_two_processes_end_as_one(tmp_path):

@@ -19,8 +19,8 @@ def test_everything_that_trains_is_in_one_group():
     found = [id(weight) for group in (rest, profiles) for weight in group["params"]]
     assert sorted(found) == sorted(id(weight) for weight in model.parameters() if weight.requires_grad)
     names = {id(weight): name for name, weight in model.named_parameters()}
-    assert all(".lreg_profile." in names[id(weight)] for weight in profiles["params"])
-    assert not any(".lreg_profile." in names[id(weight)] for weight in rest["params"])
+    assert all(".lreg_encoder." in names[id(weight)] for weight in profiles["params"])
+    assert not any(".lreg_encoder." in names[id(weight)] for weight in rest["params"])
 
 
 def test_trainer_keeps_the_ratio(tmp_path):

@@ -38,8 +38,10 @@ from lreg_peft import (
     track_statistics,
 )
 from lreg_peft.core import evaluate
-from lreg_peft.fitting.feature_cache import _fingerprint_weights
-from lreg_peft.fitting.output_shortcut import find_terminal
+from lreg_peft.fitting.feature_cache import fingerprint_below
+from lreg_peft.fitting.output_layer import find_output_layer
+from lreg_peft.training.statistics import statistics_of
+from lreg_peft.tuner.sites import all_sites
 
 FORMS = ("additive", "composed")
 OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "dof": 4, "target_modules": ["lm_head", "mlp"]}
@@ -88,10 +90,10 @@ class TestAdding:
         basis = seen[:, HIDDEN:].view(5, 3, 4)
         torch.testing.assert_close(basis.sum(-1), torch.ones(5, 3))  # a partition of unity per component
         moved = copy.deepcopy(layer)
-        moved.lreg_projection_bias["grade_2"].data += 1
+        moved.lreg_projection["grade_2"].bias.data += 1
         assert not torch.equal(moved.coords("grade_3", x), layer.coords("grade_3", x))
         moved = copy.deepcopy(layer)
-        moved.lreg_coefficients["grade_2"].data += 1
+        moved.lreg_coefficients["grade_2"].weight.data += 1
         assert torch.equal(moved.coords("grade_3", x), layer.coords("grade_3", x))
 
     @pytest.mark.parametrize("form", FORMS)
@@ -99,7 +101,7 @@ class TestAdding:
         model = stack_of_three(form)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert names
-        assert all(name.endswith("grade_3.weight") for name in names)
+        assert all(".grade_3." in name for name in names)
         before = state(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loss_of(model).backward()
@@ -160,7 +162,8 @@ class TestAdding:
     def test_statistics_are_of_the_grade_that_trains(self):
         model = stack_of_three("additive")
         track_statistics(model)
-        assert {name for layer in layers(model) for name in layer.lreg_statistics} == {"grade_3"}
+        tracked = [site.adapter for name in model.peft_config for site in all_sites(model, name) if statistics_of(site)]
+        assert tracked == ["grade_3"] * 3
 
     def test_bfloat16(self):
         model = first_grade(gpt2().bfloat16())
@@ -178,10 +181,11 @@ class TestAdding:
         images = torch.randn(2, 2, 8, 8)
         before = model(images)
         add_grade(model, form="composed")
-        assert torch.equal(model(images), before)
+        # The same sums of some twenty fp32 products, which processors may take in another order from call to call.
+        torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-5)
         shake(model, "grade_2")
         model(images).sum().backward()
-        assert model.base_model.model[0].lreg_projection["grade_2"].grad[:, 2:].any()
+        assert model.base_model.model[0].lreg_projection["grade_2"].weight.grad[:, 2:].any()
 
 
 class TestSwitching:
@@ -258,46 +262,49 @@ class TestSwitching:
         assert torch.equal(mixed[0], outputs(gpt2())[0])
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_a_terminal_grade_stands_on_the_output_of_the_ones_below(self, form):
+    def test_a_grade_on_the_output_layer_stands_on_the_output_of_the_ones_below(self, form):
         model = first_grade(target_modules=["lm_head"])
         add_grade(model, form=form)
         batch = inputs("gpt2")
         batch["labels"] = batch["input_ids"]
-        terminal = find_terminal(model)
-        assert terminal.adapter_name == "grade_2"
-        rows = terminal.rows(batch)
-        below = terminal.base_output(rows.features)
+        output_layer = find_output_layer(model)
+        assert output_layer.adapter_name == "grade_2"
+        rows = output_layer.rows(batch)
+        below = output_layer.base_output(rows.features)
         torch.testing.assert_close(below, outputs(model)[:, :-1].flatten(0, 1))
         shake(model, "grade_2")
-        assert torch.equal(terminal.base_output(rows.features), below)
-        total = terminal.base_output(rows.features, without=())
+        assert torch.equal(output_layer.base_output(rows.features), below)
+        total = output_layer.output(rows.features)
         torch.testing.assert_close(total, outputs(model)[:, :-1].flatten(0, 1))
 
     @pytest.mark.parametrize("form", FORMS)
     def test_the_fused_loss_is_that_of_the_stack(self, form):
-        model = first_grade(target_modules=["lm_head"])
+        base = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        model = first_grade(base, target_modules=["lm_head"], fused_loss=True)
         add_grade(model, form=form)
         shake(model, "grade_2")
+        loss_of(model)  # the first batch is compared
         fused, usual = loss_of(model), loss_of(model, train=False)
-        assert model(**inputs("gpt2")).logits.shape[-1] > 0
         torch.testing.assert_close(fused, usual)
         model.train()
-        model.get_base_model().lm_head.lreg_coefficients["default"].data.normal_()
+        batch = inputs("gpt2")
+        assert model(**batch, labels=batch["input_ids"]).logits is None
+        model.get_base_model().lm_head.lreg_coefficients["default"].weight.data.normal_()
         assert not torch.isclose(loss_of(model), fused)
 
-    def test_features_below_a_terminal_grade_are_those_of_the_stack(self):
+    def test_features_below_a_grade_on_the_output_layer_are_those_of_the_stack(self):
         model = first_grade(target_modules=["mlp"])
         add_grade(model, LRegConfig(task_type="CAUSAL_LM", dof=3))  # at the output, on shortcuts inside the network
         model.add_adapter("alone", LRegConfig(task_type="CAUSAL_LM", dof=3))
         batch = {**inputs("gpt2"), "labels": inputs("gpt2")["input_ids"]}
-        terminal = find_terminal(model, "grade_2")
-        stamp, rows = _fingerprint_weights(terminal), terminal.rows(batch)
+        output_layer = find_output_layer(model, "grade_2")
+        stamp, rows = fingerprint_below(output_layer), output_layer.rows(batch)
         model.set_adapter("alone")
-        assert not torch.equal(terminal.rows(batch).features, rows.features)
-        assert _fingerprint_weights(terminal) != stamp
+        assert not torch.equal(output_layer.rows(batch).features, rows.features)
+        assert fingerprint_below(output_layer) != stamp
         model.set_adapter("grade_2")
-        assert torch.equal(terminal.rows(batch).features, rows.features)
-        assert _fingerprint_weights(terminal) == stamp
+        assert torch.equal(output_layer.rows(batch).features, rows.features)
+        assert fingerprint_below(output_layer) == stamp
 
     def test_status_as_peft_reports_it(self):
         status = stack_of_three("composed").get_model_status()
@@ -326,7 +333,7 @@ class TestModulesTrainedInFull:
         before, n_trained = outputs(model), trainable(model)
         add_grade(model)
         assert torch.equal(outputs(model), before)
-        assert all(name.endswith("grade_2.weight") for name, value in model.named_parameters() if value.requires_grad)
+        assert all(".grade_2." in name for name, value in model.named_parameters() if value.requires_grad)
         model.delete_adapter("grade_2")
         assert torch.equal(outputs(model), before)
         assert trainable(model) == n_trained
@@ -451,13 +458,20 @@ class TestTrainer:
         return trainer
 
     def test_best_checkpoint_is_that_of_the_grade(self, tmp_path):
-        model = first_grade()
-        add_grade(model)
+        def start() -> PeftModel:
+            torch.manual_seed(0)
+            model = first_grade()
+            add_grade(model)
+            return model
+
         # The largest loss is taken for the best one, so that it is not the last.
-        trainer = self.train(tmp_path, model, 6, load_best_model_at_end=True, greater_is_better=True)
+        options = {"metric_for_best_model": "loss", "greater_is_better": True, "lr_scheduler_type": "constant"}
+        trainer = self.train(tmp_path / "long", start(), 6, **options)
         best = trainer.state.best_model_checkpoint
-        assert best == str(tmp_path / "checkpoint-2")
-        assert torch.equal(outputs(model), outputs(load_grades(gpt2(), best)))
+        assert best == str(tmp_path / "long" / "checkpoint-2")
+        short = start()
+        self.train(tmp_path / "short", short, 2, **options)
+        assert torch.equal(outputs(short), outputs(load_grades(gpt2(), best)))
 
     def test_resume(self, tmp_path):
         def start() -> PeftModel:
@@ -589,11 +603,12 @@ def fit(model: nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> float:
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     rest = y - model(x)
     handle.remove()
-    n_components, dof = layer.lreg_nodes[name].shape
+    nodes = layer.lreg_encoder[name].nodes
+    n_components, dof = nodes.shape
     basis = torch.eye(n_components * dof, dtype=x.dtype).view(n_components, dof, -1)
-    columns = evaluate(layer.coords(name, seen[0]), layer.lreg_nodes[name], basis)  # [samples, components * dof]
+    columns = evaluate(layer.coords(name, seen[0]), nodes, basis)  # [samples, components * dof]
     solution = torch.linalg.lstsq(columns, rest, driver="gelsd").solution
-    layer.lreg_coefficients[name].copy_(solution.view(n_components, dof, 1))
+    layer.set_table(name, solution)
     return (y - model(x)).square().mean().item()
 
 
@@ -626,9 +641,8 @@ class TestRegression:
         before = fit(model, "default", x, y)
         name = add_grade(model)
         (layer,) = layers(model)
-        layer.set_encoder(
-            name, layer.lreg_projection["default"], layer.lreg_projection_bias["default"], layer.lreg_nodes["default"]
-        )
+        projection, encoder, _ = layer.parts("default")
+        layer.set_encoder(name, projection.weight, projection.bias, encoder.nodes)
         after = fit(model, name, x, y)
         assert after <= before
         assert after == pytest.approx(before, rel=1e-9)

@@ -1,0 +1,337 @@
+"""What shortcuts note down while they train, for the mesh that follows.
+
+The gradient that arrives at a shortcut's output says, for any loss, how much each sample still asks of the shortcut:
+its squared norm, summed over the samples in an element, is the residual energy of that element. It is noted by hooks
+on two modules of the shortcut: the curve, whose input says where a sample is, and B, whose output gets the gradient.
+Both see a forward pass that gradient checkpointing repeats, and one of the two passes has a backward pass.
+
+A few rows are kept per pass; they are sorted into elements many passes at a time.
+"""
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
+from ..core.checks import checked, whole
+from ..core.mesh import coordinate_dtype, locate
+from ..modules import remove_hooks
+from ..tuner.layout import Layout
+from ..tuner.sites import Site, check_whole, movable_sites
+
+#: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at dof 100.
+DEFAULT_ROWS = 128
+
+# Rows to collect before they are sorted into elements. Sorting costs some sixty small kernels, whatever their number.
+_ROWS_PER_FOLD = 4096
+
+_NO_GRAPH = (
+    "lreg_peft notes gradients down with tensor hooks, which a graph cannot hold. Compile without fullgraph=True, or "
+    "call track_statistics(model, False) and keep the meshes as they are."
+)
+
+
+@dataclass(frozen=True)
+class MeshStatistics:
+    """Sums over the samples of the training passes, per component and element.
+
+    Attributes:
+        energy: `[components, dof - 1]`, squared gradient at the shortcut's output.
+        moments: `[components, dof - 1, 3]`, see `core.adapt.element_moments`.
+        node_gradient: `[components, dof]`, see `core.adapt.node_gradient`.
+        hits: `[components, dof - 1]`, the hardest samples (Li, Cheng & Gu 2025, Algorithm 1).
+    """
+
+    energy: Tensor
+    moments: Tensor
+    node_gradient: Tensor
+    hits: Tensor
+
+    @classmethod
+    def empty(cls, nodes: Tensor) -> "MeshStatistics":
+        """All zero, for meshes `[components, dof]`."""
+        components, dof = nodes.shape
+        return cls(
+            nodes.new_zeros(components, dof - 1),
+            nodes.new_zeros(components, dof - 1, 3),
+            nodes.new_zeros(components, dof),
+            nodes.new_zeros(components, dof - 1),
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four sums, in the order of the attributes."""
+        return self.energy, self.moments, self.node_gradient, self.hits
+
+    def __add__(self, other: "MeshStatistics") -> "MeshStatistics":
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return MeshStatistics(*(mine + theirs.to(mine.device) for mine, theirs in pairs))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of one backward pass: `coords` `[rows, components]`, `energy` `[rows]`, and `slope`
+    `[rows, components]`, the gradient in the coordinates."""
+
+    coords: Tensor
+    energy: Tensor
+    slope: Tensor
+
+
+class RunningStatistics:
+    """Gathers the statistics of one site; its hooks on the site's modules keep it.
+
+    Copies and pickles start empty, with hooks of their own.
+
+    Args:
+        site: where.
+        n_rows: rows to note per backward pass, evenly strided, starting one further each time.
+        n_hard_samples: rows with the largest gradient that count as hits; None counts none.
+    """
+
+    def __init__(self, site: Site, n_rows: int = DEFAULT_ROWS, n_hard_samples: int | None = None) -> None:
+        self._site, self._n_rows, self.n_hard_samples = site, n_rows, n_hard_samples
+        self._begin()
+
+    def _begin(self) -> None:
+        #: Coordinates of the last training pass, `[..., components]`.
+        self.coords: Tensor | None = None
+        self._n_passes = 0
+        # Of the pass that is between the two modules, in each thread: replicas of a model share their hooks.
+        self._latent: dict[int, Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was gathered."""
+        self._rows: list[_Rows] = []
+        self._hard: list[Tensor] = []  # [samples, components]: coordinates of the hardest samples
+        self._sums: MeshStatistics | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_site": self._site, "_n_rows": self._n_rows, "n_hard_samples": self.n_hard_samples}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def start(self) -> None:
+        """Put the hooks in."""
+        _, encoder, coefficients = self._site.layer.parts(self._site.adapter)
+        encoder.register_forward_hook(self.note_latent)
+        coefficients.register_forward_hook(self.note_output)
+
+    def stop(self) -> None:
+        """Take the hooks out."""
+        _, encoder, coefficients = self._site.layer.parts(self._site.adapter)
+        remove_hooks(encoder, self.note_latent)
+        remove_hooks(coefficients, self.note_output)
+
+    @torch.compiler.disable(reason=_NO_GRAPH)
+    def note_latent(self, encoder: nn.Module, args: tuple[Tensor, ...], design: Tensor) -> None:
+        """Forward hook of the curve: where the samples are."""
+        if encoder.training and torch.is_grad_enabled():
+            self._latent[threading.get_ident()] = args[0].detach()
+
+    @torch.compiler.disable(reason=_NO_GRAPH)
+    def note_output(self, coefficients: nn.Module, args: Any, output: Tensor) -> None:
+        """Forward hook of B: wait for the gradient."""
+        latent = self._latent.pop(threading.get_ident(), None)
+        if latent is None or not output.requires_grad:
+            return
+        if self.n_hard_samples is None:
+            self.coords = latent.sigmoid()  # for `count_hard_samples`
+        flat = latent.reshape(-1, latent.shape[-1])
+        stride = -(-len(flat) // self._n_rows) or 1
+        picked = slice(self._n_passes % stride, None, stride)
+        rows = flat[picked].clone()  # not a view: that would keep all rows alive
+        shape = latent.shape
+        output.register_hook(lambda gradient: self._note(rows, _pick(self._spread(gradient, shape), picked)))
+
+    def _spread(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient at B's output for every position of z, of the given shape: where B has fewer, these are averages
+        over those of z."""
+        if gradient.shape[:-1] == shape[:-1]:
+            return gradient
+        layer, name = self._site.layer, self._site.adapter
+        on_grid = layer.readings[name].layout == "grid"
+        space, output_space = (_sides(inner[1:-1], on_grid) for inner in (shape, gradient.shape))
+        return Layout(channels_first=True, space=space, output_space=output_space).spread(gradient)
+
+    @torch.no_grad()
+    def _note(self, latent: Tensor, gradient: Tensor) -> None:
+        """Note z `[rows, components]` and the gradient of the loss at the output, `[rows, out_features]`."""
+        _, encoder, coefficients = self._site.layer.parts(self._site.adapter)
+        gradient = gradient.to(coordinate_dtype(gradient, latent))
+        energy = torch.linalg.vector_norm(gradient, dim=-1).square()
+        with torch.autocast(gradient.device.type, enabled=False):
+            design_gradient = gradient @ coefficients.weight.to(gradient.dtype)
+        slope = encoder.coordinate_gradient(latent, design_gradient * self._site.layer.scaling[self._site.adapter])
+        coords = latent.sigmoid()
+        self._rows.append(_Rows(coords, energy, slope))
+        if self.n_hard_samples is not None:
+            hardest = energy.topk(min(self.n_hard_samples, len(energy))).indices
+            self._hard.append(coords[hardest])
+        self._n_passes += 1
+        if sum(len(entry.coords) for entry in self._rows) > _ROWS_PER_FOLD:
+            self.read()
+
+    def count(self, hard: Tensor) -> None:
+        """Count samples `[samples, components]` of coordinates as hits."""
+        self._hard.append(hard)
+
+    def read(self) -> MeshStatistics:
+        """The sums of all training passes; never synchronises."""
+        nodes = self._site.nodes
+        sums = MeshStatistics.empty(nodes) if self._sums is None else self._sums
+        if self._rows:
+            sums = sums + _sort_rows(self._rows, nodes)
+        if self._hard:
+            element, _ = _locate_finite(torch.cat(self._hard), nodes)
+            hits = element_sums(element, nodes.new_ones(()), nodes.shape[1])[:, :-1]
+            sums = MeshStatistics(sums.energy, sums.moments, sums.node_gradient, sums.hits + hits.to(sums.hits.device))
+        self._rows, self._hard, self._sums = [], [], sums
+        return sums
+
+
+def statistics_of(site: Site) -> RunningStatistics | None:
+    """What is gathered at a site, found by its hooks; None if nothing is."""
+    _, encoder, _ = site.layer.parts(site.adapter)
+    owners = (getattr(hook, "__self__", None) for hook in encoder._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, RunningStatistics)), None)
+
+
+@checked(n_rows=whole(1), n_hard_samples=whole(1))
+def track_statistics(
+    model: nn.Module,
+    enabled: bool = True,
+    *,
+    adapter_name: str | None = None,
+    n_rows: int = DEFAULT_ROWS,
+    n_hard_samples: int | None = None,
+) -> None:
+    """Gather in training what `update_meshes` looks at, or stop.
+
+    Every backward pass of a training pass counts (train mode, gradients on), once with gradient checkpointing; rows
+    whose gradient is not finite do not. Nothing of it is saved with the model.
+
+    A model under `torch.compile` runs, but each adapted module splits its graph; with `fullgraph=True`, which forbids
+    that, tracing fails with an error that names this function. What the process has compiled before is compiled again.
+
+    Args:
+        model: any module that contains LReg layers.
+        enabled: False forgets what was gathered; the layers cost nothing again.
+        adapter_name: which adapter; None takes the active ones of every layer.
+        n_rows: rows (samples, or tokens, or pixels) to note per module and backward pass, evenly strided.
+        n_hard_samples: count, per backward pass, the noted rows with the largest gradient as hits for
+            `strategy="mrc"`. None counts none: `count_hard_samples` does it by the losses of the samples.
+
+    Raises:
+        ValueError: if the model has no mesh that can move, or a number is below 1.
+        TypeError: for arguments of a wrong type.
+        RuntimeError: if parameters are sharded.
+    """
+    sites = movable_sites(model, adapter_name)
+    for site in sites if enabled else ():
+        check_whole(site)
+    for site in sites:
+        gathering = statistics_of(site)
+        if gathering is not None:
+            gathering.stop()
+        if enabled:
+            RunningStatistics(site, n_rows, n_hard_samples).start()
+    torch.compiler.reset()  # compiled code does not notice that a module has got its first hook, or lost the last
+
+
+@checked(n_hard_samples=whole(1))
+def count_hard_samples(
+    model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
+) -> None:
+    """Count the hits of the samples with the largest loss (Li, Cheng & Gu 2025, Algorithm 1), for `"mrc"`.
+
+    To be called once per training pass; after `backward()` if gradient checkpointing is reentrant. A module that runs
+    several times per pass counts where its last run placed the samples.
+
+    Args:
+        model: any module with LReg layers under `track_statistics`.
+        losses: one per sample `[batch]`, or per position `[batch, length]`, flattened or not. With one per sample,
+            all its positions count.
+        n_hard_samples: k, how many of them count.
+        adapter_name: which adapter; None takes the active ones of every layer.
+
+    Raises:
+        ValueError: if the model has no mesh that can move, the losses do not fit the last training pass, or hits are
+            already counted by gradient.
+        TypeError: for arguments of a wrong type.
+        RuntimeError: if statistics are not tracked, or there was no training pass.
+    """
+    found = [(site, statistics_of(site)) for site in movable_sites(model, adapter_name)]
+    tracked = [(site, gathering) for site, gathering in found if gathering is not None]
+    if not tracked:
+        raise RuntimeError("no statistics are tracked. Call track_statistics(model) before training.")
+    if any(gathering.n_hard_samples is not None for _, gathering in tracked):
+        raise ValueError(
+            "hits are already counted by gradient: leave n_hard_samples out of track_statistics to count them by loss."
+        )
+    if all(gathering.coords is None for _, gathering in tracked):
+        raise RuntimeError(
+            "no training pass has reached the LReg layers. Call count_hard_samples after the model has run in train "
+            "mode with gradients; after backward() if gradient checkpointing is reentrant."
+        )
+    losses = losses.detach()
+    hardest = losses.flatten().topk(min(n_hard_samples, losses.numel())).indices
+    for site, gathering in tracked:
+        coords = gathering.coords
+        if coords is None:
+            continue  # this module had no part in the pass
+        positions = coords.shape[:-1]
+        if losses.shape != positions[: losses.ndim] and losses.numel() != positions.numel():
+            raise ValueError(
+                f"losses must have one entry per sample or position of the last training pass: the input of "
+                f"{site.module} has {tuple(positions)}, got losses of shape {tuple(losses.shape)}. Pad shifted "
+                "language model losses with a zero at the last position."
+            )
+        grouped = coords.reshape(losses.numel(), -1, coords.shape[-1])  # [losses, positions of each, components]
+        gathering.count(grouped[hardest.to(coords.device)].flatten(0, 1))
+
+
+def _sides(positions: tuple[int, ...], on_grid: bool) -> tuple[int, ...]:
+    """Positions in space, those of a square image for the tokens of one."""
+    return (math.isqrt(positions[0]),) * 2 if on_grid and len(positions) == 1 else positions
+
+
+def _pick(gradient: Tensor, picked: slice) -> Tensor:
+    """Rows of `[..., features]`, without a copy of the others."""
+    if gradient.is_contiguous() or gradient.ndim < 3:
+        return gradient.reshape(-1, gradient.shape[-1])[picked]
+    shape = gradient.shape[:-1]
+    rows = torch.arange(*picked.indices(shape.numel()), device=gradient.device)
+    return gradient[torch.unravel_index(rows, shape)]
+
+
+def _locate_finite(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """`locate`, with rows that are not finite in an element of their own, numbered `dof - 1`."""
+    finite = torch.isfinite(coords).all(dim=-1, keepdim=True)
+    element, local = locate(torch.where(finite, coords, 0.0), nodes.to(coords.device), validate=False)
+    return torch.where(finite, element, nodes.shape[1] - 1), local
+
+
+def _sort_rows(rows: list[_Rows], nodes: Tensor) -> MeshStatistics:
+    device = rows[-1].coords.device
+    coords, energy, slope = (
+        torch.cat([getattr(entry, name).to(device) for entry in rows]) for name in ("coords", "energy", "slope")
+    )
+    # Rows without a gradient (padding, ignored labels) say nothing of the loss; rows that overflowed must not spread.
+    # Neither can be left out by an index without waiting for the device, so they get an element of their own.
+    counts = torch.isfinite(energy) & torch.isfinite(slope).all(dim=-1) & (energy > 0)
+    energy, slope = torch.where(counts, energy, 0.0), torch.where(counts.unsqueeze(-1), slope, 0.0)
+    element, local = _locate_finite(torch.where(counts.unsqueeze(-1), coords, torch.nan), nodes)
+    dof = nodes.shape[1]
+    return MeshStatistics(
+        element_sums(element, energy.unsqueeze(-1), dof)[:, :-1],
+        element_moments(element, local, dof)[:, :-1],
+        node_gradient(element, local, slope, dof)[:, :-1],
+        nodes.new_zeros(nodes.shape[0], dof - 1, device=device),
+    )

@@ -1,7 +1,9 @@
 """What the client scripts share: models of a few thousand weights, a tokenizer, texts, and how a check is reported."""
 
 import logging
+import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -85,6 +88,38 @@ def moved(before: dict, model) -> bool:
     after = shortcut_state(model)
     changed = [not torch.equal(value, after[name]) for name, value in before.items() if "coefficients" in name]
     return bool(changed) and all(changed)
+
+
+def in_two_processes(worker: Callable[..., None], *args) -> None:
+    """Call `worker(rank, *args)` in two processes that talk by gloo; what one raises is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_connected, (f"file://{folder}/meeting", worker, args), nprocs=2)
+
+
+def _connected(rank: int, meeting: str, worker: Callable[..., None], args: tuple) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    try:
+        worker(rank, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def trained_alone(config, ids: torch.Tensor, steps: int) -> torch.nn.Module:
+    """An adapted model after some steps of AdamW on one batch, in this process."""
+    model = get_peft_model(causal_lm(), config)
+    shake(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 def run(checks: dict[str, Callable[[], str | None]]) -> None:

@@ -3,6 +3,9 @@
 Not part of the test suite: the clients are large. Install what is to be checked beside lreg_peft, for example
 
     pip install trl sentence-transformers lm-eval lightning bitsandbytes torchao optimum-quanto setfit
+    pip install --no-deps opacus opt_einsum
+
+and DeepSpeed as the head of its script says. "fsdp" needs torch alone.
 
 A client that is not installed is reported as such.
 """
@@ -27,6 +30,9 @@ CLIENTS = {
     "torchao": "torchao",
     "quanto": "optimum-quanto",
     "setfit": "setfit",
+    "deepspeed": "deepspeed",
+    "fsdp": "torch",
+    "opacus": "opacus",
 }
 BELOW = ("torch", "transformers", "peft", "accelerate")
 

@@ -1,0 +1,78 @@
+"""DeepSpeed, ZeRO-2 and ZeRO-3: two CPU processes train what one process trains, and what is saved loads into a base.
+
+    pip install hjson msgpack ninja py-cpuinfo einops wheel
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install deepspeed --no-deps --no-build-isolation
+
+It needs a C++ compiler: the first run builds DeepSpeed's communication on CPUs, in some minutes.
+"""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+from common import causal_lm, in_two_processes, run, shake, texts, tokenizer, trained_alone
+from peft import PeftModel, get_peft_model
+
+from lreg_peft import LRegConfig
+
+STEPS = 4
+TARGETS = ["q_proj", "mlp", "lm_head"]
+HEADS = {"full": {"dof": 4}, "factored": {"head": "factored", "linear_term": True}}
+
+
+def config(head: str) -> LRegConfig:
+    return LRegConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **HEADS[head])
+
+
+def batch() -> torch.Tensor:
+    return tokenizer()(texts(4), return_tensors="pt").input_ids
+
+
+def train(rank: int, stage: int, head: str, folder: Path) -> None:
+    """Half of the batch in each process; then the adapter is saved from what trains, as a trainer does it."""
+    model = get_peft_model(causal_lm(), config(head))
+    shake(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(trained, lr=1e-2),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,  # it clips unless told not to
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    engine.train()
+    ids = batch().chunk(2)[rank]
+    for _ in range(STEPS):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        state = {name: value.clone() for name, value in model.state_dict().items() if name in names}
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def same_as_alone(stage: int, head: str) -> str:
+    folder = Path(tempfile.mkdtemp())
+    in_two_processes(train, stage, head, folder)
+    alone = trained_alone(config(head), batch(), STEPS)
+    loaded = PeftModel.from_pretrained(causal_lm(), folder).eval()
+    with torch.no_grad():
+        difference = (loaded(batch()).logits - alone(batch()).logits).abs().max().item()
+    assert difference < 1e-4, f"logits differ by {difference:.1e}"  # fp32, sums in another order, four steps of AdamW
+    return f"logits differ by {difference:.0e}"
+
+
+if __name__ == "__main__":
+    run({f"ZeRO-{stage}, {head} head": partial(same_as_alone, stage, head) for stage in (2, 3) for head in HEADS})

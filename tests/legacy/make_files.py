@@ -1,6 +1,7 @@
-"""Writes adapters, a feature cache and a stack of grades with the version that is installed, and the logits they give.
+"""Writes adapters, a stack of grades and checkpoints with the version that is installed, and the logits they give.
 
-Run once by version 0.1.0 (before the package got folders); the tests load what it wrote: python make_files.py FOLDER
+Run once by 0.1.0 (`files`, with a feature cache, without "linear" and checkpoints) and by the last version before 0.2
+(`files/before-0.2`); the tests load what it wrote: python make_files.py FOLDER
 """
 
 import sys
@@ -24,7 +25,18 @@ CONFIGS = {
         "component_pattern": {"c_attn": 1},
     },
     "blocks": {"target_modules": ["mlp"], "dof": 12, "curvature_weight": 0.1},
+    "linear": {
+        "target_modules": ["c_attn", "ln_f", "lm_head"],
+        "head": "factored",
+        "linear_term": True,
+        "profile_mean": 0.3,
+        "dof": 5,
+        "component_pattern": {"c_attn": 3},
+    },
 }
+
+# Of which the state dict of the whole model is kept too, as far as it is the adapter's.
+CHECKPOINTS = ("linear", "reduced")
 
 
 def base() -> GPT2LMHeadModel:
@@ -60,7 +72,7 @@ def fill(model: torch.nn.Module) -> None:
             flat = torch.arange(parameter.numel(), dtype=torch.float64)
             parameter.copy_((0.5 * torch.sin(2.3 * flat + i)).view(parameter.shape))
     for name, nodes in model.named_buffers():
-        if "lreg_nodes" in name:
+        if "nodes" in name:
             nodes.copy_(nodes**1.5)
 
 
@@ -71,6 +83,9 @@ def main(folder: Path) -> None:
         fill(model)
         model.save_pretrained(folder / name)
         logits[name] = model.eval()(inputs()).logits.detach().contiguous()
+        if name in CHECKPOINTS:
+            state = {key: value.contiguous() for key, value in model.state_dict().items() if "lreg_" in key}
+            save_file(state, folder / f"{name}-checkpoint.safetensors")
     model = get_peft_model(base(), LRegConfig(target_modules=["mlp"], dof=3, init_weights=False))
     fill(model)
     lreg_peft.add_grade(model, LRegConfig(target_modules=["mlp"], dof=4), form="composed")
@@ -78,10 +93,7 @@ def main(folder: Path) -> None:
     fill(model)
     model.save_pretrained(folder / "grades")
     logits["grades"] = model.eval()(inputs()).logits.detach().contiguous()
-    model = get_peft_model(base(), LRegConfig(task_type="CAUSAL_LM", dof=3))
-    cache = lreg_peft.cache_features(model, samples(), folder / "cache", batch_size=2, show_progress=False)
-    rows = cache.collate([cache[i] for i in range(len(cache))])
-    save_file({"logits": torch.stack([logits[n] for n in sorted(logits)]), **rows}, folder / "expected.safetensors")
+    save_file(logits, folder / "expected.safetensors")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ GRADES = "tester/grades"
 ADAPTERS = (PUSHED, PUSHED_BF16, TRAINED, UPLOADED)
 SECOND = "blocks"
 IMPORT = "import lreg_peft"
+PARTS = ("projection.weight", "projection.bias", "coefficients.weight", "encoder.nodes")
 
 # In bfloat16 the neighbours 0.9 and 0.9005 become 0.8984 and 0.9023, and 1/3 becomes 0.3340.
 MESH = torch.tensor([[0, 0.3, 0.9, 0.9005, 1], [0, 1 / 3, 0.5, 0.75, 1]])
@@ -155,16 +156,15 @@ def test_adapters_from_trainer_and_from_a_folder_load_back(hub: Hub, repo_id: st
 def test_the_file_holds_the_adapter_and_nothing_else(hub: Hub, repo_id: str):
     prefix = "base_model.model.lm_head.lreg_"
     tensors = hub.tensors("adapter_model.safetensors", repo_id)
-    assert set(tensors) == {f"{prefix}{name}" for name in ("projection", "projection_bias", "coefficients", "nodes")}
-    assert tensors[f"{prefix}nodes"].dtype == torch.float32
-    assert torch.equal(tensors[f"{prefix}nodes"], MESH)
+    assert set(tensors) == {f"{prefix}{name}" for name in PARTS}
+    assert tensors[f"{prefix}encoder.nodes"].dtype == torch.float32
+    assert torch.equal(tensors[f"{prefix}encoder.nodes"], MESH)
 
 
 def test_the_second_adapter_has_only_its_own_tensors(hub: Hub):
     tensors = hub.tensors(f"{SECOND}/adapter_model.safetensors", PUSHED)
-    names = ("projection", "projection_bias", "coefficients", "nodes")
     assert set(tensors) == {
-        f"base_model.model.transformer.h.{block}.mlp.lreg_{name}" for block in range(2) for name in names
+        f"base_model.model.transformer.h.{block}.mlp.lreg_{name}" for block in range(2) for name in PARTS
     }
 
 
@@ -238,6 +238,7 @@ def _publish() -> dict[str, Any]:
     model.add_adapter(SECOND, lreg_peft.LRegConfig(task_type="CAUSAL_LM", init_weights=False, **blocks))
     _set_nodes(model, SECOND, SECOND_MESH)
     model.push_to_hub(PUSHED)
+    lreg_peft.push_model_card(model, PUSHED)
     logits[PUSHED] = _logits(model)
     config = {**_plain(model.peft_config["default"]), "inference_mode": True}  # so set by PEFT in what it saves
     model.set_adapter(SECOND)
@@ -247,8 +248,9 @@ def _publish() -> dict[str, Any]:
     logits[f"{GRADES} default"] = _logits(stack)
     grade = lreg_peft.add_grade(stack, form="composed")
     with torch.no_grad():
-        _layers(stack)[0].lreg_coefficients[grade].normal_()
+        _layers(stack)[0].lreg_coefficients[grade].weight.normal_()
     stack.push_to_hub(GRADES)
+    lreg_peft.push_model_card(stack, GRADES)
     logits[GRADES] = _logits(stack)
 
     native = AutoModelForCausalLM.from_pretrained(BASE)
@@ -263,7 +265,7 @@ def _publish() -> dict[str, Any]:
     HfApi().create_repo(UPLOADED)
     commits = {"upload": HfApi().upload_folder(repo_id=UPLOADED, folder_path="folder").oid}
     with torch.no_grad():
-        _layers(model)[0].lreg_projection_bias["default"].add_(0.5)
+        _layers(model)[0].lreg_projection["default"].bias.add_(0.5)
     commits["push"] = model.push_to_hub(UPLOADED).oid
     logits[UPLOADED] = _logits(model)
 
@@ -283,6 +285,7 @@ def _publish() -> dict[str, Any]:
     trainer = Trainer(model, arguments, train_dataset=[sample] * 4)
     trainer.train()
     trainer.push_to_hub()
+    lreg_peft.push_model_card(model, TRAINED)
     logits[TRAINED] = _logits(model.eval())
     return {"logits": logits, "config": config, "commits": commits}
 
@@ -298,7 +301,7 @@ def _load() -> dict[str, Any]:
     def keep(key: str, model: torch.nn.Module) -> None:
         logits[key] = _logits(model.eval())
         layer = _layers(model)[0]
-        nodes[key] = layer.lreg_nodes[layer.active_adapters[0]]
+        nodes[key] = layer.lreg_encoder[layer.active_adapters[0]].nodes
 
     for base_id, repo_id in ((BASE, PUSHED), (BASE_BF16, PUSHED_BF16)):
         base = AutoModelForCausalLM.from_pretrained(base_id)
@@ -334,8 +337,8 @@ def _layers(model: torch.nn.Module) -> list[Any]:
 
 def _set_nodes(model: torch.nn.Module, adapter_name: str, nodes: torch.Tensor) -> None:
     for layer in _layers(model):
-        if adapter_name in layer.lreg_nodes:
-            layer.lreg_nodes[adapter_name].copy_(nodes)
+        if adapter_name in layer.lreg_encoder:
+            layer.lreg_encoder[adapter_name].nodes.copy_(nodes)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,9 +1,7 @@
-"""The card that is saved beside an adapter says what is known, and nothing else."""
+"""The card that PEFT saves beside an adapter also says how to load it."""
 
 import tiny
 from huggingface_hub import ModelCard
-
-PLACEHOLDER = "[More Information Needed]"
 
 
 def saved_card(model, path) -> ModelCard:
@@ -11,22 +9,26 @@ def saved_card(model, path) -> ModelCard:
     return ModelCard.load(path / "README.md")
 
 
-def test_it_describes_the_adapter_and_keeps_no_empty_section(tmp_path):
+def test_it_says_what_the_adapter_is_and_how_to_load_it_once(tmp_path):
     model = tiny.adapt(tiny.gpt2(), target_modules=["mlp", "c_attn"], modules_to_save=["ln_f"], dof=5)
     text = saved_card(model, tmp_path).text
-    assert PLACEHOLDER not in text
-    assert "<!--" not in text
-    # (16 + 1) * 2 + 2 * 5 * 16 around an mlp and (16 + 1) * 2 + 2 * 5 * 48 around a c_attn, two of each.
-    expected = "4 piecewise-linear shortcuts with 1,416 parameters around `mlp`, `c_attn`, and ln_f trained in full"
-    assert expected in text
-    headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert headings == ["# LReg adapter", "### Framework versions", "## How to load this adapter"]
+    assert "piecewise-linear shortcuts around `mlp`, `c_attn`; head `full`, n_components=2, dof=5" in text
+    assert text.rstrip() == saved_card(model, tmp_path).text.rstrip()
+    assert text.count("## How to load this adapter") == text.count("import lreg_peft") == 1
+    assert saved_card(model, tmp_path).data.to_dict()["tags"].count("lreg") == 1
 
 
-def test_a_base_without_a_name_is_not_named(tmp_path):
-    data = saved_card(tiny.adapt(tiny.gpt2(), target_modules=["mlp"]), tmp_path).data.to_dict()
-    assert "base_model" not in data
-    assert data["tags"] == ["lreg", "transformers"]
+def test_the_card_of_a_named_adapter_lies_above_it(tmp_path):
+    model = tiny.adapt(tiny.gpt2(), "mine", target_modules=["mlp"])
+    assert "import lreg_peft" in saved_card(model, tmp_path).text
+    assert (tmp_path / "mine" / "adapter_config.json").is_file()
+
+
+def test_a_card_of_others_in_the_folder_stays_as_it_is(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
+    before = (tmp_path / "README.md").read_text()
+    tiny.adapt(tiny.gpt2(), target_modules=["mlp"]).peft_config["default"].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
 
 
 def test_a_named_base_is(tmp_path):
@@ -42,7 +44,7 @@ def test_a_named_base_is(tmp_path):
 def test_a_card_that_somebody_wrote_stays_as_it_is(tmp_path):
     model = tiny.adapt(tiny.gpt2(), target_modules=["mlp"])
     card = saved_card(model, tmp_path)
-    card.text += f"\n## Data\n\nMy own.\n\n## Licence\n\n{PLACEHOLDER}\n"
+    card.text += "\n## Data\n\nMy own.\n"
     card.save(tmp_path / "README.md")
     before = (tmp_path / "README.md").read_text().rstrip()
     model.save_pretrained(tmp_path)

@@ -149,7 +149,7 @@ def test_saved_adapter_of_gpt2_is_under_one_megabyte(tmp_path):
     with safe_open(file, "pt") as saved:
         assert set(saved.keys()) == {
             f"base_model.model.lm_head.lreg_{name}"
-            for name in ("projection", "projection_bias", "coefficients", "nodes")
+            for name in ("projection.weight", "projection.bias", "coefficients.weight", "encoder.nodes")
         }
     # Four bytes per parameter and node, and a header.
     assert 4 * (202_566 + 4) < file.stat().st_size < 4 * (202_566 + 4) + 1000 < 1_000_000

@@ -200,7 +200,8 @@ def cache_features(
         collate_fn: makes a batch from samples; None takes `transformers.default_data_collator`, which wants samples of
             equal length.
         dtype: of the stored features: bf16, fp16 or fp32.
-        overwrite: replace a cache that does not fit in place of refusing. Only files that caches write are deleted.
+        overwrite: replace a complete cache that does not fit in place of refusing. (One that does not fit and was left
+            unfinished is replaced anyway.) Only files that caches write are deleted.
         show_progress: show a progress bar on the main process.
 
     Returns:

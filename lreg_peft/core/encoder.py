@@ -30,6 +30,9 @@ _MAX_DENSE_DOF = 32
 # Up to so many components everything is kept for the backward pass that it would make again: 2 n numbers for each, which
 # is little beside the features of a layer. With more components that memory counts.
 _MOST_KEPT = 8
+# Derivatives of functions that torch has and autograd uses: each takes one operation where single ones take three.
+_hardtanh_backward = torch.ops.aten.hardtanh_backward.default
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 # Stands for infinity beyond both ends of a mesh, in fp32 too: a coordinate has all of the element before the mesh behind
 # it, and all of the element after it ahead.
 _FAR = 1e30
@@ -56,6 +59,7 @@ class LagrangeEncoder(nn.Module):
     """
 
     nodes: Tensor
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -73,7 +77,7 @@ class LagrangeEncoder(nn.Module):
         #: Factor of z in the design.
         self.slope = 1 / LOGISTIC_NORMAL_SCALE if linear_term else 0.0
         self.register_buffer("nodes", uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone())
-        self.weight = nn.Parameter(self._start()) if head == "factored" else None
+        self.register_parameter("weight", nn.Parameter(self._start()) if head == "factored" else None)
         # What was made of the nodes: these, their state then, and the result.
         self._kept: tuple[Tensor, tuple[Any, ...], Mesh] | None = None
 
@@ -104,7 +108,7 @@ class LagrangeEncoder(nn.Module):
         if torch.is_autocast_enabled(latent.device.type):
             with torch.autocast(latent.device.type, enabled=False):
                 return self.forward(latent)
-        profile = self.weight
+        profile = self._parameters["weight"]
         if not (latent.dtype is torch.float32 and (profile is None or profile.dtype is torch.float32)):
             dtype = coordinate_dtype(latent, *self.parameters())
             latent, profile = latent.to(dtype), None if profile is None else profile.to(dtype)  # type: ignore[assignment]
@@ -274,8 +278,8 @@ def _slopes_here(slopes: Tensor, ahead: Tensor) -> Tensor:
         slopes: of every element, `[d, n - 1]` or `[..., d, n - 1]`.
         ahead: `[..., d, n + 1]`.
     """
-    # The derivative of a clamp: zero outside, the slope inside. One operation for two comparisons and a product.
-    return torch.ops.aten.hardtanh_backward(slopes, ahead[..., 1:-1], 0.0, _BEYOND_ONE).sum(dim=-1)  # type: ignore[no-any-return]
+    # As the derivative of a clamp: zero outside, the slope inside.
+    return _hardtanh_backward(slopes, ahead[..., 1:-1], 0.0, _BEYOND_ONE).sum(dim=-1)  # type: ignore[no-any-return]
 
 
 def latent_basis(latent: Tensor, mesh: Mesh) -> Tensor:
@@ -354,7 +358,7 @@ class _Profile(torch.autograd.Function):
         d_latent = d_profile = None
         if needs_latent:
             steep = _slopes_here(profile.diff().div_(ctx.mesh.inner), ahead)
-            d_latent = torch.ops.aten.sigmoid_backward(steep, coords)
+            d_latent = _sigmoid_backward(steep, coords)
             if ctx.slope:
                 d_latent.add_(ctx.slope)
             d_latent.mul_(gradient)
@@ -381,7 +385,7 @@ class _Basis(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _again(_plain_basis(latent, ctx.mesh.nodes), {0: latent}, ctx.needs_input_grad, gradient)
         steep = _slopes_here(gradient.diff().div_(ctx.mesh.inner), ahead)
-        return torch.ops.aten.sigmoid_backward(steep, coords), None
+        return _sigmoid_backward(steep, coords), None
 
 
 def _again(value: Tensor, inputs: dict[int, Tensor], needed: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

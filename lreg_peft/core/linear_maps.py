@@ -27,7 +27,8 @@ class Projection(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., n_components]`, fp32 or fp64."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # half the time of attributes
+        assert weight is not None and bias is not None
         if torch.is_autocast_enabled(features.device.type):
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features)
@@ -65,6 +66,8 @@ class Coefficients(nn.Linear):
         if hidden is None:
             value = F.linear(design.to(weight.dtype), weight)
             return value if scale == 1.0 else value * scale
-        table = weight.to(hidden.dtype).T
-        rows, flat = hidden.reshape(-1, weight.shape[0]), design.to(hidden.dtype).reshape(-1, weight.shape[1])
-        return torch.addmm(rows, flat, table, alpha=scale).view(hidden.shape)
+        if not hidden.dtype is design.dtype is weight.dtype:
+            design, weight = design.to(hidden.dtype), weight.to(hidden.dtype)  # type: ignore[assignment]
+        if hidden.ndim == 2:
+            return torch.addmm(hidden, design, weight.T, alpha=scale)
+        return torch.addmm(hidden.flatten(0, -2), design.flatten(0, -2), weight.T, alpha=scale).view(hidden.shape)

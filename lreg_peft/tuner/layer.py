@@ -198,10 +198,10 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """The base module's output with the active shortcuts added to its first tensor."""
         if self.is_output_layer and (stand_in := self._note_call(args, kwargs)) is not None:
             return stand_in
-        output = self.base_layer(*args, **kwargs)
+        output = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         if self._disable_adapters:
             return output
-        names = None if is_compiling() else this_thread.adapter_names
+        names = None if torch.compiler.is_compiling() else this_thread.adapter_names
         adapters = self.stacked_adapters
         if not adapters and names is None:
             return output
@@ -239,21 +239,20 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         dropout = self.dropout[name]
         if dropout and self.training and name in self.active_adapters:  # a grade below does not train
             design = F.dropout(design, dropout)
-        return self._part("lreg_coefficients", name)(design, hidden, self.scaling[name])  # type: ignore[no-any-return]
-
-    def _part(self, kind: str, name: str) -> Any:
-        # By the short way: looking up attributes of modules takes as long as the arithmetic of a small layer.
-        return self._modules[kind]._modules[name]  # type: ignore[union-attr]
+        parts: Any = self._modules
+        return parts["lreg_coefficients"]._modules[name](design, hidden, self.scaling[name])  # type: ignore[no-any-return]
 
     def design(self, adapter_name: str, features: Tensor) -> Tensor:
         """What the rows of `table` are weighted by: `[..., in_features]` -> `[..., K]`, fp32 or fp64."""
-        return self._part("lreg_encoder", adapter_name)(self.latent(adapter_name, features))  # type: ignore[no-any-return]
+        parts: Any = self._modules
+        if self.composed_on:
+            features = self.encoder_input(adapter_name, features)
+        latent = parts["lreg_projection"]._modules[adapter_name](features)
+        return parts["lreg_encoder"]._modules[adapter_name](latent)  # type: ignore[no-any-return]
 
     def latent(self, adapter_name: str, features: Tensor) -> Tensor:
         """z = P x + b: `[..., in_features]` -> `[..., d]`, fp32 or fp64."""
-        if self.composed_on:
-            features = self.encoder_input(adapter_name, features)
-        return self._part("lreg_projection", adapter_name)(features)  # type: ignore[no-any-return]
+        return self.lreg_projection[adapter_name](self.encoder_input(adapter_name, features))  # type: ignore[no-any-return]
 
     def coords(self, adapter_name: str, features: Tensor) -> Tensor:
         """u = sigmoid(z): `[..., in_features]` -> `[..., d]`."""
@@ -342,6 +341,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """What the shortcuts read in the forward pass that is running."""
         if self.source is not None:
             return self.source.read()
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            return args[0]
         return first_input(args, kwargs, self._input_name, self.get_base_layer)
 
     def seen_features(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -357,7 +358,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             ValueError: if no shortcut fits between them.
         """
         reading = self.readings.get(adapter_name or "", UNSAID)
-        if self._is_row_by_row and reading is UNSAID and self.source is None:
+        if reading is UNSAID and self._is_row_by_row and self.source is None:
             return ROW_BY_ROW
         try:
             return Layout.of(self._hints, features.shape, output.shape, reading)

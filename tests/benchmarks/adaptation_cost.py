@@ -64,7 +64,14 @@ class Copy:
 def measure(placement: str, options: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=options.length, n_embd=options.width, n_layer=options.layers, n_head=4
+        vocab_size=VOCABULARY,
+        n_positions=options.length,
+        n_embd=options.width,
+        n_layer=options.layers,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     base = transformers.GPT2LMHeadModel(config)
     still = Copy(get_peft_model(base, LRegConfig(task_type="CAUSAL_LM", **PLACEMENTS[placement])))

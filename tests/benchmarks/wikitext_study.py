@@ -7,7 +7,7 @@ A causal language model of the GPT-2 family is adapted to a new text by every me
 checkpoint, with the same blocks in the same order, AdamW without weight decay, linear schedule and gradient clipping
 at 1. The learning rate is chosen with the first seed on the last tenth of the training text, from a grid of the same
 size for every method; if the best one is at the edge of the grid the table says so. Then every seed trains at that
-rate, and the whole test text is read once per seed. The adapters have no dropout and the model stays in eval mode.
+rate, and the whole test text is read once per seed. There is no dropout, neither in the model nor in the adapters.
 
 Every finished run is one line of `runs.jsonl` in the output folder and is not repeated, so the study can be stopped,
 resumed, and split over processes by --methods. The table, a JSON file and a picture are made from these lines.
@@ -45,6 +45,7 @@ EVERYWHERE = {"attn.c_attn": 2, "attn.c_proj": 2, "mlp.c_fc": 1, "mlp.c_proj": 1
 # With a projection that does not train there is room for more components.
 EVERYWHERE_P_FIXED = {"attn.c_attn": 3, "attn.c_proj": 3, "mlp.c_fc": 2, "mlp.c_proj": 2, "lm_head": 1}
 LINEAR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 ADAPT_EVERY = 20
 ADAPT_UNTIL = 0.75
 
@@ -148,7 +149,7 @@ class Study:
                 return run
         method = METHODS[name]
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(self.arguments.model).eval()
+        base = AutoModelForCausalLM.from_pretrained(self.arguments.model, **NO_DROPOUT).eval()
         model = method.attach(base).eval()
         order = torch.cat([torch.randperm(len(self.train)) for _ in range(3)])
         if method.start is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .fitting.linearize import Refinement, refine_linearized
     from .fitting.meshes import MeshFit, fit_meshes
     from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
-    from .regression import LagrangeRegressor
+    from .regression import LagrangeRegressor as LagrangeRegressor
     from .training.calibration import calibrate_output
     from .training.callback import LRegCallback
     from .training.initialization import initialize_lreg_weights

@@ -2,17 +2,7 @@
 
 from .adapt.move import AdaptedMesh, adapt_mesh
 from .adapt.transfer import interpolate
-from .basis import (
-    curvature_penalty,
-    dense_is_faster,
-    design_matrix,
-    evaluate,
-    evaluate_factored,
-    evaluate_profile,
-    expand_basis,
-    hat_basis,
-    weighted_rows,
-)
+from .basis import curvature_penalty, evaluate, evaluate_profile, hat_basis
 from .checks import check_doors as _check_doors
 from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
 from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
@@ -34,12 +24,8 @@ __all__ = [
     "adapt_mesh",
     "check_nodes",
     "curvature_penalty",
-    "dense_is_faster",
-    "design_matrix",
     "evaluate",
-    "evaluate_factored",
     "evaluate_profile",
-    "expand_basis",
     "fit_piecewise_linear",
     "hat_basis",
     "initial_projection",
@@ -51,7 +37,6 @@ __all__ = [
     "solve_cross_entropy",
     "solve_least_squares",
     "uniform_nodes",
-    "weighted_rows",
 ]
 
 # Inside this package, and in every training step, these are called with what has been checked already.
@@ -62,12 +47,8 @@ _check_doors(
         "active_nodes": {"element": "int64 ... components", "local": "... components"},
         "check_nodes": {},
         "curvature_penalty": {"nodes": "components dof"},
-        "dense_is_faster": {},
-        "design_matrix": _MESH,
         "evaluate": {},
-        "evaluate_factored": {"profile": "...", "direction": "..."},
         "evaluate_profile": {**_MESH, "profile": "components dof"},
-        "expand_basis": {"element": "int64 ... components", "local": "... components"},
         "hat_basis": {},
         "interpolate": {
             "nodes_old": "components dof_old",
@@ -81,6 +62,5 @@ _check_doors(
             "bias": "components",
         },
         "separate_nodes": {"nodes": "components dof"},
-        "weighted_rows": {"rows": "int64 ... m", "weights": "... m", "table": "K out_features"},
     },
 )

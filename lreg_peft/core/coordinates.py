@@ -4,7 +4,6 @@ Source: Li, Cheng & Gu (2025), section 2.7: u = sigmoid(P x + b).
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +28,8 @@ def project(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor:
     Returns:
         `[..., components]` in (0, 1), fp32 or fp64.
     """
-    return torch.sigmoid(project_linear(features, projection, bias))
-
-
-def project_linear(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor:
-    """z = P x + b, what `project` takes the sigmoid of: `[..., components]`, in the same precision."""
     dtype = coordinate_dtype(features, projection)
-    return F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype))
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Where coordinates are computed; nothing where there is no autocast, since entering a context takes its time."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.sigmoid(F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype)))
 
 
 @checked(n_components=whole(1), in_features=whole(1))

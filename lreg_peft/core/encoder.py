@@ -1,7 +1,7 @@
 """The learned curve between the two linear maps of a shortcut: z -> u = sigmoid(z) -> design.
 
-A shortcut is `y = f(x) + B(curve(A(x)))`. This module is the curve. It turns latent coordinates z into the *design*: the
-numbers that the rows of the *table* (the weight of B, transposed) are multiplied by. Three heads differ in what that is:
+A shortcut is `y = f(x) + B(curve(A(x)))`. This module is the curve. It turns latent coordinates z into the *design*:
+the numbers that the rows of the *table* (the weight of B, transposed) are multiplied by. Three heads differ in it:
 
     full      the hat functions psi_ij(u_i) of every component (Li, Cheng & Gu 2025, sections 2.6-2.7), K = d n
     reduced   the same functions without the d - 1 redundant constants, K = d (n - 1) + 1
@@ -27,14 +27,14 @@ _SMALLEST_MEAN = 0.1
 # Largest dof at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
 # operations; beyond it looking up the element costs less (measured on one CPU core and by the number of launches).
 _MAX_DENSE_DOF = 32
-# Up to so many components everything is kept for the backward pass that it would make again: 2 n numbers for each, which
-# is little beside the features of a layer. With more components that memory counts.
+# Up to so many components everything is kept for the backward pass that it would make again: 2 n numbers for each,
+# which is little beside the features of a layer. With more components that memory counts.
 _MOST_KEPT = 8
 # Derivatives of functions that torch has and autograd uses: each takes one operation where single ones take three.
 _hardtanh_backward = torch.ops.aten.hardtanh_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.default
-# Stands for infinity beyond both ends of a mesh, in fp32 too: a coordinate has all of the element before the mesh behind
-# it, and all of the element after it ahead.
+# Stands for infinity beyond both ends of a mesh, in fp32 too: a coordinate has all of the element before the mesh
+# behind it, and all of the element after it ahead.
 _FAR = 1e30
 # The next number after one, in fp32: `x < _BEYOND_ONE` means x <= 1.
 _BEYOND_ONE = 1.0 + 2.0**-23
@@ -261,8 +261,10 @@ class Mesh(NamedTuple):
 
 
 def _ahead(coords: Tensor, mesh: Mesh) -> Tensor:
-    """How much of each element lies ahead of a coordinate, in units of the element: between 0 and 1 in the one that
-    holds it (1 at its left end), below 0 in those behind it, above 1 in those ahead; `[..., d]` -> `[..., d, n + 1]`."""
+    """How much of each element lies ahead of a coordinate, in units of the element: `[..., d]` -> `[..., d, n + 1]`.
+
+    Between 0 and 1 in the element that holds it (1 at its left end), below 0 in those behind, above 1 in those ahead.
+    """
     return mesh.right.sub(coords.unsqueeze(-1)).div_(mesh.lengths)
 
 

@@ -5,7 +5,7 @@ Logits over a vocabulary are by far the largest tensor of a language model's tra
 `table` and, if asked for, `features`; these are small, and all that is kept for the backward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +18,6 @@ from .checks import checked, real, whole
 _CPU_ROWS = 128
 # GEMM and softmax over a row length that fills whole vector registers run up to twice as fast.
 _ALIGNED_ROWS = 32
-_SQUARED_AT_ONCE = 2048
 # After the GEMM a chunk is worked off in blocks of this size: read from the cache eight times instead of from memory.
 _CPU_BLOCK_BYTES = 3 * 2**20
 # Elsewhere the logits of a chunk may take this many bytes.
@@ -27,8 +26,6 @@ _CHUNK_BYTES = 256 * 2**20
 _LINEAR_FORWARD = nn.Linear.forward
 
 Base = Callable[[Tensor], Tensor]
-#: Rows of the batch, and what is told the squared norms of the gradient in their logits during the backward pass.
-Watcher = tuple[slice, Callable[[Tensor], None]]
 
 
 @checked(label_smoothing=real, rows_per_chunk=whole(1))
@@ -42,7 +39,6 @@ def fused_cross_entropy(
     normaliser: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     rows_per_chunk: int | None = None,
-    watchers: Sequence[Watcher] = (),
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `base(features) + design @ table`, over `normaliser`.
 
@@ -60,8 +56,6 @@ def fused_cross_entropy(
         normaliser: what the sum is divided by; None takes n. A tensor is not read on the host.
         label_smoothing: as in `torch.nn.functional.cross_entropy`, in [0, 1).
         rows_per_chunk: rows whose logits exist at the same time; None chooses by device.
-        watchers: slices of the rows with functions that are called in the backward pass with the squared norms `[m]`
-            of the loss gradient in the logits of those rows.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 features), differentiable once in `features`, `design` and `table`. Softmax and
@@ -89,7 +83,7 @@ def fused_cross_entropy(
         raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}.")
     normaliser = len(features) if normaliser is None else normaliser
     return _FusedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
-        features, design, table, targets, base, normaliser, label_smoothing, rows_per_chunk, tuple(watchers)
+        features, design, table, targets, base, normaliser, label_smoothing, rows_per_chunk
     )
 
 
@@ -105,7 +99,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
         normaliser: Tensor | float,
         smoothing: float,
         rows_per_chunk: int | None,
-        watchers: tuple[Watcher, ...],
     ) -> Tensor:
         needs_features, needs_design, needs_table = ctx.needs_input_grad[:3]
         needs_any = needs_features or needs_design or needs_table
@@ -117,7 +110,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
         d_design = design.new_empty(design.shape, dtype=precise) if needs_design else None  # type: ignore[union-attr]
         d_table = table.new_zeros(table.shape, dtype=precise) if needs_table else None  # type: ignore[union-attr]
         exact_table = table.to(precise) if table is not None and needs_design else None
-        energy = features.new_empty(n if watchers else 0, dtype=precise)
         chunks = _ClassesFirst if _takes_classes_first(base, features) else _RowsFirst
         work = chunks(base, needs_features, precise)
         for start in range(0, n, size):
@@ -134,13 +126,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     d_design[part] = (exact_table @ gradient.T).T
                 if d_table is not None and design is not None:
                     d_table.addmm_(design[part].to(precise).T, gradient)
-                for picked, _ in watchers:
-                    _note_energy(energy, gradient, picked.indices(n), part)
             if d_features is not None:
                 d_features[rows] = work.features_gradient()
-        ctx.save_for_backward(d_features, d_design, d_table, energy)
+        ctx.save_for_backward(d_features, d_design, d_table)
         ctx.dtypes = tuple(t.dtype if t is not None else None for t in (features, design, table))
-        ctx.normaliser, ctx.watchers, ctx.n_rows = normaliser, watchers, n
+        ctx.normaliser, ctx.n_rows = normaliser, n
         return total / normaliser
 
     @staticmethod
@@ -150,17 +140,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 "lreg_peft: the fused loss has no second derivative. Set LRegConfig(fused_loss=False), or compute the "
                 "loss from the logits, where you differentiate with create_graph=True."
             )
-        *saved, energy = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if not ctx.n_rows:  # zero, as of the mean over nothing, and not zero times infinity
             gradient, ctx.normaliser = torch.zeros_like(gradient), 1
         scale = gradient / ctx.normaliser
-        for picked, tell in ctx.watchers:
-            tell(energy[picked] * scale.square())
         grads = (
             None if tensor is None else (tensor * scale).to(dtype)
             for tensor, dtype in zip(saved, ctx.dtypes, strict=True)
         )
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _RowsFirst:
@@ -269,17 +257,6 @@ def _takes_classes_first(base: Base, features: Tensor) -> bool:
         and not (base._forward_hooks or base._forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _note_energy(energy: Tensor, gradient: Tensor, picked: tuple[int, int, int], part: slice) -> None:
-    """Write the squared norms of those rows of `gradient`, which are the rows `part`, that are picked."""
-    start, stop, step = picked
-    begin = start + max(0, -(-(part.start - start) // step)) * step  # the first picked row that is not before `part`
-    end = min(stop, part.stop)
-    if begin < end:
-        rows = gradient[begin - part.start : end - part.start : step]
-        # In pieces that stay in the cache; vector_norm is ten times slower across the layout of the memory.
-        energy[begin:end:step] = sum(piece.square().sum(dim=1) for piece in rows.split(_SQUARED_AT_ONCE, dim=1))
 
 
 def _rows_per_block(scores: Tensor) -> int:

@@ -1,5 +1,7 @@
 """The two linear maps of a shortcut: A, from features to latent coordinates, and B, from the design to the output."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +29,8 @@ class Projection(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., n_components]`, fp32 or fp64."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # half the time of attributes
-        assert weight is not None and bias is not None
+        parameters: Any = self._parameters  # half the time of attributes
+        weight, bias = parameters["weight"], parameters["bias"]
         if torch.is_autocast_enabled(features.device.type):
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features)

@@ -172,36 +172,6 @@ def separate_nodes(nodes: Tensor, min_relative_element: float = MIN_RELATIVE_ELE
     return torch.cat((first, inner, last), dim=1)
 
 
-def spread_rounded(nodes: Tensor) -> Tensor | None:
-    """A mesh whose neighbouring nodes were rounded to the same value in bf16 or fp16, with those nodes apart again.
-
-    Nodes of one value are spread evenly over the part of the axis that is nearer to that value than to the next ones.
-
-    Args:
-        nodes: `[components, dof]`.
-
-    Returns:
-        `[components, dof]` in fp32, strictly increasing with the same ends; None if rounding does not explain `nodes`:
-        they fall somewhere, or have values that neither dtype holds.
-    """
-    exact = nodes.float()
-    rounded = torch.equal(exact, exact.bfloat16().float()) or torch.equal(exact, exact.half().float())
-    if not rounded or (exact.diff(dim=1) < 0).any() or (exact[:, 0] >= exact[:, -1]).any():
-        return None
-    spread = exact.clone()
-    for row in spread:
-        values, counts = row.unique_consecutive(return_counts=True)
-        edges = torch.cat((values[:1], (values[1:] + values[:-1]) / 2, values[-1:]))
-        inner = [
-            low + (high - low) * (torch.arange(int(count), device=low.device) + 0.5) / count
-            if count > 1
-            else value.unsqueeze(0)
-            for value, count, low, high in zip(values, counts, edges, edges[1:], strict=False)
-        ]
-        row[1:-1] = torch.cat(inner)[1:-1]
-    return separate_nodes(spread)
-
-
 def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Tensor, Tensor]:
     """Find the element that holds each coordinate, and the position inside it.
 

@@ -151,7 +151,7 @@ def write_sum(model: nn.Module, name: str, adapters: Sequence[str], weights: Seq
         if kind == "linear":
             projection.load_state_dict(terms[0][0].state_dict())
             encoder.load_state_dict(terms[0][1].state_dict())
-            coefficients.weight.copy_(sum(b.weight * w for *_, b, w in terms))
+            coefficients.weight.copy_(torch.stack([b.weight * w for *_, b, w in terms]).sum(dim=0))
             continue
         projection.weight.copy_(torch.cat([a.weight for a, *_ in terms]))
         projection.bias.copy_(torch.cat([a.bias for a, *_ in terms]))
@@ -160,6 +160,6 @@ def write_sum(model: nn.Module, name: str, adapters: Sequence[str], weights: Seq
             encoder.weight.copy_(torch.cat([curve.weight for _, curve, *_ in terms if curve.weight is not None]))
         scaled = [b.weight * w for *_, b, w in terms]
         if encoder.head == "reduced":  # every component can carry the constant: there is one for all
-            constant = sum(weight[:, -1:] for weight in scaled)
+            constant = torch.stack([weight[:, -1:] for weight in scaled]).sum(dim=0)
             scaled = [*(weight[:, :-1] for weight in scaled), constant]
         coefficients.weight.copy_(torch.cat(scaled, dim=1))

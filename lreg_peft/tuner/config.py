@@ -135,8 +135,8 @@ class LRegConfig(PeftConfig):
     backbone_eval: bool = _option(
         False,
         "Put the frozen model in eval mode while the adapter trains, as the paper does: no dropout, and no gradient "
-        "checkpointing, which needs train mode. Adapters and `modules_to_save` stay in train mode. Acts in `train()` of "
-        "the PeftModel. With False dropout acts as with LoRA; batch norms of the frozen model keep their statistics "
+        "checkpointing, which needs train mode. Adapters and `modules_to_save` stay in train mode. Acts in `train()` "
+        "of the PeftModel. With False dropout acts as with LoRA; batch norms of the frozen model keep their statistics "
         "either way.",
     )
     curvature_weight: float = _option(
@@ -146,9 +146,9 @@ class LRegConfig(PeftConfig):
     )
     fused_loss: bool = _option(
         False,
-        "With a shortcut on the output layer of a language model: compute the training loss in chunks, without a tensor "
-        "of [batch, length, vocabulary], to save memory. While the model trains with labels, `output.logits` is None. "
-        "The first batch is compared with the model's own loss; a model that changes its logits or weights its loss is "
+        "With a shortcut on the output layer of a language model: compute the training loss in chunks, without a "
+        "tensor of [batch, length, vocabulary], to save memory. While the model trains with labels, `output.logits` is "
+        "None. The first batch is compared with the model's own loss; a model that changes its logits or weights its loss is "
         "refused.",
     )
     previous_grades: list[str] = _option(

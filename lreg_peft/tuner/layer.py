@@ -57,9 +57,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     not the input of f but the output of another module.
 
     Every adapter consists of three modules: `lreg_projection` A, an `nn.Linear` with P `[d, in_features]` and b;
-    `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored head, the profiles `[d, n]`
-    (its `weight`); `lreg_coefficients` B, an `nn.Linear` without bias whose weight `[out_features, K]` is zero at the
-    start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade below.
+    `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored head, the profiles
+    `[d, n]` (its `weight`); `lreg_coefficients` B, an `nn.Linear` without bias whose weight `[out_features, K]` is zero
+    at the start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade below.
 
     A and the curve are computed in fp32 (fp64 for an fp64 model), the sum in the dtype of f's output.
 
@@ -230,7 +230,9 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         design = self.design(name, layout.rows(features))
         if layout.pools:  # averaging is linear: the design is averaged, which is as a rule narrower than the output
             design = layout.pool(design)
-        if layout.output_channels_first:  # the sum has the strides of `hidden`, on which the order of later sums depends
+        if (
+            layout.output_channels_first
+        ):  # the sum has the strides of `hidden`, on which the order of later sums depends
             return hidden + layout.restore(self._sum(name, design, None)).to(hidden.dtype)
         return self._sum(name, design, hidden)
 
@@ -438,7 +440,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
         """The parameter that lives on the mesh: the profiles of a factored head, else the weight of B."""
         _, encoder, coefficients = self.parts(adapter_name)
-        return coefficients.weight if encoder.weight is None else encoder.weight
+        parameter: Any = coefficients.weight if encoder.weight is None else encoder.weight
+        return parameter  # type: ignore[no-any-return]
 
     # Scales, as LoRA's layers have them: the shortcut is linear in its coefficients
 

@@ -89,11 +89,13 @@ def before_loading_model(model: nn.Module, state: dict[str, Tensor], prefix: str
         path = f"{prefix}{name}.{_PREFIX}"
         known.append(path)
         check_entries(layer, {key: state[key] for key in state if key.startswith(path)}, f"{prefix}{name}.")
-    lost = [key for key in state if key.startswith(prefix) and f".{_PREFIX}" in key and not key.startswith(tuple(known))]
+    lost = [
+        key for key in state if key.startswith(prefix) and f".{_PREFIX}" in key and not key.startswith(tuple(known))
+    ]
     if lost:
         raise ValueError(
-            f"the file holds {len(lost)} tensors of shortcuts that the model does not have, the first is {lost[0]!r}. It "
-            "was saved for other target modules or for another base model."
+            f"the file holds {len(lost)} tensors of shortcuts that the model does not have, the first is {lost[0]!r}. "
+            "It was saved for other target modules or for another base model."
         )
 
 
@@ -148,7 +150,11 @@ def _check_saved_nodes(key: str, nodes: Tensor) -> None:
     try:
         check_nodes(nodes)
     except ValueError as error:
-        hint = "" if nodes.dtype.itemsize > 2 else f" They were saved in {nodes.dtype}, which rounds: save them in float32."
+        hint = (
+            ""
+            if nodes.dtype.itemsize > 2
+            else f" They were saved in {nodes.dtype}, which rounds: save them in float32."
+        )
         raise ValueError(f"the file is damaged: {key}: {error}{hint}") from None
     if nodes[:, 0].ne(0).any() or nodes[:, -1].ne(1).any():
         raise ValueError(f"the file is damaged: {key}: every mesh must span [0, 1].")

@@ -1,4 +1,4 @@
-"""What is installed in a foreign model, hooks and a forward method that takes features: `release` takes it out again."""
+"""What is installed in a foreign model: hooks, and a forward method that takes features. `release` takes it out."""
 
 from torch import nn
 
@@ -10,7 +10,8 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         remove_hooks(module, *(hook for hook in hooks if _is_own(hook)))
-        if _is_own(forward := module.__dict__.get("forward")):
+        forward = module.__dict__.get("forward")
+        if forward is not None and _is_own(forward):
             forward.release(module)
 
 

@@ -124,14 +124,16 @@ def _find_shift(model: nn.Module, layer: LRegLayer, this_pass: FusedPass, output
         guess = shifts_labels(model)
         for shift in (guess, not guess):
             loss = this_pass.loss(layer, shift)
-            if loss is not None and torch.isclose(loss, own.detach().to(loss), rtol=tolerance, atol=1e-7, equal_nan=True):
+            if loss is not None and torch.isclose(
+                loss, own.detach().to(loss), rtol=tolerance, atol=1e-7, equal_nan=True
+            ):
                 return shift
     raise _refusal(model)
 
 
 def _refusal(model: nn.Module) -> ValueError:
     return ValueError(
-        f"fused_loss=True computes the mean cross-entropy of the output layer, and the loss of {type(model).__name__} is "
-        "another one: it changes or weights the logits, or adds terms. Leave fused_loss out; the model then trains with "
-        "its own loss."
+        "fused_loss=True computes the mean cross-entropy of the output layer, and the loss of "
+        f"{type(model).__name__} is another one: it changes or weights the logits, or adds terms. Leave fused_loss "
+        "out; the model then trains with its own loss."
     )

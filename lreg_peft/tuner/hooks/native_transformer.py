@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ...modules import remove_hooks
 from ..layer import LRegLayer
 
 _NESTED = "_lreg_used_nested_tensor"
@@ -18,8 +19,8 @@ def install(model: nn.Module) -> None:
     """Have the transformer layers of torch in `model` that hold shortcuts call their parts; may be called again."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds_shortcut(module):
-            if call_the_parts not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(call_the_parts)
+            remove_hooks(module, call_the_parts)
+            module.register_forward_pre_hook(call_the_parts)
         if isinstance(module, nn.TransformerEncoder) and _holds_shortcut(module) and _NESTED not in module.__dict__:
             # Nested tensors are for the fused path alone.
             module.__dict__[_NESTED] = getattr(module, "use_nested_tensor", False)

@@ -148,8 +148,8 @@ class LRegConfig(PeftConfig):
         False,
         "With a shortcut on the output layer of a language model: compute the training loss in chunks, without a "
         "tensor of [batch, length, vocabulary], to save memory. While the model trains with labels, `output.logits` is "
-        "None. The first batch is compared with the model's own loss; a model that changes its logits or weights its loss is "
-        "refused.",
+        "None. The first batch is compared with the model's own loss; a model that changes its logits or weights its "
+        "loss is refused.",
     )
     previous_grades: list[str] = _option(
         [],

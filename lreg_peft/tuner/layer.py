@@ -59,7 +59,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     Every adapter consists of three modules: `lreg_projection` A, an `nn.Linear` with P `[d, in_features]` and b;
     `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored head, the profiles
     `[d, n]` (its `weight`); `lreg_coefficients` B, an `nn.Linear` without bias whose weight `[out_features, K]` is zero
-    at the start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade below.
+    at the start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade
+    below.
 
     A and the curve are computed in fp32 (fp64 for an fp64 model), the sum in the dtype of f's output.
 

@@ -108,7 +108,7 @@ class LagrangeEncoder(nn.Module):
         if torch.is_autocast_enabled(latent.device.type):
             with torch.autocast(latent.device.type, enabled=False):
                 return self.forward(latent)
-        profile = self._parameters["weight"]
+        profile = self.weight
         if not (latent.dtype is torch.float32 and (profile is None or profile.dtype is torch.float32)):
             dtype = coordinate_dtype(latent, *self.parameters())
             latent, profile = latent.to(dtype), None if profile is None else profile.to(dtype)  # type: ignore[assignment]

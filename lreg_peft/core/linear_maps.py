@@ -1,7 +1,5 @@
 """The two linear maps of a shortcut: A, from features to latent coordinates, and B, from the design to the output."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +27,8 @@ class Projection(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., n_components]`, fp32 or fp64."""
-        parameters: Any = self._parameters  # half the time of attributes
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight: Tensor = self.weight  # attributes: FSDP takes them out of the parameters
+        bias: Tensor = self.bias
         if torch.is_autocast_enabled(features.device.type):
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features)

@@ -91,12 +91,8 @@ class Site:
 
     def __post_init__(self) -> None:
         self.base: Any = self.module.get_base_layer() if isinstance(self.module, LRegLayer) else self.module
-        self.kernel: tuple[int, ...] = ()
-        if isinstance(self.base, nn.Conv2d):
-            self.kernel = (self.base.in_channels, *self.base.kernel_size)
-            self.width = math.prod(self.kernel)
-        else:
-            self.width = self.base.nx if isinstance(self.base, Conv1D) else self.base.in_features
+        self.kernel = (self.base.in_channels, *self.base.kernel_size) if isinstance(self.base, nn.Conv2d) else ()
+        self.width = math.prod(self.kernel) if self.kernel else _in_features(self.base)
         self.sums: Tensor | None = None  # of products of all pairs of: inputs, a one, the design
         self.not_linear: dict[str, float] = {}
 
@@ -153,6 +149,10 @@ class Site:
             part = slice(start, start := start + len(table))
             rest, whole_of_it = (float((table * (c[part, part] @ table)).sum().clamp_min(0)) for c in (left, total))
             self.not_linear[shortcut.name] = rest / whole_of_it if whole_of_it else 0.0
+
+
+def _in_features(base: Any) -> int:
+    return base.nx if isinstance(base, Conv1D) else base.in_features  # type: ignore[no-any-return]
 
 
 def _reduce(a: Tensor, b: Tensor, rank: int | float | None) -> tuple[Tensor, Tensor]:

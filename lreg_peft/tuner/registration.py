@@ -4,10 +4,14 @@ PEFT keeps its methods in the str-enum `PeftType` and has no plugin discovery, s
 member. PEFT is not imported at module level: `add_enum_member` is plain Python and is tested on every interpreter.
 """
 
+import re
 from enum import Enum
+from importlib.metadata import version
 from typing import Any
 
 METHOD = "lreg"
+#: The newest versions that the tests have passed with; a later one is warned of when the package is imported.
+TESTED = {"transformers": (5, 24), "peft": (0, 21)}
 _OWN_PACKAGE = __name__.partition(".")[0]
 
 
@@ -43,11 +47,25 @@ def upstream_has_lreg() -> bool:
     return config_class is not None and config_class.__module__.partition(".")[0] != _OWN_PACKAGE
 
 
+def untested_versions() -> list[str]:
+    """What is installed beyond `TESTED`, in words."""
+    found = []
+    for package, newest in TESTED.items():
+        installed = version(package)
+        match = re.match(r"(\d+)\.(\d+)", installed)
+        if match and (int(match[1]), int(match[2])) > newest:
+            found.append(f"{package} {installed} (tested: up to {newest[0]}.{newest[1]})")
+    return found
+
+
 def register(config_class: type, model_class: type) -> bool:
     """Register LReg with PEFT; safe to call again, also after this package was re-imported.
 
     Returns:
         False, after a warning, if PEFT has an LREG of its own: that one is left in place.
+
+    Warns:
+        UserWarning: if transformers or PEFT are later than what was tested.
     """
     import warnings
 
@@ -63,6 +81,13 @@ def register(config_class: type, model_class: type) -> bool:
             stacklevel=3,
         )
         return False
+    if untested := untested_versions():
+        warnings.warn(
+            f"lreg_peft was tested with earlier versions than {' and '.join(untested)}. If something fails, install "
+            "those.",
+            UserWarning,
+            stacklevel=3,
+        )
     peft_type: Any = add_enum_member(PeftType, METHOD.upper())
     # A second import of this package made new classes: PEFT must not go on with the old ones.
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)

@@ -118,6 +118,23 @@ class TestInterpreters:
         assert "fine on" in run(STANDALONE, interpreter, str(SOURCE))
 
 
+class TestVersions:
+    @pytest.mark.parametrize(("installed", "is_untested"), [("5.24.1", False), ("5.25.0", True), ("6.0.0.dev0", True)])
+    def test_later_ones_than_tested_are_named(self, monkeypatch, installed, is_untested):
+        versions = {"transformers": installed, "peft": "0.21.2"}
+        monkeypatch.setattr(registration, "version", versions.get)
+        monkeypatch.setattr(registration, "TESTED", {"transformers": (5, 24), "peft": (0, 21)})
+        found = registration.untested_versions()
+        assert found == ([f"transformers {installed} (tested: up to 5.24)"] if is_untested else [])
+
+    def test_a_warning_says_so_once_and_registers_all_the_same(self, monkeypatch):
+        monkeypatch.setattr(registration, "TESTED", {"transformers": (4, 0)})
+        with pytest.warns(
+            UserWarning, match=r"lreg_peft was tested with earlier versions than transformers .* \(tested: "
+        ):
+            assert registration.register(lreg_peft.LRegConfig, lreg_peft.LRegModel)
+
+
 class TestImporting:
     def test_again_and_after_forgetting_the_modules(self):
         """A second import makes new classes; PEFT goes on with those, and adapters of before still work."""

@@ -86,7 +86,8 @@ def test_blocks_with_a_start_from_gradients_and_moving_meshes(tmp_path):
     train(model, tmp_path, samples(), callbacks=[LRegCallback(every=3, n_check_batches=0)])
     assert mean_loss(model) < loss - 0.1
     assert any(
-        not torch.equal(layer.lreg_encoder["default"].nodes, old) for layer, old in zip(layers(model), start, strict=True)
+        not torch.equal(layer.lreg_encoder["default"].nodes, old)
+        for layer, old in zip(layers(model), start, strict=True)
     )
 
 

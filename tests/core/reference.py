@@ -50,7 +50,7 @@ def sigmoid(latent: np.ndarray) -> np.ndarray:
 def design(
     latent: np.ndarray, nodes: np.ndarray, head: str, profile: np.ndarray | None = None, linear_term: bool = False
 ) -> np.ndarray:
-    """What the curve of a shortcut gives, and what the rows of its table are multiplied by: [samples, d] -> [samples, K]."""
+    """What the curve of a shortcut gives, the rows of its table are multiplied by: [samples, d] -> [samples, K]."""
     samples, components = latent.shape
     dof = nodes.shape[1]
     psi = basis(sigmoid(latent), nodes)

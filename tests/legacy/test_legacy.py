@@ -22,7 +22,8 @@ LOGITS = {
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 versions = pytest.mark.parametrize("folder", LOGITS, ids=["0.1", "before 0.2"])
 adapters = pytest.mark.parametrize(
-    ("folder", "name"), [(folder, name) for folder, all_of_it in LOGITS.items() for name in all_of_it if name != "grades"]
+    ("folder", "name"),
+    [(folder, name) for folder, all_of_it in LOGITS.items() for name in all_of_it if name != "grades"],
 )
 
 

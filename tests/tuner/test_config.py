@@ -101,7 +101,11 @@ REFUSED = [
     ({"train_projection": 1}, TypeError, "train_projection must be True or False, got 1"),
     ({"backbone_eval": None}, TypeError, "backbone_eval must be True or False, got None"),
     ({"fused_loss": "no"}, TypeError, "fused_loss must be True or False, got 'no'"),
-    ({"fused_loss": True, "dropout": 0.5}, ValueError, "fused_loss=True computes the loss without dropout, got dropout=0.5"),
+    (
+        {"fused_loss": True, "dropout": 0.5},
+        ValueError,
+        "fused_loss=True computes the loss without dropout, got dropout=0.5",
+    ),
     ({"curvature_weight": "0.1"}, TypeError, "curvature_weight must be a number, got '0.1'"),
     ({"curvature_weight": True}, TypeError, "curvature_weight must be a number, got True"),
     ({"curvature_weight": -0.1}, ValueError, "curvature_weight must be finite and not negative, got -0.1"),

@@ -163,7 +163,9 @@ def test_one_coordinate_is_on_its_own_device():
 def test_modules_whose_weight_is_read_past_them_are_found_by_an_example():
     model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4))
     config = LRegConfig(target_modules="all-linear")
-    with pytest.raises(ValueError, match=r"2 modules cannot be adapted(.|\n)*1\.mixer\.dt_proj' \(Linear\): the model does not call it"):
+    with pytest.raises(
+        ValueError, match=r"2 modules cannot be adapted(.|\n)*1\.mixer\.dt_proj' \(Linear\): the model does not call it"
+    ):
         inspect_targets(model, config, example_inputs={"input_ids": IDS})
     attention = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match=r"'all-linear' leaves out '0\.out_proj'.*never calls"):
@@ -175,7 +177,9 @@ def test_modules_whose_weight_is_read_past_them_are_found_by_an_example():
     [(XLMWithLMHeadModel, XLMConfig), (FlaubertWithLMHeadModel, FlaubertConfig)],
 )
 def test_heads_that_take_the_labels(model_class, config_class):
-    base = model_class(config_class(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2, pad_index=2, dropout=0.0, attention_dropout=0.0)).eval()
+    base = model_class(
+        config_class(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2, pad_index=2, dropout=0.0, attention_dropout=0.0)
+    ).eval()
     expected = base(input_ids=IDS, labels=IDS).loss
     model = get_peft_model(base, LRegConfig(task_type="CAUSAL_LM")).train()
     loss = model(input_ids=IDS, labels=IDS).loss

@@ -171,7 +171,7 @@ class TestInspection:
         for target in report:
             layer = found[target.name]
             assert (target.in_features, target.out_features) == (layer.in_features, layer.out_features)
-            assert tuple(layer.lreg_nodes["default"].shape) == (target.n_components, target.dof)
+            assert tuple(layer.lreg_encoder["default"].nodes.shape) == (target.n_components, target.dof)
             assert target.module_type == type(layer.base_layer).__name__
             assert target.trainable_parameters == sum(p.numel() for n, p in layer.named_parameters() if p.requires_grad)
 

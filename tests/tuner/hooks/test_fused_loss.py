@@ -1,4 +1,4 @@
-"""The loss in chunks: the same training without logits, compared with the model's own loss, refused where that differs."""
+"""The loss in chunks: the same training without logits, refused where the model has another loss."""
 
 import threading
 
@@ -257,6 +257,8 @@ def test_two_threads_do_not_disturb_each_other():
 def test_the_class_of_the_output_is_the_models_own():
     fused, usual = twins()
     fused(**BATCH)
-    assert type(fused(**BATCH)) is type(usual(**BATCH)) is transformers.modeling_outputs.CausalLMOutputWithCrossAttentions
+    assert (
+        type(fused(**BATCH)) is type(usual(**BATCH)) is transformers.modeling_outputs.CausalLMOutputWithCrossAttentions
+    )
     loss, *_ = fused(**BATCH, return_dict=False)
     torch.testing.assert_close(loss, usual(**BATCH).loss)

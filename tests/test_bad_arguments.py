@@ -57,7 +57,9 @@ RIGHT: dict[str, dict] = {
     "count_hard_samples": {"model": MODEL, "losses": torch.rand(2), "n_hard_samples": 1},
     "fused_cross_entropy": {"base": nn.Linear(3, 4), "features": ROWS, "targets": torch.zeros(5, dtype=torch.long)},
     "fit_coefficients": {"model": MODEL, "data": BATCHES},
+    "convert_to_lora": {"model": MODEL, "dataloader": BATCHES},
     "fit_meshes": {"model": MODEL, "data": BATCHES},
+    "follow_meshes": {"copy": MODEL, "model": MODEL},
     "initialize_lreg_weights": {"model": MODEL, "dataloader": BATCHES},
     "inspect_targets": {"model": MODEL, "config": LRegConfig()},
     "load_grades": {"model": MODEL, "path": "never"},
@@ -66,6 +68,7 @@ RIGHT: dict[str, dict] = {
     "push_model_card": {"model": MODEL, "repo_id": "a/b"},
     "recommended_config": {"model": tiny.gpt2()},
     "refine_linearized": {"model": MODEL, "dataloader": BATCHES},
+    "save_as_lora": {"path": "never", "model": MODEL, "dataloader": BATCHES},
     "snapshot_meshes": {"model": MODEL},
     "track_statistics": {"model": MODEL},
     "update_meshes": {"model": MODEL},
@@ -74,13 +77,10 @@ RIGHT: dict[str, dict] = {
     "active_nodes": {"element": ELEMENT, "local": LOCAL, "dof": 3},
     "adapt_mesh": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4), "indicator": torch.ones(2, 2)},
     "check_nodes": {"nodes": NODES},
-    "curvature_penalty": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
-    "dense_is_faster": {"dof": 3, "device": torch.device("cpu")},
-    "design_matrix": {"coords": COORDS, "nodes": NODES},
+    "core.curvature_penalty": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
+    "curvature_penalty": {"model": MODEL},
     "evaluate": {"coords": COORDS, "nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
-    "evaluate_factored": {"coords": COORDS, "nodes": NODES, "profile": NODES, "direction": torch.ones(2, 4)},
     "evaluate_profile": {"coords": COORDS, "nodes": NODES, "profile": NODES},
-    "expand_basis": {"element": ELEMENT, "local": LOCAL, "dof": 3},
     "fit_piecewise_linear": {"x": COORDS, "y": ROWS, "dof": 2},
     "hat_basis": {"coords": COORDS, "nodes": NODES},
     "initial_projection": {"n_components": 2, "in_features": 3},
@@ -92,7 +92,6 @@ RIGHT: dict[str, dict] = {
     "solve_cross_entropy": {"chunks": CHUNKS, "start": torch.zeros(3, 2), "ridge": 0.1},
     "solve_least_squares": {"chunks": CHUNKS, "start": torch.zeros(3, 2)},
     "uniform_nodes": {"n_components": 2, "dof": 3},
-    "weighted_rows": {"rows": ELEMENT, "weights": LOCAL, "table": torch.ones(6, 4)},
 }
 # Tensors whose shape is told by another argument, or that may have any.
 ANY_SHAPE = {("fit_piecewise_linear", "y"), ("count_hard_samples", "losses")}
@@ -105,7 +104,7 @@ def public() -> dict:
         for name in place.__all__:
             thing = getattr(place, name)
             if inspect.isfunction(thing) or name in ("LRegCallback", "FeatureCache"):
-                found[name] = thing
+                found[f"core.{name}" if name in found else name] = thing
     return found
 
 
@@ -229,11 +228,9 @@ OUT_OF_RANGE = [
     ("adapt_mesh", "nodes", NODES.flip(1)),
     ("check_nodes", "nodes", NODES / 0),
     ("check_nodes", "nodes", NODES[:, :1]),
-    ("design_matrix", "coords", torch.ones(5, 3)),
     ("evaluate", "coords", torch.ones(5, 3)),
     ("evaluate", "coords", COORDS * torch.nan),
     ("evaluate", "form", "sparse"),
-    ("evaluate_factored", "direction", torch.ones(3, 4)),
     ("evaluate_profile", "profile", torch.ones(2, 4)),
     ("fit_piecewise_linear", "dof", 1),
     ("fit_piecewise_linear", "ridge", -1.0),
@@ -266,7 +263,6 @@ OUT_OF_RANGE = [
     ("uniform_nodes", "n_components", 0),
     ("uniform_nodes", "low", 1.0),
     ("uniform_nodes", "dtype", torch.float16),
-    ("weighted_rows", "weights", torch.ones(5, 3)),
 ]
 
 

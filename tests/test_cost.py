@@ -24,8 +24,9 @@ N = BATCH * (LENGTH - 1)  # predicted tokens: 32, which is not rounded up
 
 def gpt2() -> GPT2LMHeadModel:
     config = GPT2Config(
-        n_embd=HIDDEN, n_layer=4, n_head=2, vocab_size=VOCABULARY, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
-    )
+        n_embd=HIDDEN, n_layer=4, n_head=2, vocab_size=VOCABULARY, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
@@ -45,14 +46,9 @@ def frozen() -> int:
     return flops(gpt2(), backward=False) - 2 * BATCH * HIDDEN * VOCABULARY
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("head", "d", "dof", "k"), [("full", 2, 8, 16), ("full", 2, 2, 4), ("factored", 3, 64, 3)])
-def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(head, d, dof, k, checkpointing):
+def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(head, d, dof, k):
     model = get_peft_model(gpt2(), LRegConfig(n_components=d, dof=dof, head=head, fused_loss=True)).train()
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable()
-        model.train()
     projection = 2 * 2 * N * HIDDEN * d  # forward and the gradient of P; the features get none
     assert flops(model) == frozen() + 3 * 2 * N * k * VOCABULARY + projection
 

@@ -73,7 +73,8 @@ def push_model_card(
         card = ModelCard.load(file, ignore_metadata_errors=True)
     except EntryNotFoundError:
         card = ModelCard.from_template(ModelCardData())
-    config = next(iter(model.peft_config.values()))  # type: ignore[union-attr,operator]
+    configs = list(model.peft_config.values())  # type: ignore[union-attr,operator]
+    config = next((one for one in configs if getattr(one, "previous_grades", None)), configs[0])
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
     base_model = config.base_model_name_or_path

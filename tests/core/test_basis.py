@@ -8,15 +8,12 @@ from lreg_peft.core import (
     active_nodes,
     curvature_penalty,
     evaluate,
-    expand_basis,
     hat_basis,
     locate,
     uniform_nodes,
-    weighted_rows,
 )
 
 DOFS = [2, 3, 8, 9, 64]
-FORMS = ["dense", "gather"]
 
 
 def special_points(nodes: torch.Tensor) -> torch.Tensor:
@@ -54,36 +51,32 @@ class TestTheorems:
         assert torch.equal(basis.gather(-1, element.unsqueeze(-1)).squeeze(-1), 1 - local)
         assert torch.equal(basis.gather(-1, element.unsqueeze(-1) + 1).squeeze(-1), local)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_piecewise_linear_functions_are_reproduced_by_their_nodal_values(self, dof, form):
+    def test_piecewise_linear_functions_are_reproduced_by_their_nodal_values(self, dof):
         nodes = random_nodes(1, dof)
         values = torch.randn(1, dof, 1, dtype=torch.float64)
         points = torch.rand(200, 1, dtype=torch.float64)
         expected = np.interp(points.squeeze(1), nodes[0], values[0, :, 0])
-        result = evaluate(points, nodes, values, form=form).squeeze(1)
+        result = evaluate(points, nodes, values).squeeze(1)
         np.testing.assert_allclose(result, expected, atol=1e-13)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_derivative_inside_an_element_is_the_slope(self, dof, form):
+    def test_derivative_inside_an_element_is_the_slope(self, dof):
         nodes = random_nodes(1, dof)
         values = torch.randn(1, dof, 1, dtype=torch.float64)
         middle = ((nodes[:, 1:] + nodes[:, :-1]) / 2).T.requires_grad_()
-        (slope,) = torch.autograd.grad(evaluate(middle, nodes, values, form=form).sum(), middle)
+        (slope,) = torch.autograd.grad(evaluate(middle, nodes, values).sum(), middle)
         expected = values[0, :, 0].diff() / nodes[0].diff()
         torch.testing.assert_close(slope.squeeze(1), expected, rtol=1e-12, atol=1e-12)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_equals_the_literal_formula(self, dof, form):
+    def test_equals_the_literal_formula(self, dof):
         nodes = random_nodes(2, dof)
         coefficients = torch.randn(2, dof, 5, dtype=torch.float64)
         points = special_points(nodes)
         psi = reference.basis(points.numpy(), nodes.numpy())
         np.testing.assert_allclose(hat_basis(points, nodes), psi, atol=1e-13)
         expected = np.einsum("sij,ijc->sc", psi, coefficients.numpy())
-        np.testing.assert_allclose(evaluate(points, nodes, coefficients, form=form), expected, atol=1e-12)
+        np.testing.assert_allclose(evaluate(points, nodes, coefficients), expected, atol=1e-12)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_gradients(self, dof, form):
+    def test_gradients(self, dof):
         nodes = random_nodes(2, dof)
         element = torch.randint(0, dof - 1, (4, 2))
         inside = 0.2 + 0.6 * torch.rand(4, 2, dtype=torch.float64)  # away from the nodes, where the slope jumps
@@ -93,11 +86,9 @@ class TestTheorems:
         coefficients = torch.randn(2, dof, 3, dtype=torch.float64, requires_grad=True)
 
         def function(u, c):
-            return evaluate(u, nodes, c, form=form)
+            return evaluate(u, nodes, c)
 
         assert torch.autograd.gradcheck(function, (coords, coefficients), eps=1e-7)
-        if form == "dense":
-            assert torch.autograd.gradgradcheck(function, (coords, coefficients), eps=1e-7)
 
 
 def test_l2_error_falls_with_the_square_of_the_element_length():
@@ -112,69 +103,17 @@ def test_l2_error_falls_with_the_square_of_the_element_length():
     assert abs(slope + 2) < 0.1
 
 
-@pytest.mark.parametrize("dof", DOFS)
-def test_both_forms_agree_in_fp32_values_and_gradients(dof):
-    nodes = random_nodes(4, dof, torch.float32)
-    coords = torch.rand(3, 50, 4, requires_grad=True)
-    coefficients = torch.randn(4, dof, 6, requires_grad=True)
-    results = []
-    for form in FORMS:
-        value = evaluate(coords, nodes, coefficients, form=form)
-        results.append((value, *torch.autograd.grad(value.square().sum(), (coords, coefficients))))
-    for dense, gather in zip(*results, strict=True):
-        assert dense.shape == gather.shape
-        # Sums of at most 8 products forward, of 150 backward, each relative to the largest entry.
-        torch.testing.assert_close(dense, gather, rtol=0, atol=200 * 2**-24 * dense.detach().abs().max().item())
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dof", [8, 256, 1024])
-def test_half_precision_coefficients_keep_their_error_at_every_dof(form, dtype, dof):
+def test_half_precision_coefficients_keep_their_error_at_every_dof(dtype, dof):
     nodes = uniform_nodes(4, dof)
     coords = torch.rand(500, 4)
     coefficients = torch.randn(4, dof, 3, dtype=torch.float64)
     exact = evaluate(coords, nodes, coefficients)
-    rounded = evaluate(coords, nodes, coefficients.to(dtype), form=form)
+    rounded = evaluate(coords, nodes, coefficients.to(dtype))
     assert rounded.dtype == dtype
     error = (rounded.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 2 * torch.finfo(dtype).eps  # coefficients, weights and result are each rounded once
-
-
-def test_auto_takes_the_form_by_dof(monkeypatch):
-    taken = []
-    monkeypatch.setattr(
-        "lreg_peft.core.basis._gather",
-        lambda element, local, table, dof: taken.append(dof) or torch.zeros(*local.shape[:-1], table.shape[1]),
-    )
-    for dof in (2, 8, 9, 100):
-        evaluate(torch.rand(3, 1), uniform_nodes(1, dof), torch.zeros(1, dof, 2))
-    assert taken == [9, 100]
-
-
-@pytest.mark.parametrize("form", ["dense", "gather"])
-def test_second_derivatives(form):
-    generator = torch.Generator().manual_seed(0)
-    nodes = uniform_nodes(2, 4, dtype=torch.float64)
-    coords = torch.rand(5, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    coefficients = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda x, c: evaluate(torch.sigmoid(x), nodes, c, form=form).square(), (coords, coefficients)
-    )
-
-
-# torch.func's decompositions still use torch.jit.script.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_functional_transforms_work_on_the_dense_form():
-    nodes = uniform_nodes(2, 4)
-    coords, coefficients = torch.rand(6, 2), torch.randn(2, 4, 3)
-
-    def function(c):
-        return evaluate(coords, nodes, c, form="dense", validate=False)
-
-    tangent = torch.randn_like(coefficients)
-    _, derivative = torch.func.jvp(function, (coefficients,), (tangent,))
-    torch.testing.assert_close(derivative, function(tangent))
 
 
 @pytest.mark.parametrize(
@@ -190,17 +129,6 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
     coords, nodes, coefficients = shapes
     with pytest.raises(ValueError, match=message):
         evaluate(torch.rand(coords), uniform_nodes(*nodes), torch.zeros(coefficients))
-
-
-def test_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="'auto', 'dense' or 'gather', got 'sparse'"):
-        evaluate(torch.rand(5, 1), uniform_nodes(1, 3), torch.zeros(1, 3, 1), form="sparse")
-
-
-def test_expand_basis_of_two_nodes_is_the_pair_of_weights():
-    local = torch.rand(4, 3)
-    basis = expand_basis(torch.zeros(4, 3, dtype=torch.long), local, 2)
-    assert torch.equal(basis[..., 0], 1 - local) and torch.equal(basis[..., 1], local)
 
 
 class TestCurvaturePenalty:
@@ -241,20 +169,3 @@ def test_active_nodes_are_the_non_zeros_of_the_basis(lead):
     assert rows.shape == weights.shape == (*lead, 6)
     dense = torch.zeros(*lead, 15, dtype=torch.float64).scatter(-1, rows, weights)
     assert torch.equal(dense, hat_basis(coords, nodes).flatten(-2))
-    table = torch.randn(15, 4, generator=generator, dtype=torch.float64)
-    # The same six products in another order.
-    torch.testing.assert_close(weighted_rows(rows, weights, table), dense @ table)
-
-
-def test_weighted_rows_of_a_simplex():
-    """Three nodes per row, as in the plane: value and gradients are those of the dense product."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.stack([torch.randperm(9, generator=generator)[:3] for _ in range(20)])
-    weights = torch.rand(20, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    table = torch.randn(9, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    value = weighted_rows(rows, weights, table)
-    dense = torch.zeros(20, 9, dtype=torch.float64).scatter(1, rows, weights) @ table
-    torch.testing.assert_close(value, dense)
-    probe = torch.randn(20, 4, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad(value, (weights, table), probe)
-    torch.testing.assert_close(ours, torch.autograd.grad(dense, (weights, table), probe))

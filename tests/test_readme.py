@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,12 @@ def images() -> dict[str, Any]:
     return {"resnet": resnet, "mobilenet": mobilenet, "batch": batch}
 
 
+def as_lora(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """PEFT warns of every LoRA on a GPT-2 that its inner layers are laid out the other way than its output layer."""
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+    return given()
+
+
 def samples_for_regression() -> dict[str, Any]:
     random = np.random.default_rng(0)
     X, x = random.normal(size=(200, 4)), random.uniform(size=(200, 1))
@@ -143,6 +150,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/certified-fits.md": lambda _: given(n_steps=1),  # few rows: the mesh is fitted many times
     # Enough steps for a move of the nodes.
     "docs/meshes.md": lambda _: given(n_steps=70, batches=DataLoader(Samples(8), batch_size=4)),
+    "docs/deployment.md": as_lora,
     "docs/grades.md": lambda _: given(model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])),
     "docs/refinement.md": lambda _: given(
         2, model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])

@@ -1,13 +1,13 @@
-"""What LReg's training is worth as a plain LoRA: an adapter converted by `convert_to_lora` beside a LoRA trained as such.
+"""What LReg's training is worth as a plain LoRA: a converted adapter beside a LoRA that was trained as one.
 
     python tests/benchmarks/as_lora.py --output_dir OUT [--model MODEL --train_file TRAIN --eval_file EVAL]
         [--budget 32768] [--steps 50] [--seeds 0 1 2] [--learning_rate 0.02] [--lora_learning_rates 0.01 0.02]
         [--inside_only]
 
 A causal language model is adapted by LReg's recipe (`recommended_config`, start from gradients, calibration) and by a
-LoRA of the very shape that the conversion has: same modules, same ranks, scale one. Same blocks in the same order, AdamW
-without weight decay, linear schedule, gradients clipped at 1. Of several rates of the LoRA the one counts that is best
-on the evaluation text, so that the comparison errs in its favour. The conversion reads the blocks of the first 16
+LoRA of the very shape that the conversion has: same modules, same ranks, scale one. Same blocks in the same order,
+AdamW without weight decay, linear schedule, gradients clipped at 1. Of several rates of the LoRA the one counts that is
+best on the evaluation text, so that the comparison errs in its favour. The conversion reads the blocks of the first 16
 training steps. What is evaluated as LoRA is run by PEFT, from the tensors that `save_as_lora` writes.
 
 "offline" stands for the small GPT-2 and the two texts that the WikiText example makes of Python itself. Without

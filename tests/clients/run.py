@@ -3,6 +3,7 @@
 Not part of the test suite: the clients are large. Install what is to be checked beside lreg_peft, for example
 
     pip install trl sentence-transformers lm-eval lightning bitsandbytes torchao optimum-quanto setfit
+    pip install onnx onnxscript onnxruntime
     pip install --no-deps opacus opt_einsum
 
 and DeepSpeed as the head of its script says. "fsdp" needs torch alone.
@@ -32,6 +33,7 @@ CLIENTS = {
     "setfit": "setfit",
     "deepspeed": "deepspeed",
     "fsdp": "torch",
+    "onnx": "onnxruntime",
     "opacus": "opacus",
 }
 BELOW = ("torch", "transformers", "peft", "accelerate")

@@ -95,7 +95,7 @@ def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
 def small_quick_start(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Its GPT-2 at full size is made in a test of its own, above."""
     monkeypatch.setattr(transformers, "GPT2Config", lambda: tiny.gpt2().config)
-    return given()
+    return given(n_steps=70)  # enough for a move of the nodes
 
 
 def results_of_a_comparison(folder: str, base: torch.nn.Module, **options: Any) -> dict[str, Any]:

@@ -70,4 +70,5 @@ class Coefficients(nn.Linear):
             design, weight = design.to(hidden.dtype), weight.to(hidden.dtype)  # type: ignore[assignment]
         if hidden.ndim == 2:
             return torch.addmm(hidden, design, weight.T, alpha=scale)
-        return torch.addmm(hidden.flatten(0, -2), design.flatten(0, -2), weight.T, alpha=scale).view(hidden.shape)
+        rows, design = hidden.reshape(-1, hidden.shape[-1]), design.reshape(-1, design.shape[-1])
+        return torch.addmm(rows, design, weight.T, alpha=scale).view(hidden.shape)

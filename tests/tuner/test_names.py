@@ -53,9 +53,9 @@ def test_a_file_with_both_loads_as_peft_meant_it(tmp_path):
 
 def test_names_that_modules_cannot_have_are_refused_by_torch():
     """As for LoRA: an adapter's name is that of a module."""
-    with pytest.raises(KeyError, match=r'"v1\.0"'):
+    with pytest.raises(KeyError, match=r"v1\.0"):
         get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"]), adapter_name="v1.0")
-    with pytest.raises(KeyError, match=r'"v1\.0"'):
+    with pytest.raises(KeyError, match=r"v1\.0"):
         add_grade(get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"])), name="v1.0")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...modules import is_compiling, remove_hooks
-from ..layer import LRegLayer, this_thread
+from ..layer import LRegLayer, LRegLinear, this_thread
 from ..targets import output_head_name
 
 # Where a model keeps the name of its wrapped output layer: looking for it takes longer than a short forward pass.
@@ -63,31 +63,39 @@ def wrapped_head(model: nn.Module) -> LRegLayer | None:
 
 
 def begin_pass(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook."""
-    if not is_compiling():
-        this_thread.output_layer_ran = False
-
-
-def check_output_layer(model: nn.Module, args: Any, output: Any) -> Tensor | None:
-    """Forward hook: the adapter on the output layer had a part in this pass."""
+    """Forward pre-hook: the adapter on the output layer is there, and of its size."""
     if is_compiling():
-        return None
+        return
+    this_thread.output_layer_ran = False
     layer = wrapped_head(model)
-    if layer is None or _rows(model) not in (layer.out_features, None):
+    if layer is None or _is_resized(model, layer):
         raise RuntimeError(
             "the output layer was replaced or resized after the LReg adapter was added to it, and the adapter is lost. "
             "Resize the embeddings first, on the base model, and add the adapter afterwards."
         )
-    if layer.disable_adapters or this_thread.output_layer_ran or layer.ran_compiled or not layer.stacked_adapters:
-        return None
-    raise RuntimeError(
-        "the model computed its output without calling its output layer, so the LReg adapter there had no part in it. "
-        "A fused loss (such as Liger's linear cross-entropy) reads the layer's weight directly: switch it off "
-        "(use_liger_kernel=False), or put the adapter on other modules."
-    )
 
 
-def _rows(model: nn.Module) -> int | None:
-    """Rows of the output embedding, which a new vocabulary changes."""
+def check_output_layer(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook: the adapter on the output layer had a part in this pass."""
+    layer = None if is_compiling() else wrapped_head(model)
+    if layer is None or layer.disable_adapters or layer.ran_compiled or not layer.stacked_adapters:
+        return
+    if not this_thread.output_layer_ran:
+        raise RuntimeError(
+            "the model computed its output without calling its output layer, so the LReg adapter there had no part in "
+            "it. A fused loss (such as Liger's linear cross-entropy) reads the layer's weight directly: switch it off "
+            "(use_liger_kernel=False), or put the adapter on other modules."
+        )
+
+
+def _is_resized(model: nn.Module, layer: LRegLayer) -> bool:
+    """Whether the output embedding has other rows than the shortcuts: those of its weight, of which a new vocabulary
+    leaves no other trace in a tied layer."""
     embedding = model.get_output_embeddings()  # type: ignore[operator]
-    return getattr(embedding, "out_features", None)
+    weight = getattr(embedding, "weight", None)
+    widths = {part.out_features for part in layer.lreg_coefficients.values()}
+    if type(embedding) is LRegLinear:
+        embedding = embedding.get_base_layer()
+    if type(embedding) is not nn.Linear or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.numel():
+        return False  # packed, or partitioned over processes
+    return not widths <= {len(weight)}

@@ -474,7 +474,7 @@ def _write_shard(
     file: Path, parts: list[tuple[Rows, list[int]]], made_from: Mapping[str, Any], objective: str, batches: int
 ) -> None:
     features, targets = (torch.cat(tensors) for tensors in zip(*(rows for rows, _ in parts), strict=True))
-    offsets = torch.tensor([0, *(n for _, counts in parts for n in counts)]).cumsum(0)
+    offsets = torch.tensor([0, *(n for _, counts in parts for n in counts)], device="cpu").cumsum(0)
     marks = {"made_from": _identity(made_from), "objective": objective, "batches": str(batches)}
     _replace(file, save({"features": features, "targets": targets, "offsets": offsets}, marks))
 

@@ -69,7 +69,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lreg_projection", "lreg_encoder", "lreg_coefficients")
-    other_param_names = ("dropout", "scaling", "curvature_weight", "composed_on", "readings")
+    other_param_names = ("lreg_dropout", "scaling", "curvature_weight", "composed_on", "readings")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_encoder = nn.ModuleDict()
         self.lreg_coefficients = nn.ModuleDict()
         #: Probability of leaving out a basis function while an adapter trains.
-        self.dropout: dict[str, float] = {}
+        self.lreg_dropout: dict[str, float] = {}
         #: Factor of each adapter's shortcut, see `set_scale`.
         self.scaling: dict[str, float] = {}
         self.curvature_weight: dict[str, float] = {}
@@ -139,7 +139,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_projection[adapter_name] = Projection(width, n_components)
         self.lreg_encoder[adapter_name] = encoder
         self.lreg_coefficients[adapter_name] = coefficients
-        self.dropout[adapter_name] = config.dropout
+        self.lreg_dropout[adapter_name] = config.dropout
         self.scaling[adapter_name] = 1.0
         self.curvature_weight[adapter_name] = config.curvature_weight
         self.readings[adapter_name] = reading
@@ -239,11 +239,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
 
     def _sum(self, name: str, design: Tensor, hidden: Tensor | None) -> Tensor:
         """What a design `[..., K]` gives, and `hidden` `[..., out_features]` added to it."""
-        dropout = self.dropout[name]
+        dropout = self.lreg_dropout[name]
         if dropout and self.training and name in self.active_adapters:  # a grade below does not train
             design = F.dropout(design, dropout)
         parts: Any = self._modules
-        return parts["lreg_coefficients"]._modules[name](design, hidden, self.scaling[name])  # type: ignore[no-any-return]
+        return parts["lreg_coefficients"]._modules[name](design, hidden=hidden, scale=self.scaling[name])  # type: ignore[no-any-return]
 
     def design(self, adapter_name: str, features: Tensor) -> Tensor:
         """What the rows of `table` are weighted by: `[..., in_features]` -> `[..., K]`, fp32 or fp64."""

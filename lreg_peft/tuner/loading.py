@@ -81,14 +81,22 @@ def before_loading_model(model: nn.Module, state: dict[str, Tensor], prefix: str
     """State-dict pre-hook of `LRegModel`: the same for every layer, before any of it is copied.
 
     Raises:
-        ValueError: see `check_entries`; if there are entries of shortcuts that the model does not have.
+        ValueError: see `check_entries`; if there are entries of shortcuts that the model does not have, or none for
+            some of those that it has.
     """
     convert_keys(state)
+    adapters = {key.split(".")[-2] for key in state if f".{_PREFIX}" in key}
     known = []
     for name, layer in _layers(model):
         path = f"{prefix}{name}.{_PREFIX}"
         known.append(path)
-        check_entries(layer, {key: state[key] for key in state if key.startswith(path)}, f"{prefix}{name}.")
+        entries = {key: state[key] for key in state if key.startswith(path)}
+        if not entries and (absent := adapters.intersection(layer.lreg_encoder)):
+            raise ValueError(
+                f"the file has nothing for {name!r}, where the adapter {min(absent)!r} has a shortcut. It was saved for "
+                "other target modules or is damaged."
+            )
+        check_entries(layer, entries, f"{prefix}{name}.")
     lost = [
         key for key in state if key.startswith(prefix) and f".{_PREFIX}" in key and not key.startswith(tuple(known))
     ]

@@ -397,7 +397,9 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
     # PEFT leaves the output head out, but not heads that it trains in full later.
     heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
     trained = _TRAINED_HEADS.get(config.task_type or "", ())
-    config.target_modules = [name for name in sorted(config.target_modules) if name not in heads and not name.endswith(trained)]
+    config.target_modules = [
+        name for name in sorted(config.target_modules) if name not in heads and not name.endswith(trained)
+    ]
     names = [name for name in config.target_modules if check_target_module_exists(config, name)]
     config.target_modules = _leave_out_uncalled(model, names)
 

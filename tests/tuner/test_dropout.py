@@ -70,7 +70,7 @@ def test_a_model_trains_with_it_and_reloads(tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.gpt2(), tmp_path, is_trainable=True)
-    assert {layer.dropout["default"] for layer in tiny.layers(loaded)} == {0.5}
+    assert {layer.lreg_dropout["default"] for layer in tiny.layers(loaded)} == {0.5}
 
 
 @pytest.mark.parametrize("name", ["scaling", "source", "dropout", "parts"])

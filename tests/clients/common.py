@@ -16,6 +16,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lreg_peft import LRegConfig
+
 _TEXT = "the a cat dog bird sees likes eats fish seed and then it sleeps runs good bad yes no"
 WORDS = _TEXT.split()
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
@@ -120,6 +122,21 @@ def trained_alone(config, ids: torch.Tensor, steps: int) -> torch.nn.Module:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+#: What several processes train, and in how many steps.
+STEPS = 4
+HEADS = {"full": {"dof": 4}, "factored": {"head": "factored", "linear_term": True}}
+
+
+def config(head: str) -> LRegConfig:
+    """Shortcuts inside the layers, around blocks and on the output layer."""
+    return LRegConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "mlp", "lm_head"], **HEADS[head])
+
+
+def batch() -> torch.Tensor:
+    """Four texts as token ids."""
+    return tokenizer()(texts(4), return_tensors="pt").input_ids
 
 
 def run(checks: dict[str, Callable[[], str | None]]) -> None:

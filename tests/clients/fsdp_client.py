@@ -5,24 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import causal_lm, in_two_processes, run, shake, texts, tokenizer, trained_alone
+from common import HEADS, STEPS, batch, causal_lm, config, in_two_processes, run, shake, trained_alone
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-
-from lreg_peft import LRegConfig
-
-STEPS = 4
-TARGETS = ["q_proj", "mlp", "lm_head"]
-HEADS = {"full": {"dof": 4}, "factored": {"head": "factored", "linear_term": True}}
-
-
-def config(head: str) -> LRegConfig:
-    return LRegConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **HEADS[head])
-
-
-def batch() -> torch.Tensor:
-    return tokenizer()(texts(4), return_tensors="pt").input_ids
 
 
 def train(rank: int, head: str, folder: Path) -> None:

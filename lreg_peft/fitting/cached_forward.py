@@ -114,5 +114,6 @@ class _TakesFeatures:
         if not (layer.is_output_layer and layer.training and torch.is_grad_enabled()) or layer.disable_adapters:
             return False
         names = layer.stacked_adapters
-        plain = not any(layer.lreg_dropout[name] for name in names) and not any(m._forward_hooks for m in layer.modules())
+        watched = any(module._forward_hooks for module in layer.modules())
+        plain = not watched and not any(layer.lreg_dropout[name] for name in names)
         return bool(names) and plain and self.loss_kind == "cross_entropy"

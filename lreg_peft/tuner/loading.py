@@ -93,8 +93,8 @@ def before_loading_model(model: nn.Module, state: dict[str, Tensor], prefix: str
         entries = {key: state[key] for key in state if key.startswith(path)}
         if not entries and (absent := adapters.intersection(layer.lreg_encoder)):
             raise ValueError(
-                f"the file has nothing for {name!r}, where the adapter {min(absent)!r} has a shortcut. It was saved for "
-                "other target modules or is damaged."
+                f"the file has nothing for {name!r}, where the adapter {min(absent)!r} has a shortcut. It was saved "
+                "for other target modules or is damaged."
             )
         check_entries(layer, entries, f"{prefix}{name}.")
     lost = [

@@ -9,10 +9,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -137,6 +138,18 @@ def config(head: str) -> LRegConfig:
 def batch() -> torch.Tensor:
     """Four texts as token ids."""
     return tokenizer()(texts(4), return_tensors="pt").input_ids
+
+
+def same_as_alone(train: Callable[..., None], *options: Any) -> str:
+    """Compare what two processes `train(rank, *options, folder)`, the head last among the options, with one process."""
+    folder = Path(tempfile.mkdtemp())
+    in_two_processes(train, *options, folder)
+    alone = trained_alone(config(options[-1]), batch(), STEPS)
+    loaded = PeftModel.from_pretrained(causal_lm(), folder).eval()
+    with torch.no_grad():
+        difference = (loaded(batch()).logits - alone(batch()).logits).abs().max().item()
+    assert difference < 1e-4, f"logits differ by {difference:.1e}"  # fp32, sums in another order, four steps of AdamW
+    return f"logits differ by {difference:.0e}"
 
 
 def run(checks: dict[str, Callable[[], str | None]]) -> None:

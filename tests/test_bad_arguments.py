@@ -48,6 +48,8 @@ NODES = torch.tensor([[0.0, 0.4, 1.0], [0.0, 0.5, 1.0]])
 COORDS = torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
 ELEMENT, LOCAL = core.locate(COORDS, NODES)
 ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+# Tensors that may have any shape.
+ANY_SHAPE = {("count_hard_samples", "losses")}
 CHUNKS = lambda: [core.Chunk(ROWS, torch.tensor([0, 1, 0, 1, 1]))]  # noqa: E731
 # Arguments that are right, for everything that is public and can be called.
 RIGHT: dict[str, dict] = {
@@ -58,7 +60,6 @@ RIGHT: dict[str, dict] = {
     "fused_cross_entropy": {"base": nn.Linear(3, 4), "features": ROWS, "targets": torch.zeros(5, dtype=torch.long)},
     "fit_coefficients": {"model": MODEL, "data": BATCHES},
     "convert_to_lora": {"model": MODEL, "dataloader": BATCHES},
-    "fit_meshes": {"model": MODEL, "data": BATCHES},
     "follow_meshes": {"copy": MODEL, "model": MODEL},
     "initialize_lreg_weights": {"model": MODEL, "dataloader": BATCHES},
     "inspect_targets": {"model": MODEL, "config": LRegConfig()},
@@ -81,7 +82,6 @@ RIGHT: dict[str, dict] = {
     "curvature_penalty": {"model": MODEL},
     "evaluate": {"coords": COORDS, "nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
     "evaluate_profile": {"coords": COORDS, "nodes": NODES, "profile": NODES},
-    "fit_piecewise_linear": {"x": COORDS, "y": ROWS, "dof": 2},
     "hat_basis": {"coords": COORDS, "nodes": NODES},
     "initial_projection": {"n_components": 2, "in_features": 3},
     "interpolate": {"nodes_old": NODES, "nodes_new": NODES, "values": torch.ones(2, 3, 4)},
@@ -93,8 +93,6 @@ RIGHT: dict[str, dict] = {
     "solve_least_squares": {"chunks": CHUNKS, "start": torch.zeros(3, 2)},
     "uniform_nodes": {"n_components": 2, "dof": 3},
 }
-# Tensors whose shape is told by another argument, or that may have any.
-ANY_SHAPE = {("fit_piecewise_linear", "y"), ("count_hard_samples", "losses")}
 
 
 def public() -> dict:
@@ -181,10 +179,8 @@ OUT_OF_RANGE = [
     ("fit_coefficients", "max_passes", 2),
     ("fit_coefficients", "max_passes", -5),
     ("fit_coefficients", "adapter_name", "other"),
-    ("fit_meshes", "max_moves", -1),
-    ("fit_meshes", "strategy", "none"),
-    ("fit_meshes", "tolerance", 0.0),
-    ("fit_meshes", "max_passes", 0),
+    ("fit_coefficients", "max_moves", -1),
+    ("fit_coefficients", "strategy", "none"),
     ("calibrate_output", "n_batches", 0),
     ("calibrate_output", "adapter_name", "other"),
     ("initialize_lreg_weights", "method", "random"),
@@ -232,14 +228,6 @@ OUT_OF_RANGE = [
     ("evaluate", "coords", COORDS * torch.nan),
     ("evaluate", "form", "sparse"),
     ("evaluate_profile", "profile", torch.ones(2, 4)),
-    ("fit_piecewise_linear", "dof", 1),
-    ("fit_piecewise_linear", "ridge", -1.0),
-    ("fit_piecewise_linear", "knot_cost", 0.5),
-    ("fit_piecewise_linear", "n_rounds", -1),
-    ("fit_piecewise_linear", "n_hard_samples", 0),
-    ("fit_piecewise_linear", "strategy", "mcr"),
-    ("fit_piecewise_linear", "x", COORDS * torch.nan),
-    ("fit_piecewise_linear", "start", NODES),
     ("initial_projection", "n_components", 0),
     ("initial_projection", "in_features", -1),
     ("interpolate", "values", torch.ones(2, 4)),

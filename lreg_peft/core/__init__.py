@@ -5,7 +5,6 @@ from .adapt.transfer import interpolate
 from .basis import curvature_penalty, evaluate, evaluate_profile, hat_basis
 from .checks import check_doors as _check_doors
 from .coordinates import LOGISTIC_NORMAL_SCALE, initial_projection, project
-from .free_knots import PiecewiseLinearFit, fit_piecewise_linear
 from .mesh import active_nodes, check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
 from .solve.cross_entropy import solve_cross_entropy
 from .solve.least_squares import solve_least_squares
@@ -17,7 +16,6 @@ __all__ = [
     "Certificate",
     "Chunk",
     "Chunks",
-    "PiecewiseLinearFit",
     "Processes",
     "Solution",
     "active_nodes",
@@ -26,7 +24,6 @@ __all__ = [
     "curvature_penalty",
     "evaluate",
     "evaluate_profile",
-    "fit_piecewise_linear",
     "hat_basis",
     "initial_projection",
     "interpolate",

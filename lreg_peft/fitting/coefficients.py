@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, real, whole
+from ..core.checks import whole
 from ..core.distributed import together
 from ..core.mesh import locate
 from ..modules import eval_mode
@@ -25,15 +25,6 @@ from .problem import CoefficientFit, Data, FitProblem, begin
 _SMALLEST_SIZE = 1 / 16
 
 
-@checked(
-    stage=together,
-    ridge=real,
-    tolerance=number(above=0),
-    max_passes=whole(3),
-    max_moves=whole(0),
-    strategy=anything,
-    n_refine=whole(0),
-)
 def fit_coefficients(
     model: nn.Module,
     data: Data,
@@ -100,6 +91,8 @@ def fit_coefficients(
     """
     with together():
         check_strategy(strategy)
+        whole("max_moves", max_moves, 0)
+        whole("n_refine", n_refine, 0, optional=True)
     moving = {"max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
     output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge, **moving)
     site = Site(output.name, output.layer, output.adapter_name)
@@ -111,11 +104,11 @@ def fit_coefficients(
         )
     problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
-    with _changed(site) as whole:
+    with _changed(site) as changes:
         fit = _fitted(problem, tolerance, max_passes)
         if max_moves:
             fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves, strategy, n_refine)
-        whole.keep()
+        changes.keep()
     return fit
 
 

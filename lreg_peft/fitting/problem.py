@@ -1,7 +1,7 @@
 """The convex problem of a shortcut on a model's output: its rows, its optimum, and what is reported of it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,7 +25,7 @@ from ..core.distributed import (
 from ..core.solve.problem import Report, check_options, rows_at_once
 from ..modules import eval_mode
 from ..plotting import new_figure
-from ..rows import LossKind, Rows
+from ..rows import BatchData, LossKind, Rows, batches_of
 from ..tuner.hooks import reminder
 from ..tuner.moves import Tentative
 from .output_layer import OutputLayer, find_output_layer
@@ -50,7 +50,7 @@ class StoredRows(RowSource, Protocol):
         """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
 
 
-Data = Iterable[Mapping[str, Any]] | RowSource
+Data = BatchData | RowSource
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class FitProblem:
         if isinstance(data, RowSource):
             yield from bar(self._own_chunks(data))
             return
-        for batch in bar(data):
+        for batch in bar(batches_of(data)):
             yield self.output.rows(batch)
 
     def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..core.adapt.exchange import MAX_SHIFT, remove
 from ..core.adapt.indicators import element_sums, removal_cost
 from ..core.adapt.move import adapt_mesh
-from ..core.checks import anything, checked, real, whole
 from ..core.mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]
@@ -78,7 +77,6 @@ class _Solved:
     local: Tensor  # [n_samples, components]
 
 
-@checked(strategy=anything, dof=whole(), n_rounds=whole(), ridge=real, knot_cost=real)
 def fit_piecewise_linear(
     x: Tensor,
     y: Tensor,

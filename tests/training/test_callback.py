@@ -35,7 +35,7 @@ class Small(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 4)
         self.head = LRegLayer(nn.Linear(4, VOCABULARY), 4, VOCABULARY)
-        self.head.update_layer("default", 2, 6, LRegConfig(n_components=2, dof=6))
+        self.head.update_layer("default", 2, 6, LRegConfig(preset="paper", n_components=2, dof=6))
         self.head.set_adapter("default")
 
     def forward(self, input_ids, labels):

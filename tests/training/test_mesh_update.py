@@ -15,8 +15,8 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, follow_meshes, track_statistics, update_meshes
-from lreg_peft.training.statistics import statistics_of
+from lreg_peft import LRegConfig, LRegLayer, follow_meshes, track_statistics, update_meshes
+from lreg_peft.training.statistics import count_hard_samples, statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
 

@@ -10,11 +10,11 @@ from tiny import gpt2, inputs, layers, shake
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, track_statistics
+from lreg_peft import LRegConfig, LRegLayer, track_statistics
 from lreg_peft.core import evaluate
 from lreg_peft.core.mesh import locate
 from lreg_peft.training import statistics
-from lreg_peft.training.statistics import MeshStatistics, statistics_of
+from lreg_peft.training.statistics import MeshStatistics, count_hard_samples, statistics_of
 from lreg_peft.tuner.layout import UNSAID, Reading
 from lreg_peft.tuner.sites import Site
 

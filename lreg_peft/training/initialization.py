@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.checks import checked, named, whole
+from ..core.checks import choice, whole
 from ..core.coordinates import leading_axes, principal_axes, standardised_start
 from ..core.distributed import (
     gather_objects,
     rank_and_world,
     require_equal,
-    require_equal_models,
     sum_over_processes,
     tensor_from_main,
     together,
 )
 from ..modules import eval_mode, unwrap
-from ..rows import IGNORE_INDEX, loss_of, model_inputs
+from ..rows import IGNORE_INDEX, BatchData, batches_of, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
@@ -35,10 +34,9 @@ _SKETCH_SIZE = 128
 _WITHOUT = "start the other modules alone (output_start=False)"
 
 
-@checked(stage=together, adapter_name=named(), n_batches=whole(1), max_samples=whole(1))
 def initialize_lreg_weights(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     method: Literal["pca", "gradient"] | None = None,
     adapter_name: str = "default",
@@ -65,7 +63,7 @@ def initialize_lreg_weights(
 
     Args:
         model: a model with an LReg adapter, in a `PeftModel` or injected.
-        dataloader: batches as the model takes them, dictionaries of tensors; only the first `n_batches` are used.
+        data: a data set, or batches as the model takes them, dictionaries of tensors; the first `n_batches` are used.
         method: "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
         adapter_name: the adapter to initialise.
         n_batches: batches to run.
@@ -93,6 +91,11 @@ def initialize_lreg_weights(
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module
     with together():
+        whole("n_batches", n_batches, 1)
+        whole("max_samples", max_samples, 1)
+        whole("seed", seed, 0)
+        if method is not None:
+            choice("method", method, DATA_STARTS)
         layers = _layers_at_their_start(model, adapter_name)
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
@@ -101,8 +104,6 @@ def initialize_lreg_weights(
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
     options["output_start"] = output_start
     require_equal({**options, "seed": seed}, "Give every process the same options.")
-    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
-    require_equal_models(model, "Load the same model on every process.", without=own)
 
     rank, world = rank_and_world()
     main = rank == 0 and show_progress
@@ -111,7 +112,9 @@ def initialize_lreg_weights(
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
     batches = []  # kept for a second pass only
     with together(), collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
-        for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
+        for batch in tqdm(
+            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=not main
+        ):
             _run(model, batch, collector, with_gradient)
             if output_start:
                 batches.append(batch)
@@ -127,6 +130,7 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
+    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
     try:
         with Tentative(own) as trial:
             with together():
@@ -166,7 +170,7 @@ def _start(
     """Projection, bias and nodes of one module."""
     if rows.shape[0] < 2:
         raise ValueError(
-            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
+            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the data loader is empty, "
             "its attention_mask hides everything, or the forward pass does not reach this module."
         )
     if not torch.isfinite(rows).all():

@@ -98,6 +98,7 @@ class Method:
         faster: part of the names of the parameters that learn faster than the others, and how many times faster.
         finish: (model, batches) -> anything, what the method does to the model when training is over, with batches it
             was trained on.
+        as_lora: whether what it trained is also shown as the LoRA that it converts to.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Method:
     after_step: Callable[[nn.Module, int], None] | None = None
     faster: tuple[str, float] | None = None
     finish: Callable[[nn.Module, Batches], object] | None = None
+    as_lora: bool = False
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""

@@ -199,6 +199,11 @@ def finish_lreg(model: nn.Module, batches: Batches) -> None:
         calibrate_output(model, own, n_batches=n_batches, show_progress=False)
 
 
+def attach_lreg_inside(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The same on the linear layers of the backbone alone."""
+    return get_peft_model(model, _recommended(model, fit, output_head=False, final_norm=False))
+
+
 def attach_lreg_no_norm(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The same without the norm before the output head."""
     return get_peft_model(model, _recommended(model, fit, final_norm=False))
@@ -255,6 +260,7 @@ LREG = Method(
     sizes=lreg_budgets,
     fills_budget=True,
     finish=finish_lreg,
+    as_lora=True,
 )
 METHODS = {
     method.name: method
@@ -338,9 +344,18 @@ METHODS = {
         LREG,
         replace(
             LREG,
+            name="lreg-inside",
+            summary="lreg on the linear layers of the backbone alone, for servers that refuse a LoRA at the LM head",
+            attach=attach_lreg_inside,
+            tasks=LANGUAGE_MODELS,
+            by_default=False,
+        ),
+        replace(
+            LREG,
             name="lreg-fast-profiles",
             summary="the same with profiles that learn four times faster, as parameter_groups has it",
             by_default=False,
+            as_lora=False,
             faster=("lreg_encoder", 4.0),
         ),
         replace(
@@ -348,6 +363,7 @@ METHODS = {
             name="lreg-uncalibrated",
             summary="lreg as training leaves it",
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         replace(
@@ -356,6 +372,7 @@ METHODS = {
             summary="lreg as training leaves it, without the norm before the output head",
             attach=attach_lreg_no_norm,
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         replace(
@@ -366,6 +383,7 @@ METHODS = {
             rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
             start="gradient",
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         *IMAGE_METHODS,

@@ -264,7 +264,7 @@ def test_methods_learn_the_toy_and_the_report_is_complete(run: Callable[..., Any
     rates = {**dict.fromkeys(methods, "1e-2,3e-2"), "lreg-attention": "1e-1,3e-1"}
     _, results = run(methods, picture=True, steps=20, learning_rates=[f"{name}={grid}" for name, grid in rates.items()])
     table = rows(results)
-    assert list(table) == methods
+    assert list(table) == [*methods, "lreg, as LoRA"]
     head = table["head-only"]
     assert head["adapter_parameters"] == 0
     for name, row in table.items():
@@ -288,7 +288,7 @@ def test_a_second_start_trains_nothing_again(run: Callable[..., Any], tmp_path: 
     assert [row["test"] for row in first["rows"]] == [row["test"] for row in second["rows"]]
     assert [row["adapter_bytes"] for row in first["rows"]] == [row["adapter_bytes"] for row in second["rows"]]
     task, third = run(["lora", "lreg"], seeds=[1, 2, 3])
-    assert task.n_loaded == 2, "one more seed is one more run for each method"
+    assert task.n_loaded == 3, "one more seed is one more run for each method, and one more LoRA that LReg converts to"
     assert rows(third)["lreg"]["test"]["accuracy"]["values"][:2] == rows(first)["lreg"]["test"]["accuracy"]["values"]
 
 
@@ -326,7 +326,7 @@ def test_weights_of_the_best_trial_outlive_an_interruption(
     assert (tmp_path / "unfinished" / "lreg.safetensors").exists()
     monkeypatch.setattr(Toy, "evaluate", evaluate)
     task, resumed = run(["lreg"], seeds=[1])
-    assert task.tested == ["test"], "nothing was trained, so nothing was tuned"
+    assert task.tested == ["test", "test"], "as LReg and as LoRA; nothing was trained, so nothing was tuned"
     assert not (tmp_path / "unfinished" / "lreg.safetensors").exists()
     (tmp_path / LEDGER_FILE).unlink()
     _, anew = run(["lreg"], seeds=[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.checks import checked, named, whole
-from ..core.coordinates import leading_axes, principal_axes, standardised_start
+from ..core.coordinates import all_finite, leading_axes, principal_axes, standardised_start
 from ..core.distributed import (
     gather_objects,
     rank_and_world,
@@ -192,7 +192,7 @@ def _start(
             f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
             "its attention_mask hides everything, or the forward pass does not reach this module."
         )
-    if not torch.isfinite(rows).all():
+    if not all_finite(rows):
         raise ValueError(
             f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
             "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
@@ -201,7 +201,7 @@ def _start(
     if sketch is None:
         axes = principal_axes(rows, n_components)
     else:
-        if not torch.isfinite(sketch).all():
+        if not all_finite(sketch):
             raise ValueError(
                 f"the gradients of the loss in the output of {name!r} must be finite, got NaN or infinite values: look "
                 "at the loss of the batches, or use method='pca'."

@@ -19,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.distributed import gather_objects, rank_and_world, tensor_from_main, together
+from ..core.distributed import from_main, gather_objects, rank_and_world, together
 from ..core.solve.cross_entropy import solve_cross_entropy
 from ..core.solve.least_squares import solve_least_squares
 from ..core.solve.problem import Chunk, Solution
@@ -42,13 +42,14 @@ from ..rows import (
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
+from ..tuner.targets import output_head_name
 
 #: Ridges that are tried: penalties on the squared change of the weights, for features of mean squared length one.
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
 # The constant feature that goes with the bias, beside others of length one: what is asked of a bias is mostly certain.
 _CONSTANT = 10.0
-# Rows of a head that are looked at, over all batches and processes.
-_MOST_ROWS = 2048
+# Rows of a head that are looked at, over all batches and processes, and numbers in their outputs.
+_MOST_ROWS, _MOST_ENTRIES = 2048, 1 << 24
 # What a solve may leave of the loss, as a share of the loss before, or of one.
 _TOLERANCE = 1e-3
 # Difference between the output of the head and the model's own logits that rounding explains.
@@ -155,8 +156,8 @@ class ShortcutHead:
 
     def design(self, features: Tensor) -> Tensor:
         """As of `LinearHead`."""
-        place = self.tensors()[0].device
-        return self.layer.design(self.adapter_name, features.to(place)) * self.layer.scaling[self.adapter_name]
+        features = features.to(self.tensors()[0].device)
+        return self.layer.design(self.adapter_name, features) * self.layer.scaling[self.adapter_name]
 
     def tensors(self) -> list[Tensor]:
         """As of `LinearHead`."""
@@ -169,10 +170,10 @@ class ShortcutHead:
 
 
 def _add(tensor: Tensor, change: Tensor) -> Tensor:
-    """Add in fp64; returns the difference between what is stored now and before."""
-    before = tensor.detach().double()
-    tensor.copy_((before + change.to(before)).to(tensor.dtype))
-    return tensor.detach().double() - before
+    """Add in fp64; returns the difference between what is stored now and before, on the CPU."""
+    before = tensor.detach().cpu().double()
+    tensor.copy_((before + change).to(tensor.dtype))
+    return tensor.detach().cpu().double() - before
 
 
 #: What ends a model and is linear in some of its weights.
@@ -180,7 +181,7 @@ Head = LinearHead | ShortcutHead
 
 
 def find_head(model: nn.Module, adapter_name: str, *, shortcuts: bool) -> Head | None:
-    """What a start of the output can be about; None if there is nothing.
+    """What a start of the output can be about; None if there is nothing, as in a language model.
 
     Args:
         model: a model with an adapter.
@@ -188,6 +189,8 @@ def find_head(model: nn.Module, adapter_name: str, *, shortcuts: bool) -> Head |
         shortcuts: whether a shortcut on a module behind the backbone will do, where no module is trained in full.
     """
     inner = unwrap(model)
+    if output_head_name(inner) is not None:
+        return None
     found: Head | None = None
     for name, wrapper in inner.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
@@ -221,7 +224,8 @@ class HeadRows(AbstractContextManager["HeadRows"]):
 
     def __init__(self, model: nn.Module, head: Head, n_batches: int) -> None:
         self._model, self._head = unwrap(model), head
-        self._quota = -(-_MOST_ROWS // (n_batches * rank_and_world()[1]))
+        most = min(_MOST_ROWS, _MOST_ENTRIES // head.out_features)
+        self._quota = -(-most // (n_batches * rank_and_world()[1]))
         self._hooks = ExitStack()
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._pairing: Pairing | None = None
@@ -295,17 +299,21 @@ class HeadRows(AbstractContextManager["HeadRows"]):
             return None
         with together():
             problem = _Problem(self._head, pairing.loss_kind, *map(torch.cat, zip(*rows, strict=True)))
-            heldout, ridge = problem.choose()
-            change, gap = problem.solve(ridge) if ridge is not None else (None, 0.0)
+            choice = problem.choose()
         before, n = problem.loss(), len(problem.targets)
-        if change is not None:
-            change = tensor_from_main(change)
-            with Tentative(self._head.tensors()) as trial:
-                with together():
-                    after = problem.loss(self._head.add(change))
-                if after <= before:  # which the rounding of the weights may prevent
-                    trial.keep()
-                    return HeadStart(before, after, heldout, ridge, gap, n)
+        heldout, ridge = from_main(choice)  # processors of different kinds may round differently
+        if ridge is None:
+            return HeadStart(before, before, before, None, 0.0, n)
+        with together():
+            solution = problem.solve(ridge)
+        change, gap = from_main(solution)
+        with Tentative(self._head.tensors()) as trial:
+            with together():
+                after = problem.loss(self._head.add(change))
+            after = from_main(after)
+            if after <= before:  # which the rounding of the weights may prevent
+                trial.keep()
+                return HeadStart(before, after, heldout, ridge, gap, n)
         return HeadStart(before, before, before, None, 0.0, n)
 
 

@@ -296,16 +296,6 @@ METHODS = {
         ),
         Method("lora-linear", "LoRA on all linear layers", attach_lora_linear, Rates(1e-2, 2e-2, 1e-3, 3e-3), "rank"),
         Method(
-            "lora-linear-start",
-            "LoRA on all linear layers, its new head started as that of LReg",
-            attach_lora_linear,
-            Rates(1e-2, 2e-2, 1e-3, 3e-3),
-            "rank",
-            tasks=CLASSIFICATION,
-            by_default=False,
-            attach_on_data=attach_lora_linear_on_data,
-        ),
-        Method(
             "lora-linear-head",
             "LoRA on all linear layers and the LM head",
             attach_lora_everywhere,
@@ -360,6 +350,16 @@ METHODS = {
             summary="the same with profiles that learn four times faster, as parameter_groups has it",
             by_default=False,
             faster=("lreg_encoder", 4.0),
+        ),
+        Method(
+            "lora-linear-start",
+            "LoRA on all linear layers, its new head started as that of LReg",
+            attach_lora_linear,
+            Rates(1e-2, 2e-2, 1e-3, 3e-3),
+            "rank",
+            tasks=CLASSIFICATION,
+            by_default=False,
+            attach_on_data=attach_lora_linear_on_data,
         ),
         replace(
             LREG,

@@ -7,7 +7,7 @@ fine-tuning, Kumar et al. 2022), it leaves to the adapters what the features lac
 trusted is the ridge, and halves that judge each other choose it, down to leaving the head as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +25,12 @@ from ..core.solve.least_squares import solve_least_squares
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
 from ..rows import (
+    BatchData,
     LossKind,
     Pairing,
     align,
     are_values,
+    batches_of,
     exact_pass,
     find_pairing,
     is_per_token,
@@ -317,14 +319,12 @@ class HeadRows(AbstractContextManager["HeadRows"]):
         return HeadStart(before, before, before, None, 0.0, n)
 
 
-def start_head(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, adapter_name: str = "default", n_batches: int = 8
-) -> HeadStart:
+def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "default", n_batches: int = 8) -> HeadStart:
     """The same for a model without shortcuts, in a forward pass of its own.
 
     Args:
         model: a model with an adapter of any kind and a head in `modules_to_save`.
-        batches: this process's share, dictionaries with labels; only the first `n_batches` are read.
+        data: a data set, or batches as the model takes them, dictionaries with labels; the first `n_batches` are used.
         adapter_name: of the adapter.
         n_batches: batches to run, of each process.
 
@@ -339,7 +339,7 @@ def start_head(
         raise ValueError(f"{type(unwrap(model)).__name__} has no new head: name it in modules_to_save.")
     rows = HeadRows(model, head, n_batches)
     with together(), rows, exact_pass(model):
-        for batch in islice(batches, n_batches):
+        for batch in islice(batches_of(data), n_batches):
             inputs = model_inputs(model, batch)
             rows.take(inputs, model(**inputs))
     report = rows.start()

@@ -83,7 +83,7 @@ class Method:
         size_name: what scales its parameter count, or None if the count is what it is.
         dof: nodes per component unless `--dof` says otherwise; None for methods without a mesh.
         start: "gradient" if the adapter wants to see data before training; "gradient and output" if also the shortcut
-            on a language model's head starts from them.
+            on a language model's head, or a new head, starts from them.
         tasks: the task types it exists for.
         needs_block: whether the architecture must have its feed-forward block as one module.
         beyond_budget: whether a study shows it however many parameters it has, for comparison.

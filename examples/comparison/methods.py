@@ -36,6 +36,7 @@ from comparison.training import share_of
 from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig, calibrate_output, recommended_config
 from lreg_peft.modules import unwrap
+from lreg_peft.training.head_start import start_head
 from lreg_peft.tuner.hooks.output_head import wrapped_head
 from lreg_peft.tuner.placement import output_head_name
 
@@ -120,6 +121,14 @@ def attach_lora_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """LoRA on all linear layers of the backbone."""
     ranks = layer_sizes(linear_layers(model), fit.size)
     return _lora(model, fit, list(ranks), ranks)
+
+
+def attach_lora_linear_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
+    """The same with the new head from the start that LReg's gets: same samples, same solver."""
+    adapted = attach_lora_linear(model, fit)
+    own, n_batches = share_of(batches)
+    start_head(adapted, own, n_batches=n_batches)
+    return adapted
 
 
 def attach_lora_everywhere(model: PreTrainedModel, fit: Fit) -> nn.Module:
@@ -357,6 +366,24 @@ METHODS = {
             by_default=False,
             as_lora=False,
             faster=("lreg_encoder", 4.0),
+        ),
+        Method(
+            "lora-linear-start",
+            "LoRA on all linear layers, its new head started as that of LReg",
+            attach_lora_linear,
+            Rates(1e-2, 2e-2, 1e-3, 3e-3),
+            "rank",
+            tasks=CLASSIFICATION,
+            by_default=False,
+            attach_on_data=attach_lora_linear_on_data,
+        ),
+        replace(
+            LREG,
+            name="lreg-random-head",
+            summary="the same with the new head as it is drawn",
+            tasks=CLASSIFICATION,
+            start="gradient",
+            by_default=False,
         ),
         replace(
             LREG,

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from comparison.placements import layer_sizes, linear_layers
 from comparison.protocol import run_comparison
 from comparison.task import Metric, Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
-from comparison.training import KeepBest, _Trainer, start_batches
+from comparison.training import KeepBest, _Trainer, batches_to_start_from, start_batches, start_from_data
 
 from lreg_peft.training.label_shift import PSEUDOCOUNTS
 
@@ -223,6 +224,29 @@ def test_the_bias_of_the_controls_is_the_closed_form() -> None:
     expected = before[:, :-1].softmax(-1).sum((0, 1))
     forms = [((counts + a) / (expected + a)).log() for a in PSEUDOCOUNTS]
     assert min((shift - form).abs().max() for form in forms) < 1e-4
+
+
+def test_new_heads_start_alike_with_lora_and_lreg() -> None:
+    """From the same samples by the same solver; and stay as they are drawn where the row says so."""
+    task, fit = Toy(), Fit("SEQ_CLS", size=4096, dof=4, new_modules=("classifier",))
+
+    def base() -> PreTrainedModel:
+        torch.manual_seed(3)  # of the head
+        return task.load_base()
+
+    batches = batches_to_start_from(task.train_data, None, 0, 32)
+    control = METHODS["lora-linear-start"]
+    assert control.attach_on_data is not None
+    models = {control.name: control.attach_on_data(base(), replace(fit, size=2), batches)}
+    for name in ("lreg", "lreg-random-head"):
+        models[name] = METHODS[name].attach(base(), fit)
+        output = METHODS[name].start == "gradient and output"
+        start_from_data(models[name], task.train_data, None, 0, 32, output=output)
+    heads = {name: model.get_base_model().classifier.modules_to_save.default for name, model in models.items()}
+    drawn = base().classifier
+    assert torch.equal(heads["lreg-random-head"].weight, drawn.weight)
+    assert not torch.equal(heads["lreg"].weight, drawn.weight)
+    torch.testing.assert_close(heads["lora-linear-start"].weight, heads["lreg"].weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_attention_comes_first_in_a_pattern() -> None:

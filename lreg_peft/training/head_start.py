@@ -44,7 +44,7 @@ from ..rows import (
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
-from ..tuner.targets import output_head_name
+from ..tuner.placement import output_head_name
 
 #: Ridges that are tried: penalties on the squared change of the weights, for features of mean squared length one.
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)

@@ -1,6 +1,5 @@
 """Certified fits of terminal shortcuts: that they reach the optimum of the model's own loss, and what they refuse."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -283,7 +282,7 @@ def test_not_reaching_the_tolerance_is_said():
 
 def test_two_processes_end_with_the_same_weights(tmp_path):
     """Shares of different sizes, one of them empty in the end; and an error on one process is one on both."""
-    run_on_two(__file__, tmp_path)
+    run_on_two(_share, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in ("causal", "values", "sequences", "causal, stored"):
         assert torch.equal(first[name][0], second[name][0])
@@ -326,7 +325,3 @@ def _share(folder: Path) -> None:
         results["error"] = str(error)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _share(Path(sys.argv[1]))

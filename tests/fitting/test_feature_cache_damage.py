@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiers import slow
 
 import lreg_peft.fitting.feature_cache as cache_module
 from lreg_peft import FeatureCache, LRegConfig, cache_features, fit_coefficients, fit_meshes
@@ -196,7 +197,7 @@ class TestBelonging:
         model.get_base_model().transformer.h[0].mlp.c_fc.weight.data.mul_(1.5)
         return model
 
-    @pytest.mark.parametrize("fit", [fit_coefficients, fit_meshes])
+    @pytest.mark.parametrize("fit", [fit_coefficients, *slow(fit_meshes)])
     def test_a_fit_takes_no_cache_of_another_model(self, tmp_path, fit):
         cache = build(tmp_path / "c")
         model = self.other()

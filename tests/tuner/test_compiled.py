@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from tiers import slow
 from torch import nn
 
 from lreg_peft import recommended_config
@@ -50,8 +51,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 def models_and_heads(*first: tuple[str, str]) -> list:
     """All pairs; but for the first ones, which have every model and the forms that differ most, they are slow."""
-    pairs = [*first, *(pair for pair in itertools.product(MODELS, tiny.HEADS) if pair not in first)]
-    return [pytest.param(*pair, marks=() if pair in first else pytest.mark.slow) for pair in pairs]
+    return [*first, *slow(*(pair for pair in itertools.product(MODELS, tiny.HEADS) if pair not in first))]
 
 
 class TestCompiled:
@@ -99,7 +99,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("places", ["recommended", *(pytest.param(p, marks=pytest.mark.slow) for p in ("mlp", "attn"))])
+@pytest.mark.parametrize("places", ["recommended", *slow("mlp", "attn")])
 def test_exported_with_a_dynamic_batch_and_length(places):
     """Of every length, also that of the hidden size."""
     base = tiny.gpt2()

@@ -120,8 +120,11 @@ def main(args: argparse.Namespace) -> None:
     # As in the paper, the frozen model trains without its dropout.
     config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof, backbone_eval=True)
     model = get_peft_model(model, config).to(accelerator.device)
-    # Projections along the directions that lower the loss most, meshes at quantiles; the output does not change yet.
-    initialize_lreg_weights(model, train_loader, show_progress=show)
+    # Projections along the directions that lower the loss most, meshes at quantiles. From the same passes the new head
+    # begins at its optimum on the features of the frozen model, as far as halves of these samples agree on it.
+    start = initialize_lreg_weights(model, train_loader, show_progress=show)
+    if start is not None:
+        accelerator.print(f"the head's start: loss {start.loss_before:.3f} -> {start.heldout_after:.3f} held out")
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)

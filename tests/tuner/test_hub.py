@@ -203,6 +203,7 @@ def _publish() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
     import lreg_peft
+    from lreg_peft.tuner.model_card import push_model_card
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -212,7 +213,7 @@ def _publish() -> dict[str, Any]:
     base.to(torch.bfloat16).push_to_hub(BASE_BF16)
 
     def adapted(base_id: str) -> PeftModel:
-        config = lreg_peft.LRegConfig(task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
+        config = lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), config).eval()
         _set_nodes(model, "default", MESH)
         return model
@@ -223,10 +224,10 @@ def _publish() -> dict[str, Any]:
 
     model = adapted(BASE)
     blocks = {"n_components": SECOND_MESH.shape[0], "dof": SECOND_MESH.shape[1], "target_modules": ["mlp"]}
-    model.add_adapter(SECOND, lreg_peft.LRegConfig(task_type="CAUSAL_LM", init_weights=False, **blocks))
+    model.add_adapter(SECOND, lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights=False, **blocks))
     _set_nodes(model, SECOND, SECOND_MESH)
     model.push_to_hub(PUSHED)
-    lreg_peft.push_model_card(model, PUSHED)
+    push_model_card(model, PUSHED)
     logits[PUSHED] = _logits(model)
     config = {**_plain(model.peft_config["default"]), "inference_mode": True}  # so set by PEFT in what it saves
     model.set_adapter(SECOND)
@@ -238,14 +239,14 @@ def _publish() -> dict[str, Any]:
     with torch.no_grad():
         _layers(stack)[0].lreg_coefficients[grade].weight.normal_()
     stack.push_to_hub(GRADES)
-    lreg_peft.push_model_card(stack, GRADES)
+    push_model_card(stack, GRADES)
     logits[GRADES] = _logits(stack)
 
     native = AutoModelForCausalLM.from_pretrained(BASE)
-    native.add_adapter(lreg_peft.LRegConfig(task_type="CAUSAL_LM"))
+    native.add_adapter(lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM"))
     native.push_to_hub(NATIVE)
     for _ in range(2):  # the second call finds nothing left to add
-        lreg_peft.push_model_card(native, NATIVE)
+        push_model_card(native, NATIVE)
 
     # A folder with PEFT's own card. Transformers keeps a card that is on the Hub when the model is pushed again.
     model = adapted(BASE)
@@ -273,7 +274,7 @@ def _publish() -> dict[str, Any]:
     trainer = Trainer(model, arguments, train_dataset=[sample] * 4)
     trainer.train()
     trainer.push_to_hub()
-    lreg_peft.push_model_card(model, TRAINED)
+    push_model_card(model, TRAINED)
     logits[TRAINED] = _logits(model.eval())
     return {"logits": logits, "config": config, "commits": commits}
 

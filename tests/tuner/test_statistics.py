@@ -10,10 +10,10 @@ from tiny import gpt2, inputs, layers, shake
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, track_statistics
+from lreg_peft import LRegConfig, LRegLayer, track_statistics
 from lreg_peft.core import evaluate
 from lreg_peft.core.mesh import locate
-from lreg_peft.training.statistics import MeshStatistics, statistics_of
+from lreg_peft.training.statistics import MeshStatistics, count_hard_samples, statistics_of
 from lreg_peft.tuner.layout import UNSAID, Reading
 from lreg_peft.tuner.sites import Site
 
@@ -36,7 +36,7 @@ class Merging(nn.Module):
 
 def tracked(head="full", *, n_rows=1000, n_hard_samples=None, base=None, reading=UNSAID, **options) -> LRegLayer:
     layer = LRegLayer(base or nn.Linear(IN, OUT), IN, OUT)
-    config = LRegConfig(n_components=COMPONENTS, dof=DOF, head=head, **options)
+    config = LRegConfig(preset="paper", n_components=COMPONENTS, dof=DOF, head=head, **options)
     layer.update_layer("default", COMPONENTS, DOF, config, reading=reading)
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
@@ -215,7 +215,7 @@ class TestSums:
 
     def test_two_adapters_of_one_module(self):
         layer, features = tracked(), torch.randn(30, IN)
-        layer.update_layer("other", 2, 4, LRegConfig(n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
         layer.set_adapter(["default", "other"])
         shake(layer, "other", seed=5)
         track_statistics(layer, n_rows=1000)

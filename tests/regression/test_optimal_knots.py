@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lreg_peft.core import check_nodes, fit_piecewise_linear, hat_basis
-from lreg_peft.core.optimal_knots import optimal_knots
+from lreg_peft.core import check_nodes, hat_basis
+from lreg_peft.regression.free_knots import fit_piecewise_linear
+from lreg_peft.regression.optimal_knots import optimal_knots
 
 
 def noisy(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,13 +1,12 @@
 """An LReg adapter as a LoRA: the fit, what PEFT makes of the files, and what is refused."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from processes import run_program
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -138,9 +137,7 @@ def test_a_folder_loads_and_merges_where_lreg_is_not_installed(tmp_path):
     assert "lm_head" in str(report) and "as LoRA" in str(report)
     torch.save(DATA, tmp_path / "data.pt")
     (tmp_path / "merged").mkdir()
-    arguments = [tmp_path / name for name in ("base", "lora", "data.pt", "merged")]
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(ELSEWHERE, *(str(tmp_path / name) for name in ("base", "lora", "data.pt", "merged")))
     loaded, merged = torch.load(tmp_path / "merged" / "logits.pt")
     here = logits(PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "lora").eval())  # tied: unmerged it does not matter
     torch.testing.assert_close(loaded, here, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,5 @@
 """The data-driven start on two processes: every rank sees other batches and ends with the same tensors."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from lreg_peft import LRegConfig, LRegLayer, calibrate_output, initialize_lreg_w
 
 
 def test_two_processes_end_with_the_same_start(tmp_path):
-    run_on_two(__file__, tmp_path)
+    run_on_two(_start, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["rows"] != second["rows"]  # they did see different data
     for method in ("pca", "gradient"):
@@ -93,7 +92,3 @@ def _start(folder: Path) -> None:
     results["calibration"] = _calibration(rank, 2)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _start(Path(sys.argv[1]))

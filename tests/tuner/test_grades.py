@@ -651,6 +651,7 @@ class TestRegression:
         assert after <= before
         assert after == pytest.approx(before, rel=1e-9)
 
+    @pytest.mark.slow  # a quarter of a minute
     def test_twenty_sines(self):
         """The script that shows what grades of least-squares fits reach, without its repetitions."""
         rows = multigrade_anchor.measure(repeats=1)

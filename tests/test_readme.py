@@ -164,6 +164,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_every_block_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder, `base` freshly loaded for each; a warning is an error."""

@@ -155,7 +155,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
             warnings.warn(
                 f"learning_rate={args.learning_rate:g} is far below what shortcuts want with Adam: about 2e-2 for "
-                "language models and 3e-3 for classifiers.",
+                "language models and 3e-3 for classifiers and regressions.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -57,8 +57,7 @@ def calibrate_output(
             cross-entropy of the logits; if no label counts; and if processes differ in model or options. The model is
             then as it was.
         TypeError: if a batch is not a dictionary.
-
-        What one process raises, all raise.
+            What one process raises, all raise.
 
     Warns:
         UserWarning: if the start from data that the configuration promises has not been made.

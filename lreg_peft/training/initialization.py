@@ -74,8 +74,9 @@ def initialize_lreg_weights(
         seed: of the choice of rows.
         output_start: let the shortcut on a language model's output head begin with the shift in how often each label
             comes, log((n + a) / (q + a)) for n labels where the model expects q. This changes the function of the
-            model, for the better: each half of the batches judges what the other half says, which chooses a, and where
-            it does not pay nothing is done. Costs a second, forward pass over the batches.
+            model, so it is tried first: the shift that one half of the batches suggests must lower the loss of the
+            other half, and the reverse. The a that lowers it most is taken; if none does, the output stays as it was.
+            Costs a second, forward pass over the batches.
         show_progress: show a progress bar on the main process.
 
     Returns:
@@ -87,8 +88,7 @@ def initialize_lreg_weights(
             module or their gradients are not finite, no label counts for the method "gradient", or processes differ in
             model or options. The model is then as it was.
         TypeError: if a batch is not a dictionary.
-
-        What one process raises, all raise.
+            What one process raises, all raise.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module

@@ -139,6 +139,8 @@ def reference_pages() -> dict[str, str]:
             room = full.split(".")[1]
             line = f"::: {full}\n    options:\n      heading_level: 2\n"
             if name == "LRegConfig":
+                # The table says what a signature of thirty fields would.
+                line += "      show_signature: false\n      members: false\n"
                 line += f"\n### Options of `LRegConfig`\n\n{options_table()}\n"
             if line not in entries.setdefault(room, []):
                 entries[room].append(line)

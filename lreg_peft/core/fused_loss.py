@@ -231,7 +231,7 @@ class _ClassesFirst:
         yield rows, scores.to(self._precise)
 
     def room(self, scores: Tensor, part: slice) -> Tensor:
-        """Where the gradient of `scores` [vocabulary, rows of the chunk] is to be written: one buffer for all chunks."""
+        """Where the gradient of `scores` [vocabulary, rows of the chunk] goes: one buffer for all chunks."""
         if self._gradient is None:
             self._gradient = scores.new_empty(scores.numel())
         room = self._gradient[: scores.numel()].view(scores.shape)

@@ -23,10 +23,9 @@ from .tuner.model import LRegModel
 if TYPE_CHECKING:
     from .core.fused_loss import fused_cross_entropy
     from .export.lora import LoraReport, convert_to_lora, save_as_lora
-    from .fitting.coefficients import CoefficientFit, fit_coefficients
+    from .fitting.coefficients import fit_coefficients
     from .fitting.feature_cache import FeatureCache, cache_features
     from .fitting.linearize import Refinement, refine_linearized
-    from .fitting.meshes import MeshFit, fit_meshes
     from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
     from .regression import LagrangeRegressor as LagrangeRegressor
     from .training.calibration import calibrate_output
@@ -46,10 +45,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "core.fused_loss": ("fused_cross_entropy",),
     "export.lora": ("LoraReport", "convert_to_lora", "save_as_lora"),
-    "fitting.coefficients": ("CoefficientFit", "fit_coefficients"),
+    "fitting.coefficients": ("fit_coefficients",),
     "fitting.feature_cache": ("FeatureCache", "cache_features"),
     "fitting.linearize": ("Refinement", "refine_linearized"),
-    "fitting.meshes": ("MeshFit", "fit_meshes"),
     "plotting": ("MeshSnapshot", "plot_meshes", "snapshot_meshes"),
     "regression": ("LagrangeRegressor",),
     "training.calibration": ("calibrate_output",),
@@ -69,14 +67,12 @@ _PLACES = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "__version__",
-    "CoefficientFit",
     "FeatureCache",
     "LRegCallback",
     "LRegConfig",
     "LRegLayer",
     "LRegModel",
     "LabelShift",
-    "MeshFit",
     "LoraReport",
     "MeshSnapshot",
     "MeshUpdate",
@@ -91,7 +87,6 @@ __all__ = [
     "count_hard_samples",
     "curvature_penalty",
     "fit_coefficients",
-    "fit_meshes",
     "follow_meshes",
     "fused_cross_entropy",
     "initialize_lreg_weights",

@@ -53,7 +53,7 @@ class TestPlot:
         model = adapted()
         before = snapshot_meshes(model, [inputs("gpt2")])
         move(model)
-        figure = plot_meshes(model, before=before, batches=[inputs("gpt2")])
+        figure = plot_meshes(model, before=before, data=[inputs("gpt2")])
         panels = [panel for panel in figure.axes if panel.get_title()]
         assert [panel.get_title() for panel in panels] == [f"{path}, component {i}" for path in PATHS for i in (0, 1)]
         labels = panels[0].get_legend_handles_labels()[1]

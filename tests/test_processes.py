@@ -19,7 +19,7 @@ from torch import nn
 
 import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
-import lreg_peft.fitting.meshes as meshes_module
+import lreg_peft.fitting.problem as problem_module
 import lreg_peft.training.initialization as start_module
 import lreg_peft.training.label_shift as shift_module
 from lreg_peft import (
@@ -28,7 +28,6 @@ from lreg_peft import (
     cache_features,
     calibrate_output,
     fit_coefficients,
-    fit_meshes,
     initialize_lreg_weights,
     track_statistics,
     update_meshes,
@@ -140,7 +139,7 @@ def scenarios(rank: int, folder: Path):
         fit_coefficients(model, batches(rank) if data is None else data, **quiet, **options)
 
     def meshes(model, data=None, **options):
-        fit_meshes(model, batches(rank) if data is None else data, max_moves=2, **quiet, **options)
+        fit_coefficients(model, batches(rank) if data is None else data, max_moves=2, **quiet, **options)
 
     def cache(model, data=None, path="c", **options):
         cache_features(model, samples() if data is None else data, folder / path, batch_size=1, **quiet, **options)
@@ -179,18 +178,14 @@ def scenarios(rank: int, folder: Path):
         nothing = [{"input_ids": b["input_ids"], "labels": torch.full_like(b["labels"], -100)} for b in batches(0)]
         yield f"{kind}: no labels", lambda m, c=call, n=nothing: c(m, n), at_head(), "no labels to fit", None
         for at in (1, 2, 5):
-            patch = failing(rank, coefficients_module.FitProblem, "_passes", at)
+            patch = failing(rank, problem_module.FitProblem, "_passes", at)
             yield f"{kind}: pass {at}", call, at_head(), "_passes of process 1", patch
         patch = failing(rank, LRegLayer, "set_table", 1 if kind == "fit" else 2)
         yield f"{kind}: writing", call, at_head(), "set_table of process 1", patch
-    patch = failing(rank, meshes_module, "adapt_mesh")
+    patch = failing(rank, coefficients_module, "adapt_mesh")
     yield "meshes: proposal", meshes, at_head(), "adapt_mesh of process 1", patch
-    patch = failing(rank, meshes_module, "_residual", 2)
+    patch = failing(rank, coefficients_module, "_residual", 2)
     yield "meshes: residuals", meshes, at_head(), "_residual of process 1", patch
-    for name in ("add", "mesh"):
-        patch = failing(rank, meshes_module.KnotProgram, name)
-        call = lambda m: meshes(m, strategy="program")  # noqa: E731
-        yield f"meshes: program, {name}", call, at_head(), f"{name} of process 1", patch
 
     yield (
         "cache: other dtype",

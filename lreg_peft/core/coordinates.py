@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import checked, whole
+from .checks import whole
 from .mesh import coordinate_dtype, quantile_nodes
 
 #: sigmoid(1.702 z) is within 0.0095 of the normal distribution function at z (Camilli 1994, "Origin of the scaling
@@ -32,7 +32,6 @@ def project(features: Tensor, projection: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(features.to(dtype), projection.to(dtype), bias.to(dtype)))
 
 
-@checked(n_components=whole(1), in_features=whole(1))
 def initial_projection(
     n_components: int,
     in_features: int,
@@ -49,6 +48,8 @@ def initial_projection(
     Returns:
         `[n_components, in_features]`.
     """
+    whole("n_components", n_components, 1)
+    whole("in_features", in_features, 1)
     projection = torch.empty(n_components, in_features, dtype=dtype, device=device)
     if projection.device.type == "meta":
         return projection

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.checks import checked, named, whole
+from ..core.checks import choice, whole
 from ..core.coordinates import leading_axes, principal_axes, standardised_start
 from ..core.distributed import (
     gather_objects,
@@ -22,7 +22,7 @@ from ..core.distributed import (
     together,
 )
 from ..modules import eval_mode, unwrap
-from ..rows import IGNORE_INDEX, loss_of, model_inputs
+from ..rows import IGNORE_INDEX, BatchData, batches_of, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
@@ -35,10 +35,9 @@ _SKETCH_SIZE = 128
 _WITHOUT = "start the other modules alone (output_start=False)"
 
 
-@checked(stage=together, adapter_name=named(), n_batches=whole(1), max_samples=whole(1))
 def initialize_lreg_weights(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     method: Literal["pca", "gradient"] | None = None,
     adapter_name: str = "default",
@@ -65,7 +64,7 @@ def initialize_lreg_weights(
 
     Args:
         model: a model with an LReg adapter, in a `PeftModel` or injected.
-        dataloader: batches as the model takes them, dictionaries of tensors; only the first `n_batches` are used.
+        data: a data set, or batches as the model takes them, dictionaries of tensors; the first `n_batches` are used.
         method: "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
         adapter_name: the adapter to initialise.
         n_batches: batches to run.
@@ -93,6 +92,11 @@ def initialize_lreg_weights(
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module
     with together():
+        whole("n_batches", n_batches, 1)
+        whole("max_samples", max_samples, 1)
+        whole("seed", seed, 0)
+        if method is not None:
+            choice("method", method, DATA_STARTS)
         layers = _layers_at_their_start(model, adapter_name)
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
@@ -111,7 +115,9 @@ def initialize_lreg_weights(
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
     batches = []  # kept for a second pass only
     with together(), collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
-        for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
+        for batch in tqdm(
+            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=not main
+        ):
             _run(model, batch, collector, with_gradient)
             if output_start:
                 batches.append(batch)
@@ -166,7 +172,7 @@ def _start(
     """Projection, bias and nodes of one module."""
     if rows.shape[0] < 2:
         raise ValueError(
-            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
+            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the data loader is empty, "
             "its attention_mask hides everything, or the forward pass does not reach this module."
         )
     if not torch.isfinite(rows).all():

@@ -190,8 +190,8 @@ class LRegConfig(PeftConfig):
                 "or install an earlier PEFT."
             )
         self.peft_type = PeftType[METHOD.upper()]
-        whole(1)("n_components", self.n_components)
-        whole(2)("dof", self.dof)
+        whole("n_components", self.n_components, 1)
+        whole("dof", self.dof, 2)
         if not isinstance(self.head, str) or self.head not in HEAD_KINDS:
             raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}.")
         self._check_targets()
@@ -253,11 +253,11 @@ class LRegConfig(PeftConfig):
         if layers is None:
             return
         if not isinstance(layers, (list, tuple, set, frozenset, range)):
-            whole(0)("layers_to_transform", layers)
+            whole("layers_to_transform", layers, 0)
             return
         self.layers_to_transform = sorted(layers) if isinstance(layers, (set, frozenset)) else list(layers)
         for layer in self.layers_to_transform:
-            whole(0)("layers_to_transform", layer)
+            whole("layers_to_transform", layer, 0)
         if not self.layers_to_transform:
             raise ValueError("layers_to_transform must name a layer at least, got []. None adapts all layers.")
 
@@ -268,14 +268,14 @@ class LRegConfig(PeftConfig):
         for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
             for key, value in _items(name, getattr(self, name)):
                 _check_expression(f"{name} key", key)
-                whole(lowest)(f"{name}[{key!r}]", value)
+                whole(f"{name}[{key!r}]", value, lowest)
         sizes = {}
         for key, value in _items("feature_sizes", self.feature_sizes):
             _check_expression("feature_sizes key", key)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"feature_sizes[{key!r}] must be a pair (in_features, out_features), got {value!r}.")
             for part, size in zip(("in_features", "out_features"), value, strict=True):
-                whole(1)(f"feature_sizes[{key!r}] {part}", size)
+                whole(f"feature_sizes[{key!r}] {part}", size, 1)
             sizes[key] = (value[0], value[1])
         self.feature_sizes = sizes
         for name, words in (("layout", LAYOUTS), ("readout", READOUTS)):

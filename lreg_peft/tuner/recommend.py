@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.checks import checked, whole
+from ..core.checks import whole
 from ..core.encoder import shortcut_parameters
 from .config import LRegConfig
 from .layer import LRegLayer
@@ -48,7 +48,6 @@ class _Site:
     components: int = 0
 
 
-@checked(dof=whole(2))
 def recommended_config(
     model: nn.Module,
     budget: int | str | None = None,
@@ -85,6 +84,7 @@ def recommended_config(
             linear layers that are known to lie inside it; the message says what to give.
         TypeError: for arguments of the wrong type.
     """
+    whole("dof", dof, 2)
     if isinstance(model, PeftModel) or any(isinstance(module, LRegLayer) for module in model.modules()):
         raise ValueError("recommended_config wants the base model and got one with adapters: call it before these.")
     taken = {"target_modules", "head", "n_components", "component_pattern", "linear_term"} & options.keys()

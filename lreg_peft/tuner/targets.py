@@ -22,7 +22,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.checks import checked
 from ..core.encoder import shortcut_parameters
 from ..modules import unwrap
 from .config import LRegConfig
@@ -124,7 +123,6 @@ class TargetReport:
         )
 
 
-@checked()
 def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = None) -> TargetReport:
     """Show what a configuration will adapt, before anything is wrapped.
 

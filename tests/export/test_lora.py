@@ -455,7 +455,7 @@ def test_wrong_arguments():
     ):
         with pytest.raises(error, match=words):
             convert(model, **options)
-    with pytest.raises(ValueError, match="dataloader is empty"):
+    with pytest.raises(ValueError, match="data are empty"):
         convert(model, [])
     with pytest.raises(ValueError, match="no LReg adapter"):
         convert(tiny.llama())

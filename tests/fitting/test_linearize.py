@@ -159,7 +159,7 @@ class TestDescent:
     def test_the_rank_is_chosen_on_held_out_data(self):
         model, train, held = adapted(), regression(2), regression(2, seed=9)
         before = state(model)
-        result = refine(model, train, rank=[2, 5, 500], eval_dataloader=held, damping=[1e-2, 1e-6])
+        result = refine(model, train, rank=[2, 5, 500], eval_data=held, damping=[1e-2, 1e-6])
         (only,) = result.rounds
         tried = [(candidate.rank, candidate.damping) for candidate in only.candidates]
         assert tried == list(itertools.product([2, 5, trainable(model)], [1e-6, 1e-2]))
@@ -182,7 +182,7 @@ class TestDescent:
         with torch.no_grad():
             held = [{"x": batch["x"], "labels": model(x=batch["x"])} for batch in batches]  # fitted already
         before = state(model)
-        result = refine(model, batches, eval_dataloader=held, n_rounds=2)
+        result = refine(model, batches, eval_data=held, n_rounds=2)
         assert (result.status, len(result.rounds)) == ("heldout_rose", 1)
         assert result.loss_after == result.loss_before
         assert "lower rank" in result.message
@@ -327,7 +327,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("batches", "options", "error", "message"),
         [
-            ([], {}, ValueError, "the dataloader is empty"),
+            ([], {}, ValueError, "the data are empty"),
             ([torch.zeros(3)], {}, TypeError, "a batch must be a dictionary"),
             (flagged(labels=None), {}, ValueError, "a batch needs 'labels', a tensor"),
             (flagged(labels=torch.tensor([0, 1, 2])), {}, ValueError, r"labels must lie in \[0, 1\].*got 2"),

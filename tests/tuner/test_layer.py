@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from lreg_peft import LRegConfig
-from lreg_peft.core import hat_basis, project
+from lreg_peft.core import hat_basis
+from lreg_peft.core.coordinates import project
 from lreg_peft.tuner.layer import LRegLayer, LRegLinear
 
 EPS = torch.finfo(torch.float32).eps

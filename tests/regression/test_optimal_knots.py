@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lreg_peft.core import check_nodes, fit_piecewise_linear, hat_basis
-from lreg_peft.core.optimal_knots import optimal_knots
+from lreg_peft.core import check_nodes, hat_basis
+from lreg_peft.regression.free_knots import fit_piecewise_linear
+from lreg_peft.regression.optimal_knots import optimal_knots
 
 
 def noisy(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,7 +42,7 @@ class TestProgram:
             assert found.lower_bound == pytest.approx(best, rel=1e-9)
 
     def test_bounds_from_a_coarse_grid_do_not_prune_the_optimum(self, monkeypatch):
-        from lreg_peft.core import optimal_knots as module
+        from lreg_peft.regression import optimal_knots as module
 
         x, y, _ = noisy(0, 300)
         pruned = optimal_knots(x, y, [5, 7, 9], n_candidates=60)

@@ -34,7 +34,7 @@ from transformers import default_data_collator
 
 from .._version import __version__
 from ..core.checks import whole
-from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, require_equal_models, together
+from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
 from ..rows import LossKind, Rows, is_stream, rows_per_sample
 from ..tuner.layer import LRegLayer
@@ -226,15 +226,15 @@ def cache_features(
             )
         batches = _Batches(data, batch_size, collate_fn)
     options = {"adapter_name": output.adapter_name, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
-    require_equal({"path": str(path), **options}, "Give every process the same options.")
-    require_equal_models(output.model, "Load the same weights on every process.")
+    model_is = _made_from(output)
+    require_equal({"path": str(path), **options, **model_is}, "Give every process the same model and options.")
     is_main = rank_and_world()[0] == 0
     bar = show_progress and is_main
     with together():
         digest = hashlib.blake2b(digest_size=16)
         for batch in tqdm(batches, desc="feature cache: data", disable=not bar):
             _add_to_digest(digest, batch)
-    made_from = {**_made_from(output), "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
+    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
     with ExitStack() as held:
         fits = False
         with together():

@@ -18,7 +18,6 @@ from ..core.distributed import (
     gather_objects,
     rank_and_world,
     require_equal,
-    require_equal_models,
     tensor_from_main,
     together,
 )
@@ -112,8 +111,8 @@ def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_pass
         {"adapter_name": output.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
         "Give every process the same options.",
     )
-    require_equal_models(
-        output.model,
+    require_equal(
+        output.layer.state_of(output.adapter_name),
         "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
     )
     return output

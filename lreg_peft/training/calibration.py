@@ -6,7 +6,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.checks import whole
-from ..core.distributed import rank_and_world, require_equal, require_equal_models, together
+from ..core.distributed import rank_and_world, require_equal, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
 from ..rows import BatchData, batches_of
@@ -67,8 +67,10 @@ def calibrate_output(
         whole("n_batches", n_batches, 1)
         layer, adapter_name = _head(model, adapter_name)
         found = batches_of(data)
-    require_equal({"adapter_name": adapter_name, "n_batches": n_batches}, "Give every process the same options.")
-    require_equal_models(model, "Load the same model on every process.")
+    options = {"adapter_name": adapter_name, "n_batches": n_batches}
+    require_equal(
+        {**options, **layer.state_of(adapter_name)}, "Give every process the same options, and load the same adapter."
+    )
     if adapter_name in layer.needs_data_init:
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     rank, _ = rank_and_world()

@@ -16,7 +16,6 @@ from ..core.distributed import (
     gather_objects,
     rank_and_world,
     require_equal,
-    require_equal_models,
     sum_over_processes,
     tensor_from_main,
     together,
@@ -105,8 +104,6 @@ def initialize_lreg_weights(
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
     options["output_start"] = output_start
     require_equal({**options, "seed": seed}, "Give every process the same options.")
-    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
-    require_equal_models(model, "Load the same model on every process.", without=own)
 
     rank, world = rank_and_world()
     main = rank == 0 and show_progress
@@ -133,6 +130,7 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
+    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
     try:
         with Tentative(own) as trial:
             with together():

@@ -19,7 +19,7 @@ from lreg_peft import LRegConfig, core
 
 def adapted() -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(tiny.gpt2(), LRegConfig(dof=3))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=3))
 
 
 MODEL = adapted()
@@ -41,7 +41,7 @@ RIGHT: dict[str, dict] = {
     "convert_to_lora": {"model": MODEL, "data": BATCHES},
     "follow_meshes": {"copy": MODEL, "model": MODEL},
     "initialize_lreg_weights": {"model": MODEL, "data": BATCHES},
-    "inspect_targets": {"model": MODEL, "config": LRegConfig()},
+    "inspect_targets": {"model": MODEL, "config": LRegConfig(preset="paper")},
     "load_grades": {"model": MODEL, "path": "never"},
     "parameter_groups": {"model": MODEL, "learning_rate": 0.1},
     "plot_meshes": {"model": MODEL},

@@ -42,7 +42,7 @@ class Failure(Exception):
 
 def at_head(seed: int = 1, **options) -> nn.Module:
     torch.manual_seed(seed)
-    return get_peft_model(tiny.gpt2(), LRegConfig(dof=3, **options))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=3, **options))
 
 
 def inside(seed: int = 1) -> nn.Module:

@@ -37,7 +37,7 @@ from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig, calibrate_output, recommended_config
 from lreg_peft.modules import unwrap
 from lreg_peft.tuner.hooks.output_head import wrapped_head
-from lreg_peft.tuner.targets import output_head_name
+from lreg_peft.tuner.placement import output_head_name
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
 
@@ -225,6 +225,7 @@ def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
     config = LRegConfig(
         task_type=_peft_task(fit),
+        preset="paper",
         n_components=fit.size,
         dof=fit.dof,
         modules_to_save=fit.modules_to_save,

@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The paper's placement unless others are named; a new classifier is trained in full.
     config = LRegConfig(
+        preset="paper",
         target_modules=args.target_modules,
         n_components=args.n_components,
         dof=args.dof,

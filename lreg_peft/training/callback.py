@@ -27,6 +27,10 @@ CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 _SMALLEST_SIZE = 1 / 64
 
 
+# Rates of Adam below this hardly move a shortcut in a training of usual length; that of `Trainer` is 5e-5.
+_LOW_RATE = 4e-4
+
+
 class LRegCallback(TrainerCallback, ExportableState):
     """Moves the meshes of an LReg adapter while a `Trainer` trains it.
 
@@ -73,7 +77,8 @@ class LRegCallback(TrainerCallback, ExportableState):
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
 
     Warns:
-        UserWarning: when training ends, if it was too short for one move.
+        UserWarning: when training begins with Adam at a rate far below what shortcuts want; when it ends, if it was too
+            short for one move.
     """
 
     def __init__(
@@ -147,6 +152,13 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Start gathering, if the first move is near."""
         self._close()  # of a training that broke off
         self._model = kwargs["model"]
+        if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
+            warnings.warn(
+                f"learning_rate={args.learning_rate:g} is far below what shortcuts want with Adam: about 2e-2 for "
+                "language models and 3e-3 for classifiers.",
+                UserWarning,
+                stacklevel=2,
+            )
         if state.global_step == 0:  # not resumed
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0

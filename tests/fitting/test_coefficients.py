@@ -149,7 +149,7 @@ def test_a_fit_after_training_begins_there():
 def test_other_active_adapters_belong_to_the_offset():
     build, batches = MODELS["causal"]
     model = build()
-    model.add_adapter("second", LRegConfig(n_components=2, dof=3))
+    model.add_adapter("second", LRegConfig(preset="paper", n_components=2, dof=3))
     model.base_model.set_adapter(["default", "second"])
     fit = fit_coefficients(model, batches(), ridge=RIDGE, tolerance=1e-7, adapter_name="default", show_progress=False)
     second = fit_coefficients(model, batches(), ridge=RIDGE, tolerance=1e-7, adapter_name="second", show_progress=False)

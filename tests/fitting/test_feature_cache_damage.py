@@ -22,7 +22,7 @@ def data(n: int = 6, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def adapted(base=None, **options):
     torch.manual_seed(1)
-    return get_peft_model(base or tiny.gpt2(), LRegConfig(**options))
+    return get_peft_model(base or tiny.gpt2(), LRegConfig(preset="paper", **options))
 
 
 MODEL = adapted()

@@ -32,7 +32,7 @@ def _train(folder: Path, rank: int, world: int) -> dict:
     from tiny import VOCABULARY, gpt2
 
     torch.manual_seed(1)
-    model = get_peft_model(gpt2(), LRegConfig(init_weights=False, dof=3)).train()
+    model = get_peft_model(gpt2(), LRegConfig(preset="paper", init_weights=False, dof=3)).train()
     ids = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     cache = cache_features(model, data, folder, batch_size=2, show_progress=False)
@@ -63,7 +63,7 @@ def _full_disk(folder: Path, rank: int) -> str:
     cache_module.os.fsync = fsync
     data = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(4)]
     try:
-        cache_features(get_peft_model(gpt2(), LRegConfig()), data, folder, show_progress=False)
+        cache_features(get_peft_model(gpt2(), LRegConfig(preset="paper")), data, folder, show_progress=False)
     except (OSError, RuntimeError) as error:  # its own, and that of the other
         return str(error)
     finally:

@@ -19,7 +19,7 @@ def data(seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-MODEL = get_peft_model(tiny.gpt2(), LRegConfig())
+MODEL = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper"))
 
 
 def build(path: Path, seed: int = 0, **options) -> FeatureCache:

@@ -33,7 +33,9 @@ EPS = torch.finfo(torch.float32).eps
 def toy(head="full", *, dof=9, components=2, track=True, **options) -> LRegLayer:
     """A shortcut around nothing, from one feature to two."""
     layer = LRegLayer(nn.Linear(1, 2), 1, 2)
-    layer.update_layer("default", components, dof, LRegConfig(n_components=components, dof=dof, head=head, **options))
+    layer.update_layer(
+        "default", components, dof, LRegConfig(preset="paper", n_components=components, dof=dof, head=head, **options)
+    )
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False).weight.zero_()
     shake(layer)
@@ -552,7 +554,7 @@ class TestFollowing:
         with pytest.raises(ValueError, match=r"the copy must have the 1 LReg layers|they are not copies of one model"):
             follow_meshes(other, layer)
         assert same_state(before, state(other))
-        layer.update_layer("other", 2, 4, LRegConfig(n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
         with pytest.raises(ValueError, match=r"in the copy are \['default'\], those of '' are \['default', 'other'\]"):
             follow_meshes(toy(), layer)
 

@@ -224,7 +224,7 @@ def _publish() -> dict[str, Any]:
     base.to(torch.bfloat16).push_to_hub(BASE_BF16)
 
     def adapted(base_id: str) -> PeftModel:
-        config = lreg_peft.LRegConfig(task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
+        config = lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), config).eval()
         _set_nodes(model, "default", MESH)
         return model
@@ -235,7 +235,7 @@ def _publish() -> dict[str, Any]:
 
     model = adapted(BASE)
     blocks = {"n_components": SECOND_MESH.shape[0], "dof": SECOND_MESH.shape[1], "target_modules": ["mlp"]}
-    model.add_adapter(SECOND, lreg_peft.LRegConfig(task_type="CAUSAL_LM", init_weights=False, **blocks))
+    model.add_adapter(SECOND, lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights=False, **blocks))
     _set_nodes(model, SECOND, SECOND_MESH)
     model.push_to_hub(PUSHED)
     lreg_peft.push_model_card(model, PUSHED)
@@ -254,7 +254,7 @@ def _publish() -> dict[str, Any]:
     logits[GRADES] = _logits(stack)
 
     native = AutoModelForCausalLM.from_pretrained(BASE)
-    native.add_adapter(lreg_peft.LRegConfig(task_type="CAUSAL_LM"))
+    native.add_adapter(lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM"))
     native.push_to_hub(NATIVE)
     for _ in range(2):  # the second call finds nothing left to add
         lreg_peft.push_model_card(native, NATIVE)

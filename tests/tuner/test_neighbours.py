@@ -20,7 +20,7 @@ PLACES = {"target_modules": ["mlp", "c_attn", "lm_head"], "dof": 4}
 
 
 def adapted(**options):
-    model = get_peft_model(tiny.gpt2(), LRegConfig(**{**PLACES, **options})).train()
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **{**PLACES, **options})).train()
     tiny.shake(model)
     return model
 
@@ -207,8 +207,8 @@ def test_fsdp_with_the_wrap_policy_of_peft(head, tmp_path):
 
 class TestServers:
     def two(self):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(**PLACES), adapter_name="a")
-        model.add_adapter("b", LRegConfig(**PLACES))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **PLACES), adapter_name="a")
+        model.add_adapter("b", LRegConfig(preset="paper", **PLACES))
         for name, seed in (("a", 1), ("b", 2)):
             tiny.shake(model, name, seed)
         return model.eval()

@@ -57,7 +57,7 @@ class TestFunction:
 
     def test_only_active_adapters_count(self):
         adapted = model()
-        adapted.add_adapter("second", LRegConfig(dof=5, curvature_weight=0.3))
+        adapted.add_adapter("second", LRegConfig(preset="paper", dof=5, curvature_weight=0.3))
         shake(adapted, "second", seed=5)
         adapted.set_adapter("second")
         torch.testing.assert_close(curvature_penalty(adapted), 0.3 * explicit_penalty(adapted, "second"))

@@ -224,7 +224,7 @@ assert [w for w in caught if "ships its own LREG" in str(w.message)], [str(w.mes
 assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_types.PeftType.LREG] is LRegConfig
 assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_types.PeftType.LREG] is LRegModel
 try:
-    lreg_peft.LRegConfig()
+    lreg_peft.LRegConfig(preset="paper")
 except RuntimeError as error:
     assert "Use peft.LRegConfig" in str(error)
 else:

@@ -37,7 +37,7 @@ class Merging(nn.Module):
 
 def tracked(head="full", *, n_rows=1000, n_hard_samples=None, base=None, reading=UNSAID, **options) -> LRegLayer:
     layer = LRegLayer(base or nn.Linear(IN, OUT), IN, OUT)
-    config = LRegConfig(n_components=COMPONENTS, dof=DOF, head=head, **options)
+    config = LRegConfig(preset="paper", n_components=COMPONENTS, dof=DOF, head=head, **options)
     layer.update_layer("default", COMPONENTS, DOF, config, reading=reading)
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
@@ -221,7 +221,7 @@ class TestSums:
 
     def test_two_adapters_of_one_module(self):
         layer, features = tracked(), torch.randn(30, IN)
-        layer.update_layer("other", 2, 4, LRegConfig(n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
         layer.set_adapter(["default", "other"])
         shake(layer, "other", seed=5)
         track_statistics(layer, n_rows=1000)

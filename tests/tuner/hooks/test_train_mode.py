@@ -121,7 +121,7 @@ class TestThePapersRule:
 
     def test_one_of_several_active_adapters_is_enough(self):
         model = adapt(dropping_gpt2(), "one")
-        model.add_adapter("two", LRegConfig(backbone_eval=True))
+        model.add_adapter("two", LRegConfig(preset="paper", backbone_eval=True))
         assert not torch.allclose(train_output(model), outputs(model))
         model.base_model.set_adapter(["one", "two"])
         assert torch.equal(train_output(model), outputs(model))

@@ -116,13 +116,15 @@ def load_base() -> torch.nn.Module:
 def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
     """What docs/README.md says is given beside `base`: samples, batches, arguments; and what a page needs besides."""
     dataset = Samples(4 * n_steps)
-    options = {"max_steps": n_steps, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    options = {"max_steps": n_steps, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "use_cpu": True}
     return {
         "train_dataset": dataset,
         "train_dataloader": DataLoader(dataset, batch_size=4),
         "eval_dataloader": DataLoader(Samples(8), batch_size=4),
         "load_base": load_base,
-        "args": TrainingArguments("out", report_to=[], logging_strategy="no", save_strategy="no", **options),
+        "args": TrainingArguments(
+            "out", report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, **options
+        ),
         **more,
     }
 

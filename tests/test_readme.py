@@ -4,6 +4,7 @@ A block that cannot run says why in a comment before it, `<!-- not run: reason -
 Tutorials run as they stand with `-m slow`, as the notebooks that the site offers, and cut short to a few steps always.
 """
 
+import ast
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-import lreg_peft  # noqa: F401  (registers LREG, as the first block of a page does)
+import lreg_peft
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs" / "tools"))
@@ -302,6 +303,34 @@ def test_pages_with_code_are_found():
     assert {"README.md", "docs/how-to/meshes.md", "docs/how-to/certified-fits.md"} <= set(PAGES_WITH_CODE)
     n_fences = sum((ROOT / page).read_text(encoding="utf-8").count("```py") for page in PAGES)
     assert sum(len(python_blocks(page)) for page in PAGES) == n_fences > 10
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def literals() -> list[str]:
+    """All strings in the source of the package; of formatted ones what stands between the values."""
+    found = []
+    for file in Path(lreg_peft.__file__).parent.rglob("*.py"):
+        found += [
+            node.value
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    return found
+
+
+def test_messages_that_a_page_explains_are_those_that_are_raised():
+    """What troubleshooting.md has between quotation marks in the first column, piece by piece between dots."""
+    foreign = ("Applying a PEFT adapter", "is_gradient_checkpointing", "Adapters of transformers itself", "PEFT 0.22")
+    said, everything = [], literals()
+    for row in (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
+        if row.startswith("|"):
+            said += re.findall(r'"([^"]+)"', row.split(" | ")[0])
+    pieces = [piece.strip() for message in said for piece in message.split("...") if len(piece.strip()) > 8]
+    missing = [piece for piece in pieces if not any(piece in text for text in everything)]
+    assert [piece for piece in missing if not any(word in piece for word in foreign)] == []
+    assert len(pieces) > 20
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

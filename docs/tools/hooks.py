@@ -120,14 +120,14 @@ def options_table() -> str:
     """The fields of `LRegConfig` with their defaults and what they mean; read, not imported."""
     tree = ast.parse((ROOT / "lreg_peft" / "tuner" / "config.py").read_text(encoding="utf-8"))
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LRegConfig")
-    rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
+    rows = ["| option | default | meaning |", "|---|---|---|"]
     for field in config.body:
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Call)):
             continue
         default, text = (ast.unparse(argument) for argument in field.value.args[:2])
-        kind = ast.unparse(field.annotation).replace("|", "\\|")
+        kind = ast.unparse(field.annotation).replace(" | ", " or ")
         text = ast.literal_eval(text).replace("|", "\\|").replace("\n", " ")
-        rows.append(f"| `{field.target.id}` | `{kind}` | `{default}` | {text} |")
+        rows.append(f"| `{field.target.id}` | `{default}` | `{kind}`. {text} |")
     return "\n".join(rows)
 
 

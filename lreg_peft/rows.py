@@ -222,6 +222,28 @@ def align(
     return Rows(values[counts], labels[counts])
 
 
+def last_tokens(values: Tensor, inputs: Mapping[str, Any], config: Any, name: str) -> Tensor:
+    """What decoders classify a sample by, of `[batch, length, width]`: the last position that is not padding.
+
+    Args:
+        values: features or outputs of every token.
+        inputs: of the model.
+        config: of the model, which knows the token that pads.
+        name: of the module, for the error.
+
+    Raises:
+        ValueError: if it is not known which tokens are padding.
+    """
+    ids, pad = inputs.get("input_ids"), getattr(config, "pad_token_id", None)
+    if ids is None or pad is None:
+        raise ValueError(
+            f"{name!r} gives one output per token, and which token counts is not known without input_ids and "
+            "config.pad_token_id. Set model.config.pad_token_id."
+        )
+    last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
+    return values[torch.arange(len(values), device=values.device), last]
+
+
 def loss_kind_of(model: nn.Module, labels: Tensor, out_features: int) -> LossKind:
     """What `model` minimises over labels, as Transformers' models choose it.
 

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from tiny import gpt2, inputs, layers, shake
 from torch import nn
 
-from lreg_peft import LRegConfig, plot_meshes, snapshot_meshes
+from lreg_peft import LRegConfig, plot_meshes
+from lreg_peft.plotting import snapshot_meshes
 
 PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h.1.mlp"]
 

@@ -5,7 +5,6 @@ all of it: starting one takes longer than the rest.
 """
 
 import copy
-import sys
 import time
 from pathlib import Path
 
@@ -260,7 +259,7 @@ def _run(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    run_on_two(__file__, folder)
+    run_on_two(_run, folder)
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["0.pt", "1.pt"]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -281,7 +280,3 @@ def test_within_seconds(results):
 def test_with_the_models_they_had(results):
     changed = [name for each in results for name, (_, _, _, same) in each.items() if not same]
     assert not changed
-
-
-if __name__ == "__main__":
-    _run(Path(sys.argv[1]))

@@ -83,6 +83,7 @@ TUTORIALS = [page for page in PAGES if page.startswith("docs/tutorials/")]
 # --- the quick start --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.examples  # a GPT-2 at full size
 def test_quick_start_prints_what_the_readme_says(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", block("quick-start")], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -23,6 +23,29 @@ import sys
 from itertools import chain, repeat
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="hub id or folder; goes with --data_dir")
+    parser.add_argument("--data_dir", help="folder with train/CLASS/ and validation/CLASS/")
+    parser.add_argument("--image_size", type=int, help="height and width (default: what the model was made for)")
+    parser.add_argument("--target_modules", nargs="+", help="default: the paper's placement for the model")
+    parser.add_argument("--n_components", type=int, default=8)
+    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--base_steps", type=int, default=200, help="of the offline ResNet")
+    parser.add_argument("--batch_size", type=int, default=32, help="images in a step, over all processes")
+    parser.add_argument("--learning_rate", type=float, default=3e-2)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", default="outputs/finetune_vision")
+    parser.add_argument("--no_progress", action="store_true", help="show no bar")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports that take seconds, so that --help does not
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -113,24 +136,5 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="hub id or folder; goes with --data_dir")
-    parser.add_argument("--data_dir", help="folder with train/CLASS/ and validation/CLASS/")
-    parser.add_argument("--image_size", type=int, help="height and width (default: what the model was made for)")
-    parser.add_argument("--target_modules", nargs="+", help="default: the paper's placement for the model")
-    parser.add_argument("--n_components", type=int, default=8)
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--base_steps", type=int, default=200, help="of the offline ResNet")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in a step, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=3e-2)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", default="outputs/finetune_vision")
-    parser.add_argument("--no_progress", action="store_true", help="show no bar")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(ARGUMENTS)

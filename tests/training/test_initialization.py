@@ -151,7 +151,7 @@ class TestGradientMethod:
         assert not torch.equal(layers(model)[0].lreg_projection["default"].weight, projection)
 
     def test_unknown_method(self):
-        with pytest.raises(ValueError, match="'pca' or 'gradient', got 'svd'"):
+        with pytest.raises(ValueError, match="one of 'pca', 'gradient', got 'svd'"):
             initialize_lreg_weights(adapted(), batches(), method="svd", show_progress=False)
 
 

@@ -15,8 +15,8 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, follow_meshes, track_statistics, update_meshes
-from lreg_peft.training.statistics import statistics_of
+from lreg_peft import LRegConfig, LRegLayer, follow_meshes, track_statistics, update_meshes
+from lreg_peft.training.statistics import count_hard_samples, statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
 
@@ -560,8 +560,7 @@ class TestFollowing:
 
 
 def test_two_processes_end_as_one(tmp_path):
-    # `accelerate launch --cpu --num_processes 2` starts a second process through MPI only.
-    run_on_two(adaptation_run.__file__, tmp_path)
+    run_on_two(adaptation_run.run, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     alone = adaptation_run.train()
     for name in ("nodes", "coefficients", "moments"):
@@ -577,7 +576,7 @@ def test_two_processes_end_as_one(tmp_path):
 
 def test_an_error_of_one_process_ends_all(tmp_path):
     """Every stage at which one of two processes can fail: both end with its error, the model as it was."""
-    run_on_two(adaptation_failures.__file__, tmp_path)
+    run_on_two(adaptation_failures.run, tmp_path)
     reports = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for stage, words in adaptation_failures.STAGES.items():
         for report in reports:

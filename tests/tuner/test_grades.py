@@ -34,12 +34,12 @@ from lreg_peft import (
     initialize_lreg_weights,
     inspect_targets,
     load_grades,
-    snapshot_meshes,
     track_statistics,
 )
 from lreg_peft.core import evaluate
 from lreg_peft.fitting.feature_cache import fingerprint_below
 from lreg_peft.fitting.output_layer import find_output_layer
+from lreg_peft.plotting import snapshot_meshes
 from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.sites import all_sites
 
@@ -651,6 +651,7 @@ class TestRegression:
         assert after <= before
         assert after == pytest.approx(before, rel=1e-9)
 
+    @pytest.mark.slow  # a quarter of a minute
     def test_twenty_sines(self):
         """The script that shows what grades of least-squares fits reach, without its repetitions."""
         rows = multigrade_anchor.measure(repeats=1)

@@ -353,7 +353,13 @@ class TestPrecision:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp"], "dof": 20}], ids=["lm_head", "mlp"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({}, id="lm_head"),
+            pytest.param({"target_modules": ["mlp"], "dof": 20}, id="mlp", marks=pytest.mark.slow),
+        ],
+    )
     def test_same_result_and_no_recompilation_when_nodes_move(self, options):
         torch._dynamo.reset()
         model = adapt(gpt2(n_layer=1), **{"dof": 5, **options})
@@ -398,7 +404,13 @@ class TestCompile:
             assert (gradient - compiled[name]).abs().max() <= limit
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp"], "dof": 12}], ids=["lm_head", "mlp"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({}, id="lm_head", marks=pytest.mark.slow),
+            pytest.param({"target_modules": ["mlp"], "dof": 12}, id="mlp"),
+        ],
+    )
     def test_graph_stays_whole(self, options):
         torch._dynamo.reset()
         batch = inputs(gpt2())

@@ -93,6 +93,10 @@ def main(args: argparse.Namespace) -> None:
     show = accelerator.is_main_process and not args.no_progress
     set_seed(args.seed)
     model, data, has_new_head = load(args, show)
+    if args.data_dir is None:  # the adapter's files name the model that they belong to
+        model.name_or_path = str(Path(args.output_dir) / "base")
+        if accelerator.is_main_process:
+            model.save_pretrained(model.name_or_path)
     collate = default_data_collator
     train_loader = DataLoader(data.train, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     test_loader = DataLoader(data.test, args.batch_size, collate_fn=collate)

@@ -547,7 +547,9 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLa
         if isinstance(module, LRegLayer) and adapter_name in module.lreg_encoder
     }
     if not layers:
+        there = {name for layer in model.modules() if isinstance(layer, LRegLayer) for name in layer.lreg_encoder}
         raise ValueError(
-            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
+            f"the model has no LReg adapter called {adapter_name!r}. "
+            + (f"There are: {sorted(there)}." if there else "Call get_peft_model(model, LRegConfig(...)) first.")
         )
     return layers

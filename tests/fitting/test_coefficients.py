@@ -37,7 +37,9 @@ def sequence_batches(labels):
 def adapted(model, target=None, **options):
     options = {"dof": 4, "n_components": 3, **options}
     torch.manual_seed(5)  # of the projection
-    model = get_peft_model(model, LRegConfig(target_modules=[target] if target else None, **options)).train()
+    model = get_peft_model(
+        model, LRegConfig(preset="paper", target_modules=[target] if target else None, **options)
+    ).train()
     spread(model)
     return model
 

@@ -23,7 +23,7 @@ def token_labels() -> torch.Tensor:
 
 
 def adapted(model: nn.Module, *targets: str, **options) -> nn.Module:
-    config = LRegConfig(target_modules=list(targets) or None, init_weights=False, **options)
+    config = LRegConfig(preset="paper", target_modules=list(targets) or None, init_weights=False, **options)
     return get_peft_model(model, config).train()
 
 

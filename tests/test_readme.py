@@ -36,7 +36,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [
-        ROOT / "README.md",
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
         *(path for top in ("docs", "examples", "tests") for path in (ROOT / top).rglob("*.md")),
     ]
 )

@@ -8,11 +8,11 @@
 
 A model is adapted by LReg's recipe (`recommended_config`, start from gradients; calibration of a language model), and
 by two LoRAs with a scale of one: of the very shape that the conversion has, same modules and same ranks, and of as many
-parameters as LReg has, on the same modules with ranks in proportion to LReg's components. Same batches in the same
-order, AdamW without weight decay, linear schedule, gradients clipped at 1. Of several rates of a LoRA the one counts
-that is best with the first seed by the very figure that is reported, so that the comparison errs in its favour. The
-conversion reads the first 16 batches of the training. What is evaluated as LoRA is run by PEFT, from the tensors that
-`save_as_lora` writes.
+parameters as LReg has, on the same modules with ranks in proportion to LReg's components; the new head of a classifier
+starts as LReg's does. Same batches in the same order, AdamW without weight decay, linear schedule, gradients clipped at
+1. Of several rates of a LoRA the one counts that is best with the first seed by the very figure that is reported, so
+that the comparison errs in its favour. The conversion reads the first 16 batches of the training. What is evaluated as
+LoRA is run by PEFT, from the tensors that `save_as_lora` writes.
 
 The task "text" is causal language modelling. Without --model it is the small GPT-2 and the two texts that the WikiText
 example makes of Python itself; without --eval_file the last tenth of the training text is held out. Every other task is
@@ -45,6 +45,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from lreg_peft import LRegLayer, calibrate_output, convert_to_lora, initialize_lreg_weights, recommended_config
+from lreg_peft.training.head_start import start_head
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROWS = {
@@ -137,7 +138,7 @@ class Study(ABC):
         options, found = self.arguments, {}
         model, text = self.start(seed), self.task_type == "CAUSAL_LM" and not self.arguments.inside_only
         start = time.perf_counter()
-        initialize_lreg_weights(model, list(self.batches(seed, 8)), output_start=text, show_progress=False)
+        initialize_lreg_weights(model, list(self.batches(seed, 8)), output_start=text or None, show_progress=False)
         self.fit(model, options.learning_rate, seed, f"LReg, seed {seed}")
         if text:
             calibrate_output(model, list(self.batches(seed, 32)), show_progress=False)
@@ -163,6 +164,8 @@ class Study(ABC):
         for rate in rates:
             torch.manual_seed(seed)
             lora = get_peft_model(self.base(), copy.deepcopy(config)).eval()
+            if self.task_type == "SEQ_CLS":  # what LReg's start does to the new head, for the LoRA too
+                start_head(lora, list(self.batches(seed, 8)))
             self.fit(lora, rate, seed, f"{row} at {rate:g}, seed {seed}")
             tried[rate] = self.figure(lora)
         return tried

@@ -21,89 +21,66 @@ from .tuner.layer import LRegLayer
 from .tuner.model import LRegModel
 
 if TYPE_CHECKING:
-    from .core.fused_loss import fused_cross_entropy
-    from .export.lora import LoraReport, convert_to_lora, save_as_lora
-    from .fitting.coefficients import CoefficientFit, fit_coefficients
+    from .export.lora import convert_to_lora, save_as_lora
+    from .fitting.coefficients import fit_coefficients
     from .fitting.feature_cache import FeatureCache, cache_features
-    from .fitting.linearize import Refinement, refine_linearized
-    from .fitting.meshes import MeshFit, fit_meshes
-    from .plotting import MeshSnapshot, plot_meshes, snapshot_meshes
+    from .fitting.linearize import refine_linearized
+    from .plotting import plot_meshes
     from .regression import LagrangeRegressor as LagrangeRegressor
     from .training.calibration import calibrate_output
     from .training.callback import LRegCallback
     from .training.initialization import initialize_lreg_weights
-    from .training.label_shift import LabelShift
-    from .training.mesh_update import MeshUpdate, ModuleUpdate, follow_meshes, update_meshes
+    from .training.mesh_update import follow_meshes, update_meshes
     from .training.parameter_groups import parameter_groups
-    from .training.statistics import count_hard_samples, track_statistics
+    from .training.statistics import track_statistics
     from .tuner.grades import add_grade, load_grades
-    from .tuner.model_card import push_model_card
     from .tuner.penalty import curvature_penalty
     from .tuner.recommend import recommended_config
-    from .tuner.targets import Target, TargetReport, inspect_targets
+    from .tuner.targets import inspect_targets
 
 # Where the other names are: imported when asked for, since most of them bring more than an adapter needs.
 _LAZY = {
-    "core.fused_loss": ("fused_cross_entropy",),
-    "export.lora": ("LoraReport", "convert_to_lora", "save_as_lora"),
-    "fitting.coefficients": ("CoefficientFit", "fit_coefficients"),
+    "export.lora": ("convert_to_lora", "save_as_lora"),
+    "fitting.coefficients": ("fit_coefficients",),
     "fitting.feature_cache": ("FeatureCache", "cache_features"),
-    "fitting.linearize": ("Refinement", "refine_linearized"),
-    "fitting.meshes": ("MeshFit", "fit_meshes"),
-    "plotting": ("MeshSnapshot", "plot_meshes", "snapshot_meshes"),
+    "fitting.linearize": ("refine_linearized",),
+    "plotting": ("plot_meshes",),
     "regression": ("LagrangeRegressor",),
     "training.calibration": ("calibrate_output",),
     "training.callback": ("LRegCallback",),
     "training.initialization": ("initialize_lreg_weights",),
-    "training.label_shift": ("LabelShift",),
-    "training.mesh_update": ("MeshUpdate", "ModuleUpdate", "follow_meshes", "update_meshes"),
+    "training.mesh_update": ("follow_meshes", "update_meshes"),
     "training.parameter_groups": ("parameter_groups",),
-    "training.statistics": ("count_hard_samples", "track_statistics"),
+    "training.statistics": ("track_statistics",),
     "tuner.grades": ("add_grade", "load_grades"),
-    "tuner.model_card": ("push_model_card",),
     "tuner.penalty": ("curvature_penalty",),
     "tuner.recommend": ("recommended_config",),
-    "tuner.targets": ("Target", "TargetReport", "inspect_targets"),
+    "tuner.targets": ("inspect_targets",),
 }
 _PLACES = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "__version__",
-    "CoefficientFit",
     "FeatureCache",
     "LRegCallback",
     "LRegConfig",
     "LRegLayer",
     "LRegModel",
-    "LabelShift",
-    "MeshFit",
-    "LoraReport",
-    "MeshSnapshot",
-    "MeshUpdate",
-    "ModuleUpdate",
-    "Refinement",
-    "Target",
-    "TargetReport",
     "add_grade",
     "cache_features",
     "calibrate_output",
     "convert_to_lora",
-    "count_hard_samples",
     "curvature_penalty",
     "fit_coefficients",
-    "fit_meshes",
     "follow_meshes",
-    "fused_cross_entropy",
     "initialize_lreg_weights",
     "inspect_targets",
     "load_grades",
     "parameter_groups",
     "plot_meshes",
-    "push_model_card",
     "recommended_config",
     "refine_linearized",
     "save_as_lora",
-    "snapshot_meshes",
     "track_statistics",
     "update_meshes",
 ]

@@ -1,14 +1,15 @@
 """Pictures of meshes: where the nodes are, what the coefficients do there, and where the samples fall."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .core.checks import checked, whole
+from .core.checks import whole
 from .modules import eval_mode
+from .rows import BatchData, batches_of
 from .tuner.sites import Site, all_sites
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class MeshSnapshot:
     Attributes:
         nodes: `[components, dof]`.
         coefficients: `[components, dof, out_features]`, the values at the nodes.
-        coords: `[samples, components]`, or None if no batches were given.
+        coords: `[samples, components]`, or None if no data were given.
     """
 
     nodes: Tensor
@@ -48,17 +49,16 @@ class MeshSnapshot:
     coords: Tensor | None
 
 
-@checked()
 @torch.no_grad()
 def snapshot_meshes(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, *, adapter_name: str | None = None
+    model: nn.Module, data: BatchData | None = None, *, adapter_name: str | None = None
 ) -> dict[str, MeshSnapshot]:
     """Copy nodes and coefficients, and the coordinates of the samples in a few batches.
 
     Args:
         model: any module that contains LReg layers.
-        batches: keyword arguments of the model, one dictionary per batch, on the model's device. The model runs on
-            them in eval mode. None leaves the coordinates out.
+        data: a data set, or batches: keyword arguments of the model, one dictionary per batch, on the model's device.
+            The model runs on them in eval mode. None leaves the coordinates out.
         adapter_name: which adapter; None takes the first active one of every layer.
 
     Returns:
@@ -76,7 +76,7 @@ def snapshot_meshes(
     ]
     try:
         with eval_mode(model):
-            for batch in batches or ():
+            for batch in () if data is None else batches_of(data):
                 model(**batch)
     finally:
         for remove in removers:
@@ -91,13 +91,12 @@ def snapshot_meshes(
     }
 
 
-@checked(max_components=whole(1))
 def plot_meshes(
     model: nn.Module,
     modules: Sequence[str] | None = None,
     before: Mapping[str, MeshSnapshot] | None = None,
     *,
-    batches: Iterable[Mapping[str, Any]] | None = None,
+    data: BatchData | None = None,
     channels: Sequence[int] | None = None,
     max_components: int = 3,
     adapter_name: str | None = None,
@@ -111,7 +110,7 @@ def plot_meshes(
         model: any module that contains LReg layers.
         modules: paths of modules in the model, or ends of paths; None takes the first four.
         before: an earlier `snapshot_meshes(model, ...)`, to compare with.
-        batches: see `snapshot_meshes`; None draws no distribution for now.
+        data: see `snapshot_meshes`; None draws no distribution for now.
         channels: output channels whose coefficients to draw; None draws the norm over all channels of the slope in
             each element, which is what the nodes resolve.
         max_components: columns at most.
@@ -124,7 +123,8 @@ def plot_meshes(
         ImportError: without matplotlib.
         ValueError: if no LReg layer matches `modules`, or a channel does not exist.
     """
-    now = snapshot_meshes(model, batches, adapter_name=adapter_name)
+    whole("max_components", max_components, 1)
+    now = snapshot_meshes(model, data, adapter_name=adapter_name)
     paths = _choose(list(now), modules)
     columns = min(max_components, max(now[path].nodes.shape[0] for path in paths))
     figure = new_figure("plot_meshes", 4.2 * columns, 2.7 * len(paths) + 0.6)

@@ -5,14 +5,16 @@ output; nothing knows of shortcuts.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from .core.distributed import rank_and_world
 from .modules import accepts, eval_mode
 
 IGNORE_INDEX = -100
@@ -20,6 +22,9 @@ IGNORE_INDEX = -100
 # Relative difference between two computations of one loss from the same logits, by the dtype of the loss.
 _SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-5}
 _SAME_LOSS_HALF = 1e-2
+
+#: What functions take that read data: batches, dictionaries of model inputs by name, or a data set of samples.
+BatchData = Iterable[Mapping[str, Any]] | Dataset[Any]
 
 LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 
@@ -46,6 +51,44 @@ class Pairing(NamedTuple):
 
     shift: bool
     loss_kind: LossKind
+
+
+# Batches
+
+
+def is_stream(data: Any) -> bool:
+    """Whether this is a data set of samples, of torch or of `datasets`, that can only be gone through."""
+    return isinstance(data, IterableDataset) or _is_of_datasets(data, "IterableDataset")
+
+
+def batches_of(data: Any, batch_size: int = 8) -> Iterable[Mapping[str, Any]]:
+    """Batches of whatever a caller gave: a data set of samples, of torch or of `datasets`, gets a data loader.
+
+    Its samples come in a random order that is always the same, of several processes each takes its share, and they are
+    put together by `transformers.default_data_collator`. Data loaders and other iterables give batches as they are.
+
+    Raises:
+        TypeError: if it cannot be iterated over.
+    """
+    if not (isinstance(data, Dataset) or _is_of_datasets(data, "Dataset", "IterableDataset")):
+        if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"data must be a data set or something that gives batches, such as a DataLoader, got a "
+                f"{type(data).__name__}" + ("; put a single batch into a list." if isinstance(data, Mapping) else ".")
+            )
+        return data  # type: ignore[no-any-return]
+    from transformers import default_data_collator
+
+    if not is_stream(data):
+        rank, world = rank_and_world()
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        data = Subset(data, order[rank::world].tolist())
+    return DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)
+
+
+def _is_of_datasets(data: Any, *names: str) -> bool:
+    kinds = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
+    return any(kind in [f"datasets.{name}" for name in names] for kind in kinds)
 
 
 # Calling a model
@@ -177,6 +220,28 @@ def align(
         return Rows(values, labels.to(values.dtype).reshape(len(labels), -1))
     counts = labels != IGNORE_INDEX
     return Rows(values[counts], labels[counts])
+
+
+def last_tokens(values: Tensor, inputs: Mapping[str, Any], config: Any, name: str) -> Tensor:
+    """What decoders classify a sample by, of `[batch, length, width]`: the last position that is not padding.
+
+    Args:
+        values: features or outputs of every token.
+        inputs: of the model.
+        config: of the model, which knows the token that pads.
+        name: of the module, for the error.
+
+    Raises:
+        ValueError: if it is not known which tokens are padding.
+    """
+    ids, pad = inputs.get("input_ids"), getattr(config, "pad_token_id", None)
+    if ids is None or pad is None:
+        raise ValueError(
+            f"{name!r} gives one output per token, and which token counts is not known without input_ids and "
+            "config.pad_token_id. Set model.config.pad_token_id."
+        )
+    last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
+    return values[torch.arange(len(values), device=values.device), last]
 
 
 def loss_kind_of(model: nn.Module, labels: Tensor, out_features: int) -> LossKind:

@@ -1,11 +1,8 @@
-"""Mesh updates that fail on one process of two, at one stage after the other:
-
-    torchrun --nproc_per_node 2 tests/adaptation_failures.py FOLDER
+"""Mesh updates that fail on one process of two, at one stage after the other.
 
 Each process writes to FOLDER/rank<i>.pt how every stage ended.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -96,13 +93,12 @@ def call_back(layer: nn.Module, optimizer: torch.optim.Optimizer, folder: str, k
     own.on_step_end(arguments, state, control, model=layer, optimizer=optimizer)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    report = {stage: fail(stage, rank, sys.argv[1]) for stage in STAGES}
+    report = {stage: fail(stage, rank, str(folder)) for stage in STAGES}
     # After all that, the processes still understand each other.
     layer, optimizer = trained()
     report["accepted"] = update_meshes(layer, optimizer, accept=lambda: 1.0).accepted
-    torch.save(report, Path(sys.argv[1]) / f"rank{rank}.pt")
+    torch.save(report, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

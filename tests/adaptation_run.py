@@ -1,12 +1,9 @@
-"""A short training with moving meshes, for one or several processes:
-
-    torchrun --nproc_per_node 2 tests/adaptation_run.py FOLDER
+"""A short training with moving meshes, for one or several processes.
 
 The global batch is the same whatever the number of processes. Each writes losses, nodes and coefficients to
 FOLDER/rank<i>.pt.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +19,7 @@ STEPS, EVERY, BATCH, FEATURES = 60, 5, 64, 3
 def model():
     torch.manual_seed(0)
     layer = LRegLayer(nn.Linear(FEATURES, 2), FEATURES, 2)
-    layer.update_layer("default", 2, 8, LRegConfig(n_components=2, dof=8))
+    layer.update_layer("default", 2, 8, LRegConfig(preset="paper", n_components=2, dof=8))
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
     return layer.train()
@@ -64,8 +61,7 @@ def train() -> dict[str, list]:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run(folder: Path) -> None:
     result = train()
-    torch.save(result, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
+    torch.save(result, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -1,13 +1,11 @@
-"""More than 500 malformed inputs: each is met by one sentence that names the argument, and leaves the model as it was.
+"""Malformed inputs: each is met by one sentence that names the argument, and leaves the model as it was.
 
-The inputs to public functions come off their signatures: for every argument whatever its annotation does not allow,
-and numbers that no range of this package holds. Those of the configuration, of adapter files and of the examples are
-lists.
+What is promised: values out of range, NaN, infinities, wrong shapes and impossible combinations. An argument of a wrong
+type may end in Python's own error.
 """
 
 import inspect
 import math
-import typing
 
 import pytest
 import tiny
@@ -17,28 +15,11 @@ from torch import nn
 
 import lreg_peft
 from lreg_peft import LRegConfig, core
-from lreg_peft.core.checks import kind_of
-
-# Of every kind something that is no number, name, tensor, model, function or sequence where one is asked for.
-WRONG = {
-    "a string": "often",
-    "a float": 2.5,
-    "a whole number": 3,
-    "True": True,
-    "a list": [1.5],
-    "a dictionary": {1: 2},
-    "a tensor": torch.ones(2, 3, 4, 5),
-    "a module": nn.Identity(),
-    "an object": object(),
-    "bytes": b"x",
-    "None": None,
-}
-NOT_FINITE = {"NaN": math.nan, "infinity": math.inf, "minus infinity": -math.inf}
 
 
 def adapted() -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(tiny.gpt2(), LRegConfig(dof=3))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=3))
 
 
 MODEL = adapted()
@@ -53,48 +34,36 @@ CHUNKS = lambda: [core.Chunk(ROWS, torch.tensor([0, 1, 0, 1, 1]))]  # noqa: E731
 RIGHT: dict[str, dict] = {
     "cache_features": {"model": MODEL, "data": BATCHES, "path": "never"},
     "add_grade": {"model": MODEL},
-    "calibrate_output": {"model": MODEL, "dataloader": BATCHES},
-    "count_hard_samples": {"model": MODEL, "losses": torch.rand(2), "n_hard_samples": 1},
-    "fused_cross_entropy": {"base": nn.Linear(3, 4), "features": ROWS, "targets": torch.zeros(5, dtype=torch.long)},
+    "calibrate_output": {"model": MODEL, "data": BATCHES},
     "fit_coefficients": {"model": MODEL, "data": BATCHES},
-    "convert_to_lora": {"model": MODEL, "dataloader": BATCHES},
-    "fit_meshes": {"model": MODEL, "data": BATCHES},
+    "convert_to_lora": {"model": MODEL, "data": BATCHES},
     "follow_meshes": {"copy": MODEL, "model": MODEL},
-    "initialize_lreg_weights": {"model": MODEL, "dataloader": BATCHES},
-    "inspect_targets": {"model": MODEL, "config": LRegConfig()},
+    "initialize_lreg_weights": {"model": MODEL, "data": BATCHES},
+    "inspect_targets": {"model": MODEL, "config": LRegConfig(preset="paper")},
     "load_grades": {"model": MODEL, "path": "never"},
     "parameter_groups": {"model": MODEL, "learning_rate": 0.1},
     "plot_meshes": {"model": MODEL},
-    "push_model_card": {"model": MODEL, "repo_id": "a/b"},
     "recommended_config": {"model": tiny.gpt2()},
-    "refine_linearized": {"model": MODEL, "dataloader": BATCHES},
-    "save_as_lora": {"path": "never", "model": MODEL, "dataloader": BATCHES},
-    "snapshot_meshes": {"model": MODEL},
+    "refine_linearized": {"model": MODEL, "data": BATCHES},
+    "save_as_lora": {"path": "never", "model": MODEL, "data": BATCHES},
     "track_statistics": {"model": MODEL},
     "update_meshes": {"model": MODEL},
     "LRegCallback": {},
     "FeatureCache": {"path": "never"},
-    "active_nodes": {"element": ELEMENT, "local": LOCAL, "dof": 3},
     "adapt_mesh": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4), "indicator": torch.ones(2, 2)},
     "check_nodes": {"nodes": NODES},
     "core.curvature_penalty": {"nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
     "curvature_penalty": {"model": MODEL},
     "evaluate": {"coords": COORDS, "nodes": NODES, "coefficients": torch.ones(2, 3, 4)},
-    "evaluate_profile": {"coords": COORDS, "nodes": NODES, "profile": NODES},
-    "fit_piecewise_linear": {"x": COORDS, "y": ROWS, "dof": 2},
     "hat_basis": {"coords": COORDS, "nodes": NODES},
     "initial_projection": {"n_components": 2, "in_features": 3},
     "interpolate": {"nodes_old": NODES, "nodes_new": NODES, "values": torch.ones(2, 3, 4)},
     "locate": {"coords": COORDS, "nodes": NODES},
-    "project": {"features": ROWS, "projection": torch.ones(2, 3), "bias": torch.ones(2)},
     "quantile_nodes": {"samples": COORDS, "dof": 3},
-    "separate_nodes": {"nodes": NODES},
     "solve_cross_entropy": {"chunks": CHUNKS, "start": torch.zeros(3, 2), "ridge": 0.1},
     "solve_least_squares": {"chunks": CHUNKS, "start": torch.zeros(3, 2)},
     "uniform_nodes": {"n_components": 2, "dof": 3},
 }
-# Tensors whose shape is told by another argument, or that may have any.
-ANY_SHAPE = {("fit_piecewise_linear", "y"), ("count_hard_samples", "losses")}
 
 
 def public() -> dict:
@@ -108,59 +77,13 @@ def public() -> dict:
     return found
 
 
-def parameters(thing) -> list[inspect.Parameter]:
-    function = thing.__init__ if inspect.isclass(thing) else thing
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [p for p in inspect.signature(function).parameters.values() if p.kind not in kinds and p.name != "self"]
-
-
-def wrong_values(name: str, parameter: inspect.Parameter):
-    """Values that an argument must not have, with the class of the error."""
-    kind = kind_of(parameter.annotation)
-    if kind is None:
-        return
-    for label, value in WRONG.items():
-        if not kind.accepts(value):
-            yield label, value, (TypeError, ValueError)
-    if kind.accepts(1.5):
-        for label, value in NOT_FINITE.items():
-            yield label, value, ValueError
-    if parameter.annotation is torch.Tensor and (name, parameter.name) not in ANY_SHAPE:
-        yield "a scalar", torch.tensor(1.0), ValueError
-        yield "complex numbers", torch.ones(2, 3, dtype=torch.complex64), ValueError
-
-
-CASES = {
-    (name, parameter.name): list(wrong_values(name, parameter))
-    for name, thing in public().items()
-    for parameter in parameters(thing)
-}
-
-
 def test_everything_public_is_tried():
     assert public().keys() == RIGHT.keys()
-    assert sum(map(len, CASES.values())) + len(CONFIGURATIONS) + len(OUT_OF_RANGE) >= 2000
-    for name, thing in public().items():
-        annotated = [p.name for p in parameters(thing) if kind_of(p.annotation) is not None]
-        open_ = {("solve_cross_entropy", "processes"), ("solve_least_squares", "processes")}
-        assert len(annotated) + len(open_) >= len(parameters(thing)), name
 
 
 @pytest.fixture(scope="module")
 def before():
     return tiny.state(MODEL), [type(module) for module in MODEL.modules()]
-
-
-@pytest.mark.parametrize(("name", "argument"), CASES)
-def test_public_functions(name, argument, before):
-    for label, value, error in CASES[name, argument]:
-        with pytest.raises(error) as caught:
-            public()[name](**{**RIGHT[name], argument: value})
-        text = str(caught.value)
-        assert argument.lower() in text.lower().replace(" ", "_"), (label, text)
-        assert "\n" not in text and len(text) < 500
-    assert tiny.same_state(before[0], tiny.state(MODEL))
-    assert before[1] == [type(module) for module in MODEL.modules()]
 
 
 OUT_OF_RANGE = [
@@ -170,10 +93,6 @@ OUT_OF_RANGE = [
     ("add_grade", "form", "nested"),
     ("add_grade", "name", ""),
     ("add_grade", "name", "default"),
-    ("count_hard_samples", "n_hard_samples", 0),
-    ("fused_cross_entropy", "label_smoothing", 1.0),
-    ("fused_cross_entropy", "label_smoothing", -0.1),
-    ("fused_cross_entropy", "rows_per_chunk", 0),
     ("fit_coefficients", "ridge", -1.0),
     ("fit_coefficients", "ridge", 0.0),
     ("fit_coefficients", "tolerance", 0.0),
@@ -181,10 +100,8 @@ OUT_OF_RANGE = [
     ("fit_coefficients", "max_passes", 2),
     ("fit_coefficients", "max_passes", -5),
     ("fit_coefficients", "adapter_name", "other"),
-    ("fit_meshes", "max_moves", -1),
-    ("fit_meshes", "strategy", "none"),
-    ("fit_meshes", "tolerance", 0.0),
-    ("fit_meshes", "max_passes", 0),
+    ("fit_coefficients", "max_moves", -1),
+    ("fit_coefficients", "strategy", "none"),
     ("calibrate_output", "n_batches", 0),
     ("calibrate_output", "adapter_name", "other"),
     ("initialize_lreg_weights", "method", "random"),
@@ -201,7 +118,6 @@ OUT_OF_RANGE = [
     ("refine_linearized", "damping", []),
     ("refine_linearized", "n_rounds", 0),
     ("refine_linearized", "columns_at_once", 0),
-    ("snapshot_meshes", "adapter_name", "other"),
     ("parameter_groups", "learning_rate", 0.0),
     ("parameter_groups", "profile_ratio", -1.0),
     ("parameter_groups", "weight_decay", -0.1),
@@ -231,21 +147,10 @@ OUT_OF_RANGE = [
     ("evaluate", "coords", torch.ones(5, 3)),
     ("evaluate", "coords", COORDS * torch.nan),
     ("evaluate", "form", "sparse"),
-    ("evaluate_profile", "profile", torch.ones(2, 4)),
-    ("fit_piecewise_linear", "dof", 1),
-    ("fit_piecewise_linear", "ridge", -1.0),
-    ("fit_piecewise_linear", "knot_cost", 0.5),
-    ("fit_piecewise_linear", "n_rounds", -1),
-    ("fit_piecewise_linear", "n_hard_samples", 0),
-    ("fit_piecewise_linear", "strategy", "mcr"),
-    ("fit_piecewise_linear", "x", COORDS * torch.nan),
-    ("fit_piecewise_linear", "start", NODES),
     ("initial_projection", "n_components", 0),
     ("initial_projection", "in_features", -1),
     ("interpolate", "values", torch.ones(2, 4)),
     ("locate", "coords", COORDS * torch.nan),
-    ("project", "projection", torch.ones(2, 4)),
-    ("project", "bias", torch.ones(3)),
     ("quantile_nodes", "dof", 1),
     ("quantile_nodes", "samples", COORDS * torch.inf),
     ("solve_cross_entropy", "ridge", 0.0),
@@ -272,6 +177,7 @@ def test_values_out_of_range(name, argument, value, before):
         public()[name](**{**RIGHT[name], argument: value})
     text = str(caught.value)
     words = {"adapter_name": "other", "name": "called", "form": "form", "modules": "nowhere"}.get(argument, argument)
+    assert "\n" not in text and len(text) < 500
     assert words in text or argument in text, text
     assert tiny.same_state(before[0], tiny.state(MODEL))
 
@@ -285,7 +191,7 @@ def test_nodes_that_their_precision_does_not_tell_apart():
 _COUNTS = {"n_components": 1, "dof": 2}
 _FLAGS = ("train_projection", "backbone_eval", "fused_loss", "inference_mode", "linear_term")
 CONFIGURATIONS = [
-    *((name, value) for name in _COUNTS for value in ("2", 2.0, True, None, [2], torch.ones(2), math.nan)),
+    *((name, value) for name in _COUNTS for value in ("2", 2.0, True, [2], torch.ones(2), math.nan)),
     *((name, lowest - 1) for name, lowest in _COUNTS.items()),
     *((name, -3) for name in _COUNTS),
     *((name, value) for name in _FLAGS for value in (1, 0, "yes", None, [True], 0.5)),
@@ -320,12 +226,3 @@ def test_configurations(name, value):
     with pytest.raises((ValueError, TypeError), match=name) as caught:
         LRegConfig(**{"target_modules": ["mlp"], **options, name: value})
     assert "\n" not in str(caught.value)
-
-
-def test_annotations_are_understood():
-    """What `kind_of` cannot read is not checked."""
-    for name, thing in public().items():
-        for parameter in parameters(thing):
-            kind = kind_of(parameter.annotation)
-            may_be_all = parameter.annotation is typing.Any or typing.Any in typing.get_args(parameter.annotation)
-            assert kind is not None or may_be_all, (name, parameter)

@@ -48,7 +48,9 @@ def frozen() -> int:
 
 @pytest.mark.parametrize(("head", "d", "dof", "k"), [("full", 2, 8, 16), ("full", 2, 2, 4), ("factored", 3, 64, 3)])
 def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(head, d, dof, k):
-    model = get_peft_model(gpt2(), LRegConfig(n_components=d, dof=dof, head=head, fused_loss=True)).train()
+    model = get_peft_model(
+        gpt2(), LRegConfig(preset="paper", n_components=d, dof=dof, head=head, fused_loss=True)
+    ).train()
     projection = 2 * 2 * N * HIDDEN * d  # forward and the gradient of P; the features get none
     assert flops(model) == frozen() + 3 * 2 * N * k * VOCABULARY + projection
 
@@ -87,7 +89,7 @@ def test_a_masked_language_model_computes_logits_of_the_masked_tokens_only():
     for n_labels in (2, 10):
         labels = torch.full_like(IDS, -100)
         labels[0, 1 : 1 + n_labels] = 7
-        adapter = LRegConfig(train_projection=False, fused_loss=True)
+        adapter = LRegConfig(preset="paper", train_projection=False, fused_loss=True)
         model = get_peft_model(RobertaForMaskedLM(config).eval(), adapter).train()
         counts.append(flops(model, {"input_ids": IDS, "labels": labels}))
     per_token = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * VOCABULARY  # RoBERTa's head: dense, then decoder

@@ -54,7 +54,9 @@ def train(model, folder, dataset, **options) -> list[float]:
 def test_head_with_the_fused_loss(tmp_path):
     """Equal loss and gradients with logits and without, and a training that gets somewhere."""
     fused, usual = (
-        get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", n_components=2, dof=4, fused_loss=choice)).train()
+        get_peft_model(
+            gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, dof=4, fused_loss=choice)
+        ).train()
         for choice in (True, False)
     )
     gradients = []

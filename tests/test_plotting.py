@@ -8,7 +8,8 @@ from peft import get_peft_model
 from tiny import gpt2, inputs, layers, shake
 from torch import nn
 
-from lreg_peft import LRegConfig, plot_meshes, snapshot_meshes
+from lreg_peft import LRegConfig, plot_meshes
+from lreg_peft.plotting import snapshot_meshes
 
 PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h.1.mlp"]
 
@@ -53,7 +54,7 @@ class TestPlot:
         model = adapted()
         before = snapshot_meshes(model, [inputs("gpt2")])
         move(model)
-        figure = plot_meshes(model, before=before, batches=[inputs("gpt2")])
+        figure = plot_meshes(model, before=before, data=[inputs("gpt2")])
         panels = [panel for panel in figure.axes if panel.get_title()]
         assert [panel.get_title() for panel in panels] == [f"{path}, component {i}" for path in PATHS for i in (0, 1)]
         labels = panels[0].get_legend_handles_labels()[1]

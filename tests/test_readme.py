@@ -53,6 +53,7 @@ PAGES_WITH_CODE = [page for page in PAGES if python_blocks(page)]
 # --- the quick start --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.examples  # a GPT-2 at full size
 def test_quick_start_prints_what_the_readme_says(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", block("quick-start")], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -163,6 +164,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_every_block_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, in an empty folder, `base` freshly loaded for each; a warning is an error."""

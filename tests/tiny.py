@@ -208,7 +208,7 @@ def outputs(model: nn.Module, **extra) -> torch.Tensor:
 
 
 def adapt(model: nn.Module, adapter_name: str = "default", **options):
-    return get_peft_model(model, LRegConfig(**options), adapter_name=adapter_name)
+    return get_peft_model(model, LRegConfig(preset="paper", **options), adapter_name=adapter_name)
 
 
 def shake(model: nn.Module, adapter_name: str = "default", seed: int = 11) -> None:

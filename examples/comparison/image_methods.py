@@ -79,6 +79,7 @@ def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
     config = LRegConfig(
+        preset="paper",
         n_components=fit.size,
         dof=fit.dof,
         modules_to_save=fit.modules_to_save,

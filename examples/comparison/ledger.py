@@ -27,6 +27,7 @@ class Run:
         trainable: parameters that were trained, new modules included.
         cpu_seconds: processor time of the training, with a start from data, without evaluation.
         curve: figures on the tuning split during training: step, cpu_seconds so far, all metrics.
+        as_lora: of the LoRA that it was converted to: figures on the test split, parameters, bytes, seconds to convert.
         steps: optimiser steps taken; fewer than asked for if it stopped early.
         best_step: the step whose state was kept.
         seconds: of the training, with a start from data, without evaluation.
@@ -50,6 +51,7 @@ class Run:
     trainable: int | None = None
     cpu_seconds: float | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
+    as_lora: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:

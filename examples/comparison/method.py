@@ -83,7 +83,7 @@ class Method:
         size_name: what scales its parameter count, or None if the count is what it is.
         dof: nodes per component unless `--dof` says otherwise; None for methods without a mesh.
         start: "gradient" if the adapter wants to see data before training; "gradient and output" if also the shortcut
-            on a language model's head starts from them.
+            on a language model's head, or a new head, starts from them.
         tasks: the task types it exists for.
         needs_block: whether the architecture must have its feed-forward block as one module.
         beyond_budget: whether a study shows it however many parameters it has, for comparison.
@@ -98,6 +98,7 @@ class Method:
         faster: part of the names of the parameters that learn faster than the others, and how many times faster.
         finish: (model, batches) -> anything, what the method does to the model when training is over, with batches it
             was trained on.
+        as_lora: whether what it trained is also shown as the LoRA that it converts to.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Method:
     after_step: Callable[[nn.Module, int], None] | None = None
     faster: tuple[str, float] | None = None
     finish: Callable[[nn.Module, Batches], object] | None = None
+    as_lora: bool = False
 
     def places(self, task_type: str) -> tuple[str, ...]:
         """Where it may go in a task."""

@@ -36,8 +36,9 @@ from comparison.training import share_of
 from comparison.tuners import TUNERS
 from lreg_peft import LRegConfig, calibrate_output, recommended_config
 from lreg_peft.modules import unwrap
+from lreg_peft.training.head_start import start_head
 from lreg_peft.tuner.hooks.output_head import wrapped_head
-from lreg_peft.tuner.targets import output_head_name
+from lreg_peft.tuner.placement import output_head_name
 
 # --- methods without an adapter -------------------------------------------------------------------------------------
 
@@ -122,6 +123,14 @@ def attach_lora_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
     return _lora(model, fit, list(ranks), ranks)
 
 
+def attach_lora_linear_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
+    """The same with the new head from the start that LReg's gets: same samples, same solver."""
+    adapted = attach_lora_linear(model, fit)
+    own, n_batches = share_of(batches)
+    start_head(adapted, own, n_batches=n_batches)
+    return adapted
+
+
 def attach_lora_everywhere(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """LoRA on all linear layers and on the layer that makes the logits, or on part of them where that is too large."""
     ranks = Site(model, fit).sizes
@@ -199,6 +208,11 @@ def finish_lreg(model: nn.Module, batches: Batches) -> None:
         calibrate_output(model, own, n_batches=n_batches, show_progress=False)
 
 
+def attach_lreg_inside(model: PreTrainedModel, fit: Fit) -> nn.Module:
+    """The same on the linear layers of the backbone alone."""
+    return get_peft_model(model, _recommended(model, fit, output_head=False, final_norm=False))
+
+
 def attach_lreg_no_norm(model: PreTrainedModel, fit: Fit) -> nn.Module:
     """The same without the norm before the output head."""
     return get_peft_model(model, _recommended(model, fit, final_norm=False))
@@ -225,6 +239,7 @@ def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
     config = LRegConfig(
         task_type=_peft_task(fit),
+        preset="paper",
         n_components=fit.size,
         dof=fit.dof,
         modules_to_save=fit.modules_to_save,
@@ -254,6 +269,7 @@ LREG = Method(
     sizes=lreg_budgets,
     fills_budget=True,
     finish=finish_lreg,
+    as_lora=True,
 )
 METHODS = {
     method.name: method
@@ -337,16 +353,44 @@ METHODS = {
         LREG,
         replace(
             LREG,
+            name="lreg-inside",
+            summary="lreg on the linear layers of the backbone alone, for servers that refuse a LoRA at the LM head",
+            attach=attach_lreg_inside,
+            tasks=LANGUAGE_MODELS,
+            by_default=False,
+        ),
+        replace(
+            LREG,
             name="lreg-fast-profiles",
             summary="the same with profiles that learn four times faster, as parameter_groups has it",
             by_default=False,
+            as_lora=False,
             faster=("lreg_encoder", 4.0),
+        ),
+        Method(
+            "lora-linear-start",
+            "LoRA on all linear layers, its new head started as that of LReg",
+            attach_lora_linear,
+            Rates(1e-2, 2e-2, 1e-3, 3e-3),
+            "rank",
+            tasks=CLASSIFICATION,
+            by_default=False,
+            attach_on_data=attach_lora_linear_on_data,
+        ),
+        replace(
+            LREG,
+            name="lreg-random-head",
+            summary="the same with the new head as it is drawn",
+            tasks=CLASSIFICATION,
+            start="gradient",
+            by_default=False,
         ),
         replace(
             LREG,
             name="lreg-uncalibrated",
             summary="lreg as training leaves it",
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         replace(
@@ -355,6 +399,7 @@ METHODS = {
             summary="lreg as training leaves it, without the norm before the output head",
             attach=attach_lreg_no_norm,
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         replace(
@@ -365,6 +410,7 @@ METHODS = {
             rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
             start="gradient",
             by_default=False,
+            as_lora=False,
             finish=None,
         ),
         *IMAGE_METHODS,

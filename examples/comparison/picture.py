@@ -21,7 +21,7 @@ COLORS = [color for color in plt.get_cmap("tab10").colors if len(set(color)) > 1
 def write_picture(report: Report, directory: Path) -> None:
     """Two panels with one vertical axis; names stand in a column of their own beside them."""
     name = report.metric.name
-    rows = [row for row in report.rows if row.trials and isfinite(row.mean(name))]
+    rows = [row for row in report.rows if (row.trials or row.source) and isfinite(row.mean(name))]
     if not rows:
         return
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
@@ -42,7 +42,7 @@ def write_picture(report: Report, directory: Path) -> None:
         labelled.append((row.method, row.training_seconds, row.mean(name), color))
     _frame(panels, rows)
     for row in report.rows:
-        if not row.trials:
+        if not row.trials and not row.source:
             for axes in panels:
                 axes.axhline(row.mean(name) * scale, color="0.4", linestyle="--", linewidth=1)
             labelled.append((f"{row.method} model, not adapted", None, row.mean(name), "0.4"))

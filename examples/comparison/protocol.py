@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from peft import PeftModel
 from torch import nn
 
 from comparison.budget import Sizes, count_trainable, given_sizes, learning_rate_grids
@@ -37,6 +39,7 @@ from comparison.search import next_rate
 from comparison.task import Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, weight_bytes, write_state
 from comparison.training import KeepBest, Progress, TrainSettings, batches_to_start_from, start_from_data, train
+from lreg_peft import save_as_lora
 from lreg_peft.core.fingerprint import is_sharded
 
 #: Settings of the comparison that every run of a folder shares. What is not here (methods, sizes, rates, seeds) may
@@ -53,6 +56,7 @@ SHARED = (
     "patience",
 )
 RESULT_FILE = "comparison.json"
+CONVERTED_BATCHES = 16  # of the task's size, that a conversion to LoRA is fitted on
 
 
 @dataclass
@@ -86,12 +90,17 @@ class Protocol:
         self.settings: TrainSettings
         self.progress: Progress
 
-    def run(self, method: Method, size: int | None, grid: list[float]) -> Row:
-        """Choose the learning rate on the tuning split with the first seed, then test every seed with it."""
+    def run(self, method: Method, size: int | None, grid: list[float]) -> list[Row]:
+        """Choose the learning rate on the tuning split with the first seed, then test every seed with it.
+
+        Returns:
+            The method's row, and that of the LoRA it converts to where that is shown.
+        """
         found = self.search(method, size, grid)
         adapter_bytes = self._finish(method, found)
         reported = [found.best, *self._repeat_all(method, size, found.best.learning_rate)]
-        return self._row(method, size, reported, found, adapter_bytes)
+        row = self._row(method, size, reported, found, adapter_bytes)
+        return [row, self._row_as_lora(row, reported)] if method.as_lora else [row]
 
     def search(self, method: Method, size: int | None, grid: list[float]) -> Search:
         """Choose the learning rate on the tuning split with the first seed.
@@ -125,10 +134,8 @@ class Protocol:
 
     def test(self, method: Method, size: int | None, found: Search) -> list[Run]:
         """The runs of all seeds at the chosen learning rate with their figures on the test split; nothing is saved."""
-        if found.best.test is None:
-            model = found.model or self._restore(method, found.best)
-            found.best.test = self._task.evaluate(model, "test")
-            self.ledger.add(found.best)
+        if not self._is_tested(method, found.best):
+            self._test(method, found.best, found.model or self._restore(method, found.best))
         self._state_file(method).unlink(missing_ok=True)
         return [found.best, *self._repeat_all(method, size, found.best.learning_rate)]
 
@@ -143,7 +150,7 @@ class Protocol:
         if found is not None:
             self.progress.advance(self._options.steps or 0)
             return found, None
-        model, run = self._train(method, size, rate, seed)
+        model, run = self.train(method, size, rate, seed)
         if best is None or self._score(run) > self._score(best):
             self._keep(method, run, model)
         self.ledger.add(run)
@@ -152,26 +159,62 @@ class Protocol:
     def _repeat(self, method: Method, size: int | None, rate: float, seed: int) -> Run:
         """A run at the chosen learning rate with another seed."""
         found = self._find(method, size, rate, seed)
-        if found is not None and found.test is not None:
+        if found is not None and self._is_tested(method, found):
             self.progress.advance(self._options.steps or 0)
             return found
-        model, run = self._train(method, size, rate, seed)
-        run.test = self._task.evaluate(model, "test")
-        self.ledger.add(run)
+        model, run = self.train(method, size, rate, seed)
+        self._test(method, run, model)
         return run
+
+    @staticmethod
+    def _is_tested(method: Method, run: Run) -> bool:
+        return run.test is not None and not (method.as_lora and run.as_lora is None)
+
+    def _test(self, method: Method, run: Run, model: nn.Module) -> None:
+        """The figures of a run on the test split, also as a LoRA where that is shown."""
+        run.test = self._task.evaluate(model, "test")
+        if method.as_lora:
+            run.as_lora = self._as_lora(run, self._whole(method, run.size, run.seed, model))
+        self.ledger.add(run)
+
+    def _as_lora(self, run: Run, model: nn.Module) -> dict[str, Any]:
+        """The LoRA that a trained model converts to, loaded from its files on a fresh base model."""
+        task, began = self._task, time.perf_counter()
+        n_samples = CONVERTED_BATCHES * (self._options.batch_size or 1)
+        batches = batches_to_start_from(task.train_data, task.collator(run.seed), run.seed, n_samples)
+        with TemporaryDirectory() as folder, warnings.catch_warnings():
+            # What PEFT says of any LoRA here, see `_lora` in methods.py; and the figure says what the conversion costs.
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out is set to|.*tie_word_embeddings|.*tied_target_modules"
+            )
+            warnings.filterwarnings("ignore", message="as a LoRA the adapter has a loss of")
+            save_as_lora(folder, model, batches, n_batches=len(batches), show_progress=False)
+            seconds = time.perf_counter() - began
+            set_seed(run.seed)
+            lora = PeftModel.from_pretrained(task.load_base(), folder)
+            n_bytes = weight_bytes(Path(folder))
+        return {
+            "test": task.evaluate(lora, "test"),
+            "parameters": sum(weight.numel() for name, weight in lora.named_parameters() if ".lora_" in name),
+            "bytes": n_bytes,
+            "seconds": seconds,
+        }
 
     def _finish(self, method: Method, found: Search) -> int:
         """Test the best run of the search and save what it trained; returns the bytes of its weights."""
         best, model = found.best, found.model
         folder, kept = self._folder / "adapters" / method.name, self._state_file(method)
         record = folder / RESULT_FILE
-        if best.test is not None and record.exists() and json.loads(record.read_text("utf-8"))["run"] == best.key:
+        if (
+            self._is_tested(method, best)
+            and record.exists()
+            and json.loads(record.read_text("utf-8"))["run"] == best.key
+        ):
             return weight_bytes(folder)
         if model is None:
             model = self._restore(method, best)
-        if best.test is None:
-            best.test = self._task.evaluate(model, "test")
-            self.ledger.add(best)
+        if not self._is_tested(method, best):
+            self._test(method, best, model)
         state = trained_state(model)
         if PartialState().is_main_process:
             save_trained(model, state, folder)
@@ -185,7 +228,7 @@ class Protocol:
         """The weights of a finished run: from disk, or trained again if they are gone."""
         state = read_state(self._state_file(method), run.key)
         if state is None:
-            return self._train(method, run.size, run.learning_rate, run.seed)[0]
+            return self.train(method, run.size, run.learning_rate, run.seed)[0]
         model = self._attach(method, run.size, run.seed)
         put_back(model, state)
         return model
@@ -217,7 +260,7 @@ class Protocol:
         batches = batches_to_start_from(task.train_data, task.collator(seed), seed, task.start_samples)
         return method.attach_on_data(base, fit, batches)
 
-    def _train(self, method: Method, size: int | None, rate: float, seed: int) -> tuple[nn.Module, Run]:
+    def train(self, method: Method, size: int | None, rate: float, seed: int) -> tuple[nn.Module, Run]:
         """One training run from the base model, with its figures on the tuning split."""
         self.progress.stage(f"{method.name}, learning rate {rate:g}, seed {seed}")
         reset_peak_memory()
@@ -262,9 +305,7 @@ class Protocol:
         finish_seconds = finish_cpu = 0.0
         if finish is not None:
             began, cpu_began = time.perf_counter(), time.process_time()
-            if is_sharded(model):
-                model, state = self._attach(method, size, seed), trained_state(model)
-                put_back(model, state)
+            model = self._whole(method, size, seed, model)
             finish(model, trained.batches)
             finish_seconds, finish_cpu = time.perf_counter() - began, time.process_time() - cpu_began
             figures = None
@@ -289,12 +330,35 @@ class Protocol:
         )
         return model, run
 
+    def _whole(self, method: Method, size: int | None, seed: int, model: nn.Module) -> nn.Module:
+        """The same with nothing sharded."""
+        if not is_sharded(model):
+            return model
+        state = trained_state(model)
+        whole = self._attach(method, size, seed)
+        put_back(whole, state)
+        return whole
+
     def _fixed_rate(self, model: nn.Module) -> tuple[tuple[str, ...], float] | None:
         """The rate of the new modules, unless they are all there is: then the search is about them."""
         rate = self._options.head_learning_rate
         if rate is None or count_trainable(model) == self.sizes.new_parameters:
             return None
         return self._task.new_modules, rate
+
+    def _row_as_lora(self, row: Row, runs: list[Run]) -> Row:
+        found = [run.as_lora or {} for run in runs]
+        return Row(
+            method=f"{row.method}, as LoRA",
+            summary="the same adapters, converted",
+            test={name: [each["test"][name] for each in found] for name in row.test},
+            adapter_parameters=found[0]["parameters"],
+            head_parameters=row.head_parameters,
+            adapter_bytes=found[0]["bytes"],
+            training_seconds=mean(run.seconds + each["seconds"] for run, each in zip(runs, found, strict=True)),
+            learning_rate=row.learning_rate,
+            source=row.method,
+        )
 
     def _row(self, method: Method, size: int | None, runs: list[Run], found: Search, adapter_bytes: int) -> Row:
         task, trials = self._task, found.trials
@@ -393,9 +457,10 @@ def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, 
         )
         progress.say(report.last_row())
     for method in methods:
-        report.rows.append(protocol.run(method, chosen[method.name], grids[method.name]))
+        for row in protocol.run(method, chosen[method.name], grids[method.name]):
+            report.rows.append(row)
+            progress.say(report.last_row())
         report.provenance["wall time in seconds"] = round(time.perf_counter() - began, 1)
-        progress.say(report.last_row())
         if state.is_main_process:
             report.write_json(folder)  # now and not at the end: an interruption keeps what is finished
     progress.close()

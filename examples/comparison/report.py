@@ -33,6 +33,7 @@ class Row:
         at_grid_edge: whether a wider grid might do better.
         trials: the search.
         steps: optimiser steps of every reported run, and the ones whose state was kept.
+        source: the method whose adapters were converted to these, for what was not trained itself.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Row:
     at_grid_edge: bool = False
     trials: list[dict[str, float]] = field(default_factory=list)
     steps: list[dict[str, int]] = field(default_factory=list)
+    source: str | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -124,6 +126,12 @@ class Report:
             notes.append(f"Above the budget, by a size that was given: {', '.join(over)}.")
         if fixed:
             notes.append(f"No size to choose, their counts are what they are: {', '.join(r.method for r in fixed)}.")
+        notes += [
+            f"{row.method}: what {row.source} has trained, converted by save_as_lora and loaded on a fresh base model; "
+            "parameters are those of that LoRA, and the time is that of training and conversion."
+            for row in self.rows
+            if row.source
+        ]
         edges = [row.method for row in self.rows if row.at_grid_edge]
         if edges:
             notes.append(

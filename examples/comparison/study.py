@@ -97,7 +97,8 @@ def run_study(
         began: `time.perf_counter()` at the start of the script.
     """
     folder = Path(run.output_dir)
-    methods = select_methods(options.methods, task.task_type, task.empty_model(), everything=True)
+    chosen = select_methods(options.methods, task.task_type, task.empty_model(), everything=True)
+    methods = [replace(method, as_lora=False) for method in chosen]
     # What all cells share: the base model alone.
     root = open_protocol(task, replace(options, steps=None, eval_steps=None, patience=None), folder)
     centre = Cell(options.budget or root.sizes.default_budget(), options.steps or 1)

@@ -368,12 +368,13 @@ def start_from_data(
     Every process takes its share of the batches.
 
     Args:
-        output: start the shortcut on the output head from label frequencies, where there is one.
+        output: start the shortcut on the output head from label frequencies, and a new head from the features, where
+            there is one.
     """
-    output = output and wrapped_head(model.get_base_model()) is not None  # type: ignore[operator]
+    start = output and (wrapped_head(model.get_base_model()) is not None or None)  # type: ignore[operator]
     own, n_batches = share_of(batches_to_start_from(samples, collator, seed, n_samples))
     initialize_lreg_weights(
-        model, own, method="gradient", n_batches=n_batches, seed=seed, output_start=output, show_progress=False
+        model, own, method="gradient", n_batches=n_batches, seed=seed, output_start=start, show_progress=False
     )
 
 

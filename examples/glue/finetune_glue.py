@@ -23,22 +23,47 @@ import sys
 from itertools import chain, repeat
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
+from tasks import TASKS, Task
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="hub id or folder of an encoder (default: the packaged MiniLM)")
+    parser.add_argument("--task", choices=list(TASKS), help="GLUE task (default: the offline pairs)")
+    parser.add_argument("--train_file", help="CSV with the columns of the task and `label`; goes with --test_file")
+    parser.add_argument("--test_file", help="the same, to report on")
+    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
+    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=16, help="samples in a step, over all processes")
+    parser.add_argument("--max_length", type=int, default=48, help="tokens kept of a sample")
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", default="outputs/finetune_glue")
+    parser.add_argument("--no_progress", action="store_true", help="show no bar")
+    args = parser.parse_args()
+    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports that take seconds, so that --help does not
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
+from encoder import packaged_model
+from metrics import computed_here, task_figures
+from offline_pairs import OFFLINE_TASK, load_offline_pairs
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, get_scheduler
 
 from lreg_peft import initialize_lreg_weights, recommended_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
-from encoder import packaged_model
-from metrics import computed_here, task_figures
-from offline_pairs import OFFLINE_TASK, load_offline_pairs
-from tasks import TASKS, Task
 
 
 def read_samples(args: argparse.Namespace, task: Task) -> list[Dataset]:
@@ -95,8 +120,11 @@ def main(args: argparse.Namespace) -> None:
     # As in the paper, the frozen model trains without its dropout.
     config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof, backbone_eval=True)
     model = get_peft_model(model, config).to(accelerator.device)
-    # Projections along the directions that lower the loss most, meshes at quantiles; the output does not change yet.
-    initialize_lreg_weights(model, train_loader, show_progress=show)
+    # Projections along the directions that lower the loss most, meshes at quantiles. From the same passes the new head
+    # begins at its optimum on the features of the frozen model, as far as halves of these samples agree on it.
+    start = initialize_lreg_weights(model, train_loader, show_progress=show)
+    if start is not None:
+        accelerator.print(f"the head's start: loss {start.loss_before:.3f} -> {start.heldout_after:.3f} held out")
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -117,26 +145,5 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"{result} on {len(test):,} samples; {n_trained:,} parameters in {folder}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="hub id or folder of an encoder (default: the packaged MiniLM)")
-    parser.add_argument("--task", choices=list(TASKS), help="GLUE task (default: the offline pairs)")
-    parser.add_argument("--train_file", help="CSV with the columns of the task and `label`; goes with --test_file")
-    parser.add_argument("--test_file", help="the same, to report on")
-    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=16, help="samples in a step, over all processes")
-    parser.add_argument("--max_length", type=int, default=48, help="tokens kept of a sample")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", default="outputs/finetune_glue")
-    parser.add_argument("--no_progress", action="store_true", help="show no bar")
-    args = parser.parse_args()
-    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(ARGUMENTS)

@@ -45,7 +45,7 @@ def refined(split: Split, dof: int) -> tuple[float, float, float, str]:
     model = get_peft_model(start.to_torch(), LRegConfig(target_modules=["0", "2"], n_components=1, dof=4))
     x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)[:, None]
     parts = [{"input": x[i::5], "labels": y[i::5]} for i in range(5)]
-    result = refine_linearized(model, parts[:4], eval_dataloader=parts[4:], n_rounds=5, show_progress=False)
+    result = refine_linearized(model, parts[:4], eval_data=parts[4:], n_rounds=5, show_progress=False)
     with torch.no_grad():
         found: Array = model(torch.from_numpy(split.x_test))[:, 0].numpy()
     free = LagrangeRegressor(dof=dof, nodes="free").fit(split.x, split.y)

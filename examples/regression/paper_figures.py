@@ -20,8 +20,8 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lreg_peft.core import fit_piecewise_linear
 from lreg_peft.regression import LagrangeRegressor
+from lreg_peft.regression.free_knots import fit_piecewise_linear
 
 _OWN, _PEER, _TRUTH = "tab:red", "tab:blue", "0.3"
 

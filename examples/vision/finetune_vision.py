@@ -23,6 +23,29 @@ import sys
 from itertools import chain, repeat
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="hub id or folder; goes with --data_dir")
+    parser.add_argument("--data_dir", help="folder with train/CLASS/ and validation/CLASS/")
+    parser.add_argument("--image_size", type=int, help="height and width (default: what the model was made for)")
+    parser.add_argument("--target_modules", nargs="+", help="default: the paper's placement for the model")
+    parser.add_argument("--n_components", type=int, default=8)
+    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--base_steps", type=int, default=200, help="of the offline ResNet")
+    parser.add_argument("--batch_size", type=int, default=32, help="images in a step, over all processes")
+    parser.add_argument("--learning_rate", type=float, default=3e-2)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", default="outputs/finetune_vision")
+    parser.add_argument("--no_progress", action="store_true", help="show no bar")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports that take seconds, so that --help does not
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -70,6 +93,10 @@ def main(args: argparse.Namespace) -> None:
     show = accelerator.is_main_process and not args.no_progress
     set_seed(args.seed)
     model, data, has_new_head = load(args, show)
+    if args.data_dir is None:  # the adapter's files name the model that they belong to
+        model.name_or_path = str(Path(args.output_dir) / "base")
+        if accelerator.is_main_process:
+            model.save_pretrained(model.name_or_path)
     collate = default_data_collator
     train_loader = DataLoader(data.train, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     test_loader = DataLoader(data.test, args.batch_size, collate_fn=collate)
@@ -79,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The paper's placement unless others are named; a new classifier is trained in full.
     config = LRegConfig(
+        preset="paper",
         target_modules=args.target_modules,
         n_components=args.n_components,
         dof=args.dof,
@@ -112,24 +140,5 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="hub id or folder; goes with --data_dir")
-    parser.add_argument("--data_dir", help="folder with train/CLASS/ and validation/CLASS/")
-    parser.add_argument("--image_size", type=int, help="height and width (default: what the model was made for)")
-    parser.add_argument("--target_modules", nargs="+", help="default: the paper's placement for the model")
-    parser.add_argument("--n_components", type=int, default=8)
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--base_steps", type=int, default=200, help="of the offline ResNet")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in a step, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=3e-2)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", default="outputs/finetune_vision")
-    parser.add_argument("--no_progress", action="store_true", help="show no bar")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(ARGUMENTS)

@@ -25,6 +25,31 @@ import sys
 from itertools import chain, repeat
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="hub id or folder of a causal model (default: the offline model)")
+    parser.add_argument("--train_file", help="UTF-8 text to adapt to; goes with --test_file")
+    parser.add_argument("--test_file", help="UTF-8 text for the perplexity")
+    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
+    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step, over all processes")
+    parser.add_argument("--block_size", type=int, default=128, help="tokens")
+    parser.add_argument("--learning_rate", type=float, default=0.02)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", default="outputs/finetune_wikitext")
+    parser.add_argument("--no_progress", action="store_true", help="show no bar")
+    parser.add_argument("--smoke", action="store_true", help="a very small offline model")
+    args = parser.parse_args()
+    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports that take seconds, so that --help does not
+
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -121,26 +146,5 @@ def main(args: argparse.Namespace) -> None:
     accelerator.print(f"perplexity {before:.2f} -> {after:.2f}; {n_trained:,} parameters in {folder}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="hub id or folder of a causal model (default: the offline model)")
-    parser.add_argument("--train_file", help="UTF-8 text to adapt to; goes with --test_file")
-    parser.add_argument("--test_file", help="UTF-8 text for the perplexity")
-    parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step, over all processes")
-    parser.add_argument("--block_size", type=int, default=128, help="tokens")
-    parser.add_argument("--learning_rate", type=float, default=0.02)
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", default="outputs/finetune_wikitext")
-    parser.add_argument("--no_progress", action="store_true", help="show no bar")
-    parser.add_argument("--smoke", action="store_true", help="a very small offline model")
-    args = parser.parse_args()
-    args.budget = int(args.budget) if (args.budget or "").isdigit() else args.budget
-    return args
-
-
 if __name__ == "__main__":
-    main(parse_arguments())
+    main(ARGUMENTS)

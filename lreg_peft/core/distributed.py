@@ -5,16 +5,16 @@ One rule for everything that processes do together: what one of them cannot do o
 waits for a process that has gone. What all must have alike is compared by `require_equal` before anything begins.
 """
 
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
+import builtins
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .fingerprint import fingerprint, is_sharded
+from .fingerprint import fingerprint
 from .solve.problem import Processes
 
 T = TypeVar("T")
@@ -47,12 +47,6 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for the others."""
-    if rank_and_world()[1] > 1:
-        dist.barrier()
-
-
 def communication_device(device: torch.device) -> torch.device:
     """`device`, or an accelerator where the backend cannot send from the CPU."""
     if device.type == "cpu" and dist.get_backend() == "nccl":
@@ -82,64 +76,30 @@ def tensor_from_main(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A stage that every process goes through by itself: if it fails on one, it fails on all, with the same error.
+    """A stage that every process goes through by itself: if it fails on one, it fails on all, with one error.
 
     There must be no communication inside. An interruption (`KeyboardInterrupt`) counts as an error.
 
     Raises:
-        As `raise_together`.
+        With one process the error itself. With several that of the first that has one, on all of them: an error of
+        the same class if it is one of Python's own, else a `RuntimeError`, whose message begins "process N stopped: ".
     """
     error: BaseException | None = None
     try:
         yield
     except BaseException as caught:
         error = caught
-    raise_together(error)
-
-
-def raise_together(error: BaseException | None) -> None:
-    """Raise on every process if one has an error: otherwise the others would wait for it for ever.
-
-    Raises:
-        With one process the error itself. With several the error of the first that has one, of the same class and
-        with the same message on all of them, which begins "process N stopped: "; a `RuntimeError` where the class
-        cannot be made anew.
-    """
     if rank_and_world()[1] == 1:
         if error is not None:
             raise error
         return
-    for rank, packed in enumerate(gather_objects(None if error is None else _packed(error))):
-        if packed is not None:
-            raise _rebuilt(packed, rank) from error
-
-
-def _packed(error: BaseException) -> tuple[bytes | None, int | None, str, str]:
-    """Class, where another process can have it, error number, name and message."""
-    kind = type(error)
-    try:
-        data = pickle.dumps(kind)
-    except Exception:  # a class inside a function
-        data = None
-    return data, error.errno if isinstance(error, OSError) else None, kind.__name__, _text(error)
-
-
-def _text(error: BaseException) -> str:
-    return str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _rebuilt(packed: tuple[bytes | None, int | None, str, str], rank: int) -> BaseException:
-    data, number, name, text = packed
-    words = f"process {rank} stopped: {text}"
-    try:
-        if data is not None:
-            kind = pickle.loads(data)
-            error = kind(words) if number is None else kind(number, words)
-            if isinstance(error, BaseException) and words in str(error):
-                return error
-    except Exception:  # wants other arguments, or cannot be imported here
-        pass
-    return RuntimeError(f"process {rank} stopped: {name}: {text}")
+    for rank, told in enumerate(gather_objects(None if error is None else (type(error).__name__, str(error)))):
+        if told is not None:
+            name, text = told
+            kind = getattr(builtins, name, None)
+            if isinstance(kind, type) and issubclass(kind, BaseException) and not issubclass(kind, UnicodeError):
+                raise kind(f"process {rank} stopped: {text}") from error
+            raise RuntimeError(f"process {rank} stopped: {name}: {text}") from error
 
 
 def require_equal(values: Mapping[str, Any], advice: str = "") -> None:
@@ -166,24 +126,6 @@ def require_equal(values: Mapping[str, Any], advice: str = "") -> None:
                 f"all processes must begin with the same values, but {different[0]!r}{more} of process {rank} "
                 f"{'is' if not more else 'are'} not that of process 0. {advice}".rstrip()
             )
-
-
-def require_equal_models(model: nn.Module, advice: str, without: Iterable[Tensor] = ()) -> None:
-    """Make sure that all processes have the same weights, as everything that is computed by all of them takes for
-    granted; not for sharded ones, which the processes hold parts of.
-
-    Args:
-        model: the model; its parameters and persistent buffers are compared.
-        advice: what to change, one sentence.
-        without: tensors of the model that may differ, since they are about to be replaced.
-
-    Raises:
-        ValueError: on every process, with the name of the first tensor that differs.
-    """
-    if rank_and_world()[1] > 1 and not any(gather_objects(is_sharded(model))):
-        left_out = {tensor.data_ptr() for tensor in without}
-        tensors = model.state_dict().items()
-        require_equal({name: tensor for name, tensor in tensors if tensor.data_ptr() not in left_out}, advice)
 
 
 class AllProcesses(Processes):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import checked, real, whole
+from .checks import whole
 
 # Rows per chunk on a CPU: enough for GEMMs at full speed, few enough for the logits of a chunk to stay near the cache.
 _CPU_ROWS = 128
@@ -28,7 +28,6 @@ _LINEAR_FORWARD = nn.Linear.forward
 Base = Callable[[Tensor], Tensor]
 
 
-@checked(label_smoothing=real, rows_per_chunk=whole(1))
 def fused_cross_entropy(
     base: Base,
     features: Tensor,
@@ -65,6 +64,7 @@ def fused_cross_entropy(
         RuntimeError: in a backward pass with `create_graph=True`.
         ValueError: if the shapes do not fit together or an option is out of range.
     """
+    whole("rows_per_chunk", rows_per_chunk, 1, optional=True)
     if features.ndim != 2 or targets.shape != features.shape[:1] or targets.is_floating_point():
         raise ValueError(
             f"features must be [n, in_features] and targets whole numbers [n], got {tuple(features.shape)} and "

@@ -7,7 +7,7 @@ fp32 or fp64: neighbouring nodes of an adapted mesh are often closer than a bf16
 import torch
 from torch import Tensor
 
-from .checks import checked, number, whole
+from .checks import number
 
 #: Smallest element, relative to the length of the mesh, that the constructors in this package create. In fp32 it
 #: leaves a local coordinate inside such an element about 2**-24 / 1e-5 = 0.6 % of rounding error.
@@ -66,7 +66,6 @@ def check_coords(coords: Tensor, nodes: Tensor) -> None:
         raise ValueError(f"coords must not be NaN, got NaN at index {where}.")
 
 
-@checked(n_components=whole(), dof=whole(), low=number(), high=number())
 def uniform_nodes(
     n_components: int,
     dof: int,
@@ -85,6 +84,8 @@ def uniform_nodes(
         ValueError: if `dof < 2`, `n_components < 1`, `low >= high`, `dtype` is neither fp32 nor fp64, or its precision
             does not tell the nodes apart.
     """
+    number("low", low)
+    number("high", high)
     if dof < 2 or n_components < 1:
         raise ValueError(f"a mesh needs n_components >= 1 and dof >= 2, got n_components={n_components}, dof={dof}.")
     if not low < high:
@@ -100,7 +101,6 @@ def uniform_nodes(
     return nodes.expand(n_components, dof).clone()
 
 
-@checked()
 def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: float | None = 1.0) -> Tensor:
     """Nodes at the empirical quantiles of `samples`, so that every element holds the same share of them.
 

@@ -11,13 +11,13 @@ norm and goes into the LoRA of the output layer: with W its weight and v the vec
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig
@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.checks import checked, number, show, whole
+from ..core.checks import choice, number, show, whole
 from ..modules import unwrap
-from ..rows import exact_pass, loss_of, model_inputs
+from ..rows import BatchData, batches_of, exact_pass, loss_of, model_inputs
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import UNSAID, first_input
 from ..tuner.recommend import short_names
@@ -70,15 +70,9 @@ class LoraReport:
         return "\n".join(lines)
 
 
-def _is_rank(name: str, value: Any) -> None:
-    if value <= 0 or (isinstance(value, float) and not value <= 1):
-        raise ValueError(f"{name} must be a whole number from 1 on or a share above 0 and up to 1, got {show(value)}.")
-
-
-@checked(n_batches=whole(1), ridge=number(above=0), rank=_is_rank, max_rise=number(0))
 def convert_to_lora(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     adapter_name: str | Sequence[str] = "default",
     bias: Bias = "none",
@@ -96,7 +90,7 @@ def convert_to_lora(
     Args:
         model: with LReg shortcuts on linear layers or two-dimensional convolutions and, of a language model, on the
             norm before the output layer.
-        dataloader: batches as the model takes them, such as it was trained on; the first `n_batches` are read.
+        data: a data set, or batches as the model takes them, such as it was trained on; the first `n_batches` are read.
             Positions with `attention_mask` 0 do not count.
         adapter_name: which adapter; of a grade the whole stack is converted, of several names their sum.
         bias: "none": a LoRA without any bias. "lora": the constants go into the bias of `lora_B` (`lora_bias=True`): a
@@ -120,13 +114,19 @@ def convert_to_lora(
     Warns:
         UserWarning: if the loss rises by more than `max_rise`, with the modules where most is lost.
     """
+    choice("bias", bias, get_args(Bias))
+    whole("n_batches", n_batches, 1)
+    number("ridge", ridge, above=0)
+    number("max_rise", max_rise, 0)
+    if rank is not None and (not rank > 0 or (isinstance(rank, float) and not rank <= 1)):
+        raise ValueError(f"rank must be a whole number from 1 on or a share above 0 and up to 1, got {show(rank)}.")
     inner = unwrap(model)
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     stack = _stack(inner, names)
     sites = _sites(inner, stack)
-    batches = list(islice(dataloader, n_batches))
+    batches = list(islice(batches_of(data), n_batches))
     if not batches:
-        raise ValueError("the dataloader is empty: give batches such as the adapter was trained on.")
+        raise ValueError("the data are empty: give batches such as the adapter was trained on.")
     with exact_pass(inner), _acting(inner, stack):
         before = _mean_loss(inner, batches)
         for group in _groups(sites):
@@ -153,15 +153,13 @@ def convert_to_lora(
     return config, _state_dict(inner, stack, parts), LoraReport(before, after, shares, ranks)
 
 
-def save_as_lora(
-    path: str | os.PathLike, model: nn.Module, dataloader: Iterable[Mapping[str, Any]], **options: Any
-) -> LoraReport:
+def save_as_lora(path: str | os.PathLike, model: nn.Module, data: BatchData, **options: Any) -> LoraReport:
     """Convert an LReg adapter to a LoRA and write it to a folder that `PeftModel.from_pretrained` loads without LReg.
 
     Args:
         path: the folder; it is made.
         model: as in `convert_to_lora`.
-        dataloader: as in `convert_to_lora`.
+        data: as in `convert_to_lora`.
         options: further arguments of `convert_to_lora`.
 
     Returns:
@@ -170,10 +168,8 @@ def save_as_lora(
     Raises:
         ValueError: as `convert_to_lora`; nothing is written then.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a string or a path, got {show(path)}.")
-    config, state_dict, report = convert_to_lora(model, dataloader, **options)
     folder = Path(path)
+    config, state_dict, report = convert_to_lora(model, data, **options)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

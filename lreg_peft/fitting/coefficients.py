@@ -1,77 +1,30 @@
-"""Fitting the linear weights of a shortcut on a model's output to their global optimum, with a certificate."""
+"""Linear weights of a shortcut on a model's output at their global optimum, on a mesh that stays or moves.
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+A move of the mesh is kept only if it provably lowers the optimum.
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
-from ..core.checks import checked, number, real, whole
-from ..core.distributed import (
-    AllProcesses,
-    gather_objects,
-    rank_and_world,
-    require_equal,
-    require_equal_models,
-    tensor_from_main,
-    together,
-)
-from ..core.solve.problem import Report, check_options, rows_at_once
+from ..core import Chunk
+from ..core.adapt.indicators import element_moments, element_sums, node_gradient
+from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.checks import whole
+from ..core.distributed import together
+from ..core.mesh import locate
 from ..modules import eval_mode
-from ..rows import LossKind, Rows
-from ..tuner.hooks import reminder
-from ..tuner.moves import Tentative
-from .output_layer import OutputLayer, find_output_layer
+from ..rows import LossKind
+from ..tuner.moves import Move, Tentative, agreed
+from ..tuner.sites import Site
+from .problem import CoefficientFit, Data, FitProblem, begin
+
+# Moves are halved when refused, and given up when they have become this small.
+_SMALLEST_SIZE = 1 / 16
 
 
-@runtime_checkable
-class RowSource(Protocol):
-    """Rows that can be read again and again in the same order, such as a feature cache."""
-
-    def chunks(self, rows_per_chunk: int) -> Iterable[Rows]:
-        """All rows, at most `rows_per_chunk` at a time."""
-
-
-@runtime_checkable
-class StoredRows(RowSource, Protocol):
-    """Rows that were made with one model, and are rows of no other."""
-
-    def check_belongs_to(self, output: OutputLayer) -> None:
-        """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
-
-
-Data = Iterable[Mapping[str, Any]] | RowSource
-
-
-@dataclass(frozen=True)
-class CoefficientFit(Certificate):
-    """What a fit reached: a `core.Certificate` of the weights that are in the model now.
-
-    The objective P is the model's mean loss over the labels plus `ridge / 2` times the sum of the squared weights;
-    `gap` bounds how far it is from the smallest P that any weights reach. (For regression without a ridge,
-    `gap + left_out` does; see `core.Certificate`.) Both are those of the weights as they are stored, rounded to the
-    dtype of the adapter, and of logits and losses that are computed in fp32 or fp64. A model in bf16 or fp16 rounds its
-    own logits, by up to 0.4 or 0.05 %, which moves the loss it reports to either side of P; `message` says so then.
-
-    Attributes:
-        module: name of the wrapped module.
-        adapter: name of the adapter.
-        n_rows: labels that the fit is about, over all processes.
-    """
-
-    module: str
-    adapter: str
-    n_rows: int
-
-
-@checked(stage=together, ridge=real, tolerance=number(above=0), max_passes=whole(3))
 def fit_coefficients(
     model: nn.Module,
     data: Data,
@@ -79,6 +32,9 @@ def fit_coefficients(
     ridge: float = 1e-4,
     tolerance: float = 1e-6,
     max_passes: int = 500,
+    max_moves: int = 0,
+    strategy: Strategy = "exchange",
+    n_refine: int | None = None,
     adapter_name: str | None = None,
     show_progress: bool = True,
 ) -> CoefficientFit:
@@ -94,6 +50,12 @@ def fit_coefficients(
     What everything else gives, other active adapters included, is taken as it is. The curvature penalty of the
     configuration has no part in P.
 
+    With `max_moves` the mesh moves, too. After a fit, the residuals say where it is too coarse; nodes go there, the
+    weights follow by interpolation and are fitted again from there. The move stays if the new objective lies below the
+    lower bound that the certificate gives for the old mesh, objective - gap: then the new optimum is below the old one,
+    whatever the tolerance. Otherwise mesh and weights go back, and a smaller move is tried. The optimum over the
+    weights is global for every mesh; the mesh itself is improved step by step.
+
     The data are read once: the frozen part of the model runs in eval mode, and the solver then works on the inputs of
     the output module, or on the outputs if these are narrower. Those are kept in memory, unless `data` is a feature
     cache and they are wide. Several processes end with the same weights, bit for bit.
@@ -105,7 +67,11 @@ def fit_coefficients(
             a feature cache (`cache_features`), of which every process takes its share.
         ridge: weight of the penalty; positive for cross-entropy, and at least 0 for regression.
         tolerance: gap at which to stop, in the units of the loss.
-        max_passes: most reads of the rows; at least 3.
+        max_passes: most reads of the rows in each fit; at least 3.
+        max_moves: most moves of the mesh to try. 0 leaves the mesh as it is.
+        strategy: of moves: "exchange" or "mrc", see `core.adapt_mesh`; both look at the sum of squared residuals in
+            every element, where the paper counts hits.
+        n_refine: elements to split per component and move, see `core.adapt_mesh`.
         adapter_name: which adapter; None takes the active one.
         show_progress: show progress with the gap, on the main process.
 
@@ -123,191 +89,133 @@ def fit_coefficients(
         RuntimeWarning: if the tolerance was not reached, with the option to change.
         UserWarning: if the start from data that the configuration promises has not been made.
     """
-    output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge)
+    with together():
+        check_strategy(strategy)
+        whole("max_moves", max_moves, 0)
+        whole("n_refine", n_refine, 0, optional=True)
+    moving = {"max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
+    output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge, **moving)
+    site = Site(output.name, output.layer, output.adapter_name)
+    above = [grade for grade, below in output.layer.composed_on.items() if below == output.adapter_name]
+    if above and max_moves:
+        raise ValueError(
+            f"the grade {above[0]!r} is composed on {output.adapter_name!r} and reads its mesh: move the mesh before "
+            "the grade is added."
+        )
     problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
-    fit = problem.solve(tolerance, max_passes)
-    problem.write(fit.table)
-    return fit.summary
+    with _changed(site) as changes:
+        fit = _fitted(problem, tolerance, max_passes)
+        if max_moves:
+            fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves, strategy, n_refine)
+        changes.keep()
+    return fit
 
 
-def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> OutputLayer:
-    """The shortcut to fit, after all that can be checked before any work, on all processes together."""
-    with together():
-        output = find_output_layer(model, adapter_name)
-        check_options(output.layer.table(output.adapter_name), 1.0, tolerance, max_passes)
-    require_equal(
-        {"adapter_name": output.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
-        "Give every process the same options.",
-    )
-    require_equal_models(
-        output.model,
-        "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
-    )
-    return output
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Weights that are not in the model yet, and what is to be said about them."""
-
-    table: Tensor  # [K, out_features]
-    summary: CoefficientFit
-
-
-class FitProblem:
-    """A shortcut on the output of a model, and the rows it is fitted to."""
-
-    def __init__(self, output: OutputLayer, data: Data, ridge: float, show_progress: bool) -> None:
-        self.output, self.ridge = output, ridge
-        self.layer, self.adapter = output.layer, output.adapter_name
-        self.out_features = self.layer.out_features
-        self.processes = AllProcesses()
-        self._rank, self._world = rank_and_world()
-        self.show_progress = show_progress and self._rank == 0
-        # Whichever is narrower is kept: the inputs of the output module, or its outputs.
-        self._keep_offsets = self.out_features <= self.layer.in_features
-        self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
-        # A weight, of the base module if it has one, for device and dtype of the features.
-        self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
-        self._latents: list[Tensor] = []
-        self._targets: list[Tensor] = []
-        self._sources: list[Tensor] = []  # offsets or features
-        self.loss_kind: LossKind | None = None
-        with together(), torch.no_grad(), eval_mode(output.model):
-            if isinstance(data, StoredRows):
-                data.check_belongs_to(output)
-            for rows in self._read(data):
-                self._add(rows)
-        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))], device="cpu"))
-        self.n_rows = int(sum(n_rows))
-        found: list[LossKind | None] = gather_objects(self.loss_kind)
-        kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
-        if len(kinds) > 1:
-            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
-        self.loss_kind = kinds[0] if kinds else None  # a process without rows does not know
-        if not self.n_rows:
-            raise ValueError(
-                "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
-                "are -100."
-            )
-
-    def _read(self, data: Data) -> Iterator[Rows]:
-        """The rows of this process."""
-        bar = partial(tqdm, desc="LReg fit: features", disable=not self.show_progress)
-        if isinstance(data, RowSource):
-            yield from bar(self._own_chunks(data))
-            return
-        for batch in bar(data):
-            yield self.output.rows(batch)
-
-    def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
-        """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""
-        chunks = cache.chunks(rows_at_once(self.out_features, self._place.device))
-        for features, targets in islice(chunks, self._rank, None, self._world):
-            yield Rows(features.to(self._place), targets.to(self._place.device))
-
-    def _add(self, rows: Rows) -> None:
-        loss_kind = self.output.check(rows, f"after row {sum(map(len, self._targets))}")
-        if self.loss_kind not in (None, loss_kind):
-            raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
-        if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
-            raise ValueError(
-                f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
-                "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
-            )
-        if self.ridge == math.inf:
-            raise ValueError("ridge must be finite, got inf.")
-        self.loss_kind = loss_kind
-        features, targets = rows
-        self._latents.append(self.layer.latent(self.adapter, features))
-        self._targets.append(targets)
-        if self._keep_offsets:
-            self._sources.append(self.output.base_output(features))
-        elif self._cache is None:
-            self._sources.append(features)
-
-    def warn_of_missing_start(self) -> None:
-        """Warn if the start from data that the configuration promises has not been made."""
-        if self.adapter in self.layer.needs_data_init:
-            reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
-
-    def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
-        """One pass over the rows: coordinates, and what the solver takes."""
-        _, encoder, _ = self.layer.parts(self.adapter)
-        for latent, targets, offset in self._passes():
-            basis = encoder(latent) * self.layer.scaling[self.adapter]
-            offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-            if targets.is_floating_point():
-                targets = targets.to(basis.dtype)
-            yield latent.sigmoid(), Chunk(basis, targets, offset)
-
-    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Latents z, targets, offsets, a bounded number of rows at a time."""
-        if self._cache is not None:
-            again = (features for features, _ in self._own_chunks(self._cache))
-            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
-                yield latent, targets, self.output.base_output(features)
-            return
-        rows = rows_at_once(self.out_features, self._place.device)
-        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
-            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield z, t, source if self._keep_offsets else self.output.base_output(source)
-
-    def chunks(self) -> Iterator[Chunk]:
-        """One pass over the rows, for the solvers."""
-        return (chunk for _, chunk in self.coords_and_chunks())
-
-    def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
-        """The optimum on the present mesh, from the present weights; the model stays as it is."""
-        # The solvers sum over outputs, and halve squares; models average over outputs.
-        if self.loss_kind == "squared_error":
-            solve: Callable[..., Solution] = partial(solve_least_squares, scale=2 / self.out_features)
-        elif self.loss_kind == "binary_cross_entropy":
-            solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
-        else:
-            solve = solve_cross_entropy
-        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.output.model):
-            solution = solve(
-                self.chunks,
-                self.layer.table(self.adapter).detach(),
-                ridge=self.ridge,
-                tolerance=tolerance,
-                max_passes=max_passes,
-                processes=self.processes,
-                report=report,
-            )
-        solution = replace(solution, message=solution.message + self._remark_on_precision())
-        certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
-        summary = CoefficientFit(**certificate, module=self.output.name, adapter=self.adapter, n_rows=self.n_rows)
-        return Fitted(tensor_from_main(solution.coefficients), summary)
-
-    @torch.no_grad()
-    def write(self, table: Tensor) -> None:
-        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
-        on none."""
-        with Tentative(self.layer.lreg_coefficients[self.adapter].parameters()) as trial:
+def _move_meshes(
+    problem: FitProblem,
+    site: Site,
+    fit: CoefficientFit,
+    tolerance: float,
+    max_passes: int,
+    max_moves: int,
+    strategy: Strategy,
+    n_refine: int | None,
+) -> CoefficientFit:
+    fits = [fit]
+    passes, n_refused, size = fit.passes, 0, 1.0
+    moves = tqdm(range(max_moves), desc="LReg fit: mesh moves", unit="move", disable=not problem.show_progress)
+    for _ in moves:
+        moves.set_postfix(objective=f"{fits[-1].objective:.6g}", kept=len(fits) - 1, undone=n_refused)
+        mesh = _propose(problem, site, strategy, n_refine, size)
+        passes += 1
+        if torch.equal(mesh.nodes, mesh.old_nodes):
+            break
+        with _changed(site) as move:
             with together():
-                self.layer.set_table(self.adapter, table)
-            trial.keep()
+                Move(site, mesh, (site.parameter.detach(),)).apply()
+            trial = _fitted(problem, tolerance, max_passes, keep_bar=False)
+            passes += trial.passes
+            if better := trial.objective < fits[-1].objective - fits[-1].gap:
+                move.keep()
+        if better:
+            fits.append(trial)
+            size = min(1.0, 2 * size)
+            continue
+        n_refused += 1
+        size /= 2
+        if strategy == "mrc" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
+            break
+    return replace(
+        fits[-1],
+        passes=passes,
+        objectives=tuple(fit.objective for fit in fits),
+        gaps=tuple(fit.gap for fit in fits),
+        n_refused=n_refused,
+    )
 
-    def _remark_on_precision(self) -> str:
-        dtype = self._place.dtype
-        if dtype.itemsize >= 4:
-            return ""
-        return (
-            f" The figures are those of the stored weights in fp32 and fp64; the model computes in {dtype}, whose "
-            "rounding comes on top in the loss that it reports."
+
+def _fitted(problem: FitProblem, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> CoefficientFit:
+    """Solve on the present mesh and write the weights."""
+    fitted = problem.solve(tolerance, max_passes, keep_bar=keep_bar)
+    problem.write(fitted.table)
+    return fitted.summary
+
+
+def _changed(site: Site) -> Tentative:
+    """Everything of an adapter that a move and a fit change."""
+    return Tentative([site.nodes, site.parameter, *site.layer.lreg_coefficients[site.adapter].parameters()])
+
+
+@torch.no_grad()
+def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int | None, size: float) -> AdaptedMesh:
+    """A move, from one pass over the residuals at the optimum of the present mesh."""
+    nodes = site.nodes
+    components, dof = nodes.shape
+    scale = site.layer.scaling[site.adapter]
+    coefficients = scale * site.layer.nodal_coefficients(site.adapter).detach()  # [components, dof, out]
+    table = site.layer.table(site.adapter).detach()
+    # Slope of every element in every output, one row per element: [components * (dof - 1), out].
+    slopes = (coefficients.diff(dim=1) / nodes.diff(dim=1).unsqueeze(-1)).flatten(0, 1)
+    first = torch.arange(components, device=nodes.device) * (dof - 1)
+    sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
+    with together(), eval_mode(problem.output.model):
+        for coords, chunk in problem.coords_and_chunks():
+            residual = _residual(problem.loss_kind, chunk, _outputs(chunk, table))  # [n, out]
+            element, local = locate(coords, nodes, validate=False)  # [n, components]
+            energy = residual.square().sum(dim=1, keepdim=True)
+            in_coords = (residual @ slopes.T.to(residual.dtype)).gather(1, element + first)
+            sums[0] += element_sums(element, energy, dof - 1)
+            sums[1] += element_moments(element, local, dof - 1).flatten(1)
+            sums[2] += node_gradient(element, local, in_coords, dof - 1)
+    energy, moments, gradient = (problem.processes.total(tensor) for tensor in sums)
+    exchange = strategy == "exchange"
+    with together():
+        mesh = adapt_mesh(
+            nodes,
+            coefficients,
+            energy,
+            strategy=strategy,
+            n_refine=n_refine,
+            moments=moments.view(components, dof - 1, 3) if exchange else None,
+            node_gradient=gradient if exchange else None,
+            size=size,
         )
+    return agreed(mesh)
 
 
-@contextmanager
-def _progress(show: bool, keep: bool) -> Iterator[Report]:
-    """A bar that counts passes and shows objective and gap."""
-    with tqdm(desc="LReg fit: passes", unit="pass", disable=not show, leave=keep) as bar:
+def _outputs(chunk: Chunk, table: Tensor) -> Tensor:
+    """`[n, out]`."""
+    assert chunk.offset is not None
+    basis = chunk.basis.to(chunk.offset.dtype)
+    return torch.addmm(chunk.offset, basis, table.to(basis.dtype))
 
-        def report(passes: int, objective: float, gap: float) -> None:
-            bar.set_postfix(objective=f"{objective:.6g}", gap=f"{gap:.1e}", refresh=False)
-            bar.update(passes - bar.n)
 
-        yield report
+def _residual(loss_kind: LossKind | None, chunk: Chunk, outputs: Tensor) -> Tensor:
+    """Gradient of every sample's loss in its outputs, up to a factor: `[n, out]`."""
+    if loss_kind == "squared_error":
+        return outputs - chunk.target
+    if loss_kind == "binary_cross_entropy":
+        return outputs.sigmoid() - chunk.target
+    own = chunk.target.unsqueeze(1)
+    return torch.softmax(outputs, dim=1).scatter_add_(1, own, -torch.ones_like(own, dtype=outputs.dtype))

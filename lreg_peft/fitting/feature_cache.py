@@ -28,15 +28,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from .._version import __version__
-from ..core.checks import checked, whole
-from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, require_equal_models, together
+from ..core.checks import whole
+from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
-from ..rows import LossKind, Rows, rows_per_sample
+from ..rows import LossKind, Rows, is_stream, rows_per_sample
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
@@ -86,7 +86,6 @@ class FeatureCache(Dataset):
             version of this package wrote it.
     """
 
-    @checked()
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         stamp = _read_stamp(self.path)
@@ -149,7 +148,6 @@ class FeatureCache(Dataset):
             return default_data_collator(list(samples))  # type: ignore[no-any-return]
         return {name: torch.cat([sample[name] for sample in samples]) for name in ("features", "labels")}
 
-    @checked(rows_per_chunk=whole(1))
     def chunks(self, rows_per_chunk: int = 4096) -> Iterator[Rows]:
         """All rows in order, in pieces; targets that are not classes are fp32."""
         for shard in self._shards:
@@ -157,7 +155,6 @@ class FeatureCache(Dataset):
                 yield from map(Rows, shard.features.split(rows_per_chunk), shard.targets.split(rows_per_chunk))
 
 
-@checked(stage=together, batch_size=whole(1))
 def cache_features(
     model: nn.Module,
     data: Iterable[Any],
@@ -220,6 +217,7 @@ def cache_features(
         path = Path(path).resolve()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+        whole("batch_size", batch_size, 1, optional=True)
         output = find_output_layer(model, adapter_name)
         if other := trained_elsewhere(output):
             raise ValueError(
@@ -229,15 +227,15 @@ def cache_features(
             )
         batches = _Batches(data, batch_size, collate_fn)
     options = {"adapter_name": output.adapter_name, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
-    require_equal({"path": str(path), **options}, "Give every process the same options.")
-    require_equal_models(output.model, "Load the same weights on every process.")
+    model_is = _made_from(output)
+    require_equal({"path": str(path), **options, **model_is}, "Give every process the same model and options.")
     is_main = rank_and_world()[0] == 0
     bar = show_progress and is_main
     with together():
         digest = hashlib.blake2b(digest_size=16)
         for batch in tqdm(batches, desc="feature cache: data", disable=not bar):
             _add_to_digest(digest, batch)
-    made_from = {**_made_from(output), "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
+    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
     with ExitStack() as held:
         fits = False
         with together():
@@ -282,11 +280,8 @@ class _Batches:
                 "up by one pass."
             )
         self._data, self._collate = data, collate_fn or default_data_collator
-        # Data sets of samples that can only be gone through, of torch or of `datasets`.
-        names = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
-        streams = isinstance(data, IterableDataset) or "datasets.IterableDataset" in names
         self._is_cut = isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, DataLoader)
-        self._batch_size = batch_size if streams or self._is_cut else None
+        self._batch_size = batch_size if is_stream(data) or self._is_cut else None
 
     def _share(self) -> range:
         rank, world = rank_and_world()

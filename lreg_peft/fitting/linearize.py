@@ -10,7 +10,7 @@ the step goes into the parameters, by a line search.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,14 +21,15 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..core.checks import checked, whole
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
 from ..modules import accepts, eval_mode, unwrap
 from ..rows import (
+    BatchData,
     Pairing,
     Rows,
     align,
+    batches_of,
     exact_pass,
     find_pairing,
     logits_of,
@@ -118,13 +119,12 @@ class Refinement:
         return _ADVICE[self.status]
 
 
-@checked(n_rounds=whole(1), columns_at_once=whole(1))
 def refine_linearized(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     rank: int | Sequence[int] = (8, 32, 128),
-    eval_dataloader: Iterable[Mapping[str, Any]] | None = None,
+    eval_data: BatchData | None = None,
     n_rounds: int = 1,
     damping: float | Sequence[float] = (1e-6, 1e-4, 1e-2),
     columns_at_once: int = 8,
@@ -147,10 +147,10 @@ def refine_linearized(
 
     Args:
         model: a model with a trainable LReg adapter, in a `PeftModel` or not.
-        dataloader: batches as the model takes them, dictionaries of tensors with "labels"; all of them are kept.
+        data: a data set, or batches as the model takes them, dictionaries of tensors with "labels"; all are kept.
             Losses are means over all their rows (tokens or samples) with a label.
         rank: dimension of the subspace, or several, of which held-out data choose.
-        eval_dataloader: held-out batches. None holds out every fifth batch of `dataloader` if there are several ranks.
+        eval_data: held out, as `data`. None holds out every fifth batch of `data` if there are several ranks.
         n_rounds: most linearisations; it ends earlier when no step is taken.
         damping: of the least-squares problem, relative to its largest eigenvalue, or several to try: they cost
             passes for the loss, no products with J. Without held-out data the lowest training loss decides.
@@ -182,7 +182,7 @@ def refine_linearized(
     rounds: list[RefinementRound] = []
     # The fused attention kernels have no forward-mode derivative.
     with eval_mode(inner), sdpa_kernel(SDPBackend.MATH):
-        train, heldout = _data(inner, dataloader, eval_dataloader, needs_holdout=len(ranks) > 1)
+        train, heldout = _data(inner, data, eval_data, needs_holdout=len(ranks) > 1)
         before = now = train.loss(values), None if heldout is None else heldout.loss(values)
         if not math.isfinite(before[0]):
             raise ValueError(f"the training loss is {before[0]} before any step: there is nothing to linearise.")
@@ -293,20 +293,20 @@ def _aligned(logits: Tensor, labels: Tensor, pairing: Pairing | None) -> Rows:
 
 def _data(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
-    eval_dataloader: Iterable[Mapping[str, Any]] | None,
+    data: BatchData,
+    eval_data: BatchData | None,
     needs_holdout: bool,
 ) -> tuple[_Data, _Data | None]:
     """Training and held-out data."""
-    batches = list(dataloader)
+    batches = list(batches_of(data))
     if not batches:
-        raise ValueError("the dataloader is empty.")
-    if eval_dataloader is not None:
-        return _Data(model, batches), _Data(model, list(eval_dataloader))
+        raise ValueError("the data are empty.")
+    if eval_data is not None:
+        return _Data(model, batches), _Data(model, list(batches_of(eval_data)))
     if not needs_holdout:
         return _Data(model, batches), None
     if len(batches) == 1:
-        raise ValueError("ranks are chosen on held-out data, and there is one batch: give eval_dataloader or one rank.")
+        raise ValueError("ranks are chosen on held-out data, and there is one batch: give eval_data or one rank.")
     held = set(range(_HOLDOUT - 1, len(batches), _HOLDOUT)) or {len(batches) - 1}
     kept = [batch for i, batch in enumerate(batches) if i not in held]
     return _Data(model, kept), _Data(model, [batches[i] for i in sorted(held)])

@@ -21,6 +21,7 @@ from ..rows import (
     are_values,
     exact_pass,
     find_pairing,
+    last_tokens,
     logits_of,
     loss_kind_of,
     loss_of,
@@ -173,19 +174,8 @@ class OutputLayer:
 
     def _align(self, values: Tensor, inputs: Mapping[str, Any]) -> Rows:
         """Bring features and labels together."""
-        pool = partial(self._last_tokens, inputs=inputs)
+        pool = partial(last_tokens, inputs=inputs, config=getattr(self.model, "config", None), name=self.name)
         return align(values, inputs["labels"], shift=self.shifts, out_features=self.layer.out_features, pool=pool)
-
-    def _last_tokens(self, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """What decoders classify a sample by, of `[batch, length, width]`: the last position that is not padding."""
-        ids, pad = inputs.get("input_ids"), getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        if ids is None or pad is None:
-            raise ValueError(
-                f"{self.name!r} gives one output per token, and which token counts is not known without input_ids and "
-                "config.pad_token_id. Set model.config.pad_token_id."
-            )
-        last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=-1)
-        return values[torch.arange(len(values), device=values.device), last]
 
 
 def find_output_layer(model: nn.Module, adapter_name: str | None = None) -> OutputLayer:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..core import fit_piecewise_linear
+from .free_knots import fit_piecewise_linear
 from .mesh1d import Array, evaluate, find
 from .models import SumModel
 from .optimal import OptimalFit, exchanged, fit_optimal

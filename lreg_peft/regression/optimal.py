@@ -1,4 +1,4 @@
-"""The best nodes for one feature and one output: the program of the core, and a last round of exchanges."""
+"""The best nodes for one feature and one output: a dynamic program, and a last round of exchanges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core import fit_piecewise_linear
-from ..core.optimal_knots import optimal_knots
+from .free_knots import fit_piecewise_linear
 from .mesh1d import Array
+from .optimal_knots import optimal_knots
 from .report import Optimality
 
 _RIDGE = 1e-10

@@ -17,7 +17,10 @@ from scipy import sparse
 from scipy.sparse.linalg import SuperLU
 from tqdm import tqdm
 
-from ..core.simplices import (
+from .penalized import Problem, Smoothing, SmoothingSearch, Solved, factorize, residual_squares
+from .report import Optimality
+from .scaling import ColumnScale, Scale, fit_scale
+from .simplices import (
     SimplicialMesh,
     ancestors,
     bisect,
@@ -29,9 +32,6 @@ from ..core.simplices import (
     longest_edges,
     removable_nodes,
 )
-from .penalized import Problem, Smoothing, SmoothingSearch, Solved, factorize, residual_squares
-from .report import Optimality
-from .scaling import ColumnScale, Scale, fit_scale
 
 #: More inputs than this and simplices are the wrong tool: a cube alone holds d! of them.
 MAX_DIMENSION = 4

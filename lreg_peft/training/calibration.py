@@ -1,16 +1,15 @@
 """After training: the output shortcut made to expect every label as often as it comes."""
 
-from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core.checks import checked, whole
-from ..core.distributed import rank_and_world, require_equal, require_equal_models, together
+from ..core.checks import whole
+from ..core.distributed import rank_and_world, require_equal, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
+from ..rows import BatchData, batches_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
@@ -18,10 +17,9 @@ from ..tuner.moves import Tentative
 from .label_shift import LabelShift, ShiftedHead, shift_labels
 
 
-@checked(stage=together, n_batches=whole(1))
 def calibrate_output(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     adapter_name: str | None = None,
     n_batches: int = 32,
@@ -42,8 +40,8 @@ def calibrate_output(
 
     Args:
         model: a language model with an active LReg adapter that has a shortcut on the output head.
-        dataloader: batches as the model takes them, dictionaries with labels, of which every process gives its own
-            share; only the first `n_batches` are read.
+        data: a data set, or batches as the model takes them, dictionaries with labels, of which every process gives
+            its own share; only the first `n_batches` are read.
         adapter_name: which adapter; None takes the active one.
         n_batches: batches to run, of each process. The gain grows with the labels in them.
         show_progress: show a progress bar on the main process.
@@ -66,14 +64,18 @@ def calibrate_output(
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module
     with together():
+        whole("n_batches", n_batches, 1)
         layer, adapter_name = _head(model, adapter_name)
-    require_equal({"adapter_name": adapter_name, "n_batches": n_batches}, "Give every process the same options.")
-    require_equal_models(model, "Load the same model on every process.")
+        found = batches_of(data)
+    options = {"adapter_name": adapter_name, "n_batches": n_batches}
+    require_equal(
+        {**options, **layer.state_of(adapter_name)}, "Give every process the same options, and load the same adapter."
+    )
     if adapter_name in layer.needs_data_init:
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     rank, _ = rank_and_world()
     batches = tqdm(
-        islice(dataloader, n_batches),
+        islice(found, n_batches),
         total=n_batches,
         desc="LReg calibration",
         disable=not (show_progress and rank == 0),

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..core.adapt.move import Strategy, check_strategy
-from ..core.checks import anything, checked, number, whole
+from ..core.checks import choice, number, whole
 from ..modules import eval_mode
 from ..rows import loss_of
 from ..tuner.penalty import add_penalty_gradient, curvature_penalty, is_penalised
@@ -25,6 +25,10 @@ CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 # A size so small that nodes hardly slide any more.
 _SMALLEST_SIZE = 1 / 64
+
+
+# Rates of Adam below this hardly move a shortcut in a training of usual length; that of `Trainer` is 5e-5.
+_LOW_RATE = 4e-4
 
 
 class LRegCallback(TrainerCallback, ExportableState):
@@ -73,22 +77,10 @@ class LRegCallback(TrainerCallback, ExportableState):
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
 
     Warns:
-        UserWarning: when training ends, if it was too short for one move.
+        UserWarning: when training begins with Adam at a rate far below what shortcuts want; when it ends, if it was too
+            short for one move.
     """
 
-    @checked(
-        every=whole(1),
-        unit=anything,
-        start=number(),
-        stop=number(),
-        strategy=anything,
-        n_refine=whole(0),
-        size=number(),
-        n_check_batches=whole(0),
-        tolerance=number(0),
-        n_rows=whole(1),
-        n_hard_samples=whole(1),
-    )
     def __init__(
         self,
         every: int = 50,
@@ -106,13 +98,19 @@ class LRegCallback(TrainerCallback, ExportableState):
         n_rows: int = DEFAULT_ROWS,
         n_hard_samples: int = 32,
     ) -> None:
-        if unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {get_args(Unit)}, got {unit!r}.")
+        choice("unit", unit, get_args(Unit))
+        whole("every", every, 1)
+        whole("n_refine", n_refine, 0, optional=True)
+        whole("n_check_batches", n_check_batches, 0)
+        whole("n_rows", n_rows, 1)
+        whole("n_hard_samples", n_hard_samples, 1)
+        number("tolerance", tolerance, 0)
+        number("size", size, above=0, highest=1)
+        number("start", start)
+        number("stop", stop)
         if not 0 <= start < stop <= 1:
             raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
         check_strategy(strategy)
-        if not 0 < size <= 1:
-            raise ValueError(f"size must lie in (0, 1], got {size}.")
         self._options: dict[str, Any] = {
             "every": every,
             "unit": unit,
@@ -154,6 +152,13 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Start gathering, if the first move is near."""
         self._close()  # of a training that broke off
         self._model = kwargs["model"]
+        if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
+            warnings.warn(
+                f"learning_rate={args.learning_rate:g} is far below what shortcuts want with Adam: about 2e-2 for "
+                "language models and 3e-3 for classifiers and regressions.",
+                UserWarning,
+                stacklevel=2,
+            )
         if state.global_step == 0:  # not resumed
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0

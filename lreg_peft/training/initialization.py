@@ -1,7 +1,7 @@
 """A start that has seen data: projections along the directions that matter, meshes at quantiles."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.checks import checked, named, whole
-from ..core.coordinates import leading_axes, principal_axes, standardised_start
+from ..core.checks import choice, whole
+from ..core.coordinates import all_finite, leading_axes, principal_axes, standardised_start
 from ..core.distributed import (
     gather_objects,
     rank_and_world,
     require_equal,
-    require_equal_models,
     sum_over_processes,
     tensor_from_main,
     together,
 )
 from ..modules import eval_mode, unwrap
-from ..rows import IGNORE_INDEX, loss_of, model_inputs
+from ..rows import IGNORE_INDEX, BatchData, batches_of, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.moves import Tentative
+from .head_start import HeadRows, HeadStart, find_head
 from .label_shift import LabelShift, ShiftedHead, shift_labels
 
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
@@ -35,24 +35,23 @@ _SKETCH_SIZE = 128
 _WITHOUT = "start the other modules alone (output_start=False)"
 
 
-@checked(stage=together, adapter_name=named(), n_batches=whole(1), max_samples=whole(1))
 def initialize_lreg_weights(
     model: nn.Module,
-    dataloader: Iterable[Mapping[str, Any]],
+    data: BatchData,
     *,
     method: Literal["pca", "gradient"] | None = None,
     adapter_name: str = "default",
     n_batches: int = 8,
     max_samples: int = 4096,
     seed: int = 0,
-    output_start: bool = False,
+    output_start: bool | None = None,
     show_progress: bool = True,
-) -> LabelShift | None:
+) -> LabelShift | HeadStart | None:
     """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
 
     The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to
     uniform; the nodes go to the quantiles of u, so that every element is used from the first step. The coefficients
-    stay zero, so the function of the model does not change, unless `output_start` asks for more.
+    stay zero, so the function of the model does not change, but for what `output_start` is about.
 
     - "pca": the principal components of x ("the built-in PCA can be obtained through standard unsupervised methods",
       Li, Cheng & Gu 2025, sec. 2.7).
@@ -65,27 +64,30 @@ def initialize_lreg_weights(
 
     Args:
         model: a model with an LReg adapter, in a `PeftModel` or injected.
-        dataloader: batches as the model takes them, dictionaries of tensors; only the first `n_batches` are used.
+        data: a data set, or batches as the model takes them, dictionaries of tensors; the first `n_batches` are used.
         method: "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
         adapter_name: the adapter to initialise.
         n_batches: batches to run.
         max_samples: rows (tokens, pixels) kept per module, over all processes; memory is this many input rows for
             every adapted module.
         seed: of the choice of rows.
-        output_start: let the shortcut on a language model's output head begin with the shift in how often each label
-            comes, log((n + a) / (q + a)) for n labels where the model expects q. This changes the function of the
-            model, for the better: each half of the batches judges what the other half says, which chooses a, and where
-            it does not pay nothing is done. Costs a second, forward pass over the batches.
+        output_start: None lets a new head, a classifier or a regression in `modules_to_save`, begin at the optimum of
+            its last linear layer on the features of the batches (see `head_start`), if they have labels and the loss
+            is that of Transformers' tasks; it costs no pass. True asks for a start of the output: that one, the same
+            for a shortcut on a classifier, or for a shortcut on a language model's head the shift in how often each
+            label comes, log((n + a) / (q + a)) for n labels where the model expects q, which costs a second, forward
+            pass. False leaves the output alone. Such a start changes the function of the model, for the better: each
+            half of the data judges what the other half says, and where it does not pay nothing is done.
         show_progress: show a progress bar on the main process.
 
     Returns:
-        What the start of the output did, with the losses before and after; None unless it was asked for.
+        What the start of the output did, with the losses before and after; None where there was none.
 
     Raises:
-        ValueError: if there is no such adapter, it has been trained already, has no shortcut on the output head that
-            `output_start` is about, the batches give no rows, the inputs of a
-            module or their gradients are not finite, no label counts for the method "gradient", or processes differ in
-            model or options. The model is then as it was.
+        ValueError: if there is no such adapter, it has been trained already, there is nothing for `output_start=True`
+            to be about, the batches give no rows, the inputs of a module, their gradients or the labels are not finite,
+            no label counts for the method "gradient", or processes differ in model or options. The model is then as
+            it was.
         TypeError: if a batch is not a dictionary.
 
         What one process raises, all raise.
@@ -93,27 +95,43 @@ def initialize_lreg_weights(
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module
     with together():
+        whole("n_batches", n_batches, 1)
+        whole("max_samples", max_samples, 1)
+        whole("seed", seed, 0)
+        if method is not None:
+            choice("method", method, DATA_STARTS)
         layers = _layers_at_their_start(model, adapter_name)
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
             method = promised if promised in DATA_STARTS else "pca"
-        head = _output_head(model, layers) if output_start else None
+        language_head = _language_head(model, layers) if output_start else None
+        head = None
+        if output_start is not False and language_head is None:
+            head = find_head(model, adapter_name, shortcuts=output_start is True)
+        if output_start and language_head is None and head is None:
+            raise ValueError(
+                "output_start=True is about a shortcut on the output head of a language model or a classifier, or a "
+                f"new head in modules_to_save, and {type(unwrap(model)).__name__} has none of this adapter: add the "
+                "head to target_modules, or leave output_start out."
+            )
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
     options["output_start"] = output_start
     require_equal({**options, "seed": seed}, "Give every process the same options.")
-    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
-    require_equal_models(model, "Load the same model on every process.", without=own)
 
     rank, world = rank_and_world()
     main = rank == 0 and show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
+    head_rows = None if head is None else HeadRows(model, head, n_batches)
+    watch: AbstractContextManager[Any] = head_rows or nullcontext()
     batches = []  # kept for a second pass only
-    with together(), collector, eval_mode(model), torch.set_grad_enabled(with_gradient):
-        for batch in tqdm(islice(dataloader, n_batches), total=n_batches, desc="LReg start: inputs", disable=not main):
-            _run(model, batch, collector, with_gradient)
-            if output_start:
+    with together(), collector, watch, eval_mode(model), torch.set_grad_enabled(with_gradient):
+        for batch in tqdm(
+            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=not main
+        ):
+            _run(model, batch, collector, with_gradient, head_rows)
+            if language_head is not None:
                 batches.append(batch)
 
     starts = {}
@@ -127,17 +145,22 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
+    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
     try:
-        with Tentative(own) as trial:
+        with Tentative([*own, *(head.tensors() if head is not None else [])]) as trial:
             with together():
                 for name, layer in layers.items():
                     layer.set_encoder(adapter_name, *starts[name])
-            report = None
-            if head is not None:
-                layer = layers[head]
+            report: LabelShift | HeadStart | None = None
+            if language_head is not None:
+                layer = layers[language_head]
                 _, encoder, _ = layer.parts(adapter_name)
-                shifted = ShiftedHead(model, layer, adapter_name, f"a start of {head!r}", _WITHOUT)
+                shifted = ShiftedHead(model, layer, adapter_name, f"a start of {language_head!r}", _WITHOUT)
                 report = shift_labels(shifted, batches, n_batches, encoder.constant())
+            elif head_rows is not None:
+                report = head_rows.start()
+                if report is None and output_start:
+                    raise ValueError(f"{head_rows.reason} Or {_WITHOUT}.")
             trial.keep()
     except BaseException:
         for layer in owed:
@@ -146,11 +169,15 @@ def initialize_lreg_weights(
     return report
 
 
-def _run(model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool) -> None:
+def _run(
+    model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool, head_rows: HeadRows | None
+) -> None:
     """One batch through the model."""
     inputs = model_inputs(model, batch, labels=False)
     collector.attention_mask = inputs.get("attention_mask")
     output = model(**inputs)
+    if head_rows is not None:
+        head_rows.take(inputs, output)
     labels = inputs.get("labels")
     if with_gradient and not _all_ignored(labels):  # the mean over no label is NaN
         _backward(output, collector.layers.values(), collector.adapter_name)
@@ -166,10 +193,10 @@ def _start(
     """Projection, bias and nodes of one module."""
     if rows.shape[0] < 2:
         raise ValueError(
-            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the dataloader is empty, "
+            f"the batches gave {rows.shape[0]} rows for {name!r}, at least 2 are needed: the data loader is empty, "
             "its attention_mask hides everything, or the forward pass does not reach this module."
         )
-    if not torch.isfinite(rows).all():
+    if not all_finite(rows):
         raise ValueError(
             f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
             "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
@@ -178,7 +205,7 @@ def _start(
     if sketch is None:
         axes = principal_axes(rows, n_components)
     else:
-        if not torch.isfinite(sketch).all():
+        if not all_finite(sketch):
             raise ValueError(
                 f"the gradients of the loss in the output of {name!r} must be finite, got NaN or infinite values: look "
                 "at the loss of the batches, or use method='pca'."
@@ -196,16 +223,10 @@ def _start(
         raise ValueError(f"there is no start for {name!r}: {error}") from error
 
 
-def _output_head(model: nn.Module, layers: Mapping[str, LRegLayer]) -> str:
-    """Name of the output head among the adapted layers."""
+def _language_head(model: nn.Module, layers: Mapping[str, LRegLayer]) -> str | None:
+    """Name of a language model's output head among the adapted layers."""
     head = wrapped_head(unwrap(model))
-    name = next((name for name, layer in layers.items() if layer is head), None)
-    if name is None:
-        raise ValueError(
-            f"output_start=True is about a shortcut on the output head of a language model, and {type(model).__name__} "
-            "has none of this adapter: add the head to target_modules, or leave output_start out."
-        )
-    return name
+    return next((name for name, layer in layers.items() if layer is head), None)
 
 
 def _weights(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
@@ -237,7 +258,7 @@ def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> No
     if not weights:
         raise ValueError(f"the adapter {adapter_name!r} is frozen: activate it with set_adapter before initialising.")
     if not torch.isfinite(loss).all():
-        raise ValueError(f"the loss of the batches must be finite, got {float(loss)}.")
+        raise ValueError(f"the loss of the batches must be finite, got {float(loss.detach())}.")
     torch.autograd.grad(loss, weights, allow_unused=True)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import anything, checked, number, show, whole
+from ..core.checks import number, show, whole
 from ..core.distributed import (
     communication_device,
     rank_and_world,
@@ -84,15 +84,6 @@ class MeshUpdate:
         return min(module.smallest_element for module in self.modules)
 
 
-@checked(
-    stage=together,
-    optimizer=anything,
-    strategy=anything,
-    n_refine=whole(0),
-    size=number(above=0, highest=1),
-    pseudocount=number(0),
-    tolerance=number(0),
-)
 def update_meshes(
     model: nn.Module,
     optimizer: Optimizer | None = None,
@@ -144,6 +135,10 @@ def update_meshes(
         if not (optimizer is None or hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer")):
             raise TypeError(f"optimizer must be a torch optimizer, a wrapper of one, or None, got {show(optimizer)}.")
         check_strategy(strategy)
+        whole("n_refine", n_refine, 0, optional=True)
+        number("size", size, above=0, highest=1)
+        number("pseudocount", pseudocount, 0)
+        number("tolerance", tolerance, 0)
         gathering = _gathering(movable_sites(model, adapter_name))
         own = [(site, running.read()) for site, running in gathering]
     options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
@@ -263,7 +258,6 @@ def _propose(
     return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))
 
 
-@checked()
 def follow_meshes(copy: nn.Module, model: nn.Module) -> None:
     """Bring a copy of a model to the model's meshes, after these have moved: averages of weights (EMA, SWA).
 

@@ -4,11 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from ..core.checks import checked, number
+from ..core.checks import number
 from ..tuner.layer import LRegLayer
 
 
-@checked(learning_rate=number(above=0), profile_ratio=number(above=0), weight_decay=number(0))
 def parameter_groups(
     model: nn.Module, learning_rate: float, *, profile_ratio: float = 4.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
@@ -34,6 +33,9 @@ def parameter_groups(
         ValueError: if the model has no profile that trains, or a number is out of range.
         TypeError: for arguments of a wrong type.
     """
+    number("learning_rate", learning_rate, above=0)
+    number("profile_ratio", profile_ratio, above=0)
+    number("weight_decay", weight_decay, 0)
     layers = [module for module in model.modules() if isinstance(module, LRegLayer)]
     encoders = [encoder for layer in layers for encoder in layer.lreg_encoder.values()]
     profiles = {id(weight): weight for encoder in encoders for weight in encoder.parameters() if weight.requires_grad}

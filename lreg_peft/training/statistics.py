@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
-from ..core.checks import checked, whole
+from ..core.checks import whole
 from ..core.mesh import coordinate_dtype, locate
 from ..modules import remove_hooks
 from ..tuner.layout import Layout
@@ -203,7 +203,6 @@ def statistics_of(site: Site) -> RunningStatistics | None:
     return next((owner for owner in owners if isinstance(owner, RunningStatistics)), None)
 
 
-@checked(n_rows=whole(1), n_hard_samples=whole(1))
 def track_statistics(
     model: nn.Module,
     enabled: bool = True,
@@ -233,6 +232,8 @@ def track_statistics(
         TypeError: for arguments of a wrong type.
         RuntimeError: if parameters are sharded.
     """
+    whole("n_rows", n_rows, 1)
+    whole("n_hard_samples", n_hard_samples, 1, optional=True)
     sites = movable_sites(model, adapter_name)
     for site in sites if enabled else ():
         check_whole(site)
@@ -245,7 +246,6 @@ def track_statistics(
     torch.compiler.reset()  # compiled code does not notice that a module has got its first hook, or lost the last
 
 
-@checked(n_hard_samples=whole(1))
 def count_hard_samples(
     model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
 ) -> None:
@@ -267,6 +267,7 @@ def count_hard_samples(
         TypeError: for arguments of a wrong type.
         RuntimeError: if statistics are not tracked, or there was no training pass.
     """
+    whole("n_hard_samples", n_hard_samples, 1)
     found = [(site, statistics_of(site)) for site in movable_sites(model, adapter_name)]
     tracked = [(site, gathering) for site, gathering in found if gathering is not None]
     if not tracked:

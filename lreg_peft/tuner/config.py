@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..core.checks import flag, show, whole
+from ..core.checks import choice, flag, show, whole
 from ..core.encoder import HEAD_KINDS, HeadKind
 from .layout import LAYOUTS, READOUTS
 from .model_card import add_usage_to_saved_card
@@ -24,6 +24,9 @@ def _option(default: Any, text: str) -> Any:
 
 
 GradeForm = Literal["additive", "composed"]
+Preset = Literal["recommended", "paper"]
+# What the recommended preset chooses besides the modules.
+_CHOSEN = ("n_components", "head", "linear_term", "component_pattern", "dof_pattern", "layers_to_transform")
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
 
@@ -43,9 +46,18 @@ class LRegConfig(PeftConfig):
     n_components: int = _option(
         2, "d, the number of projected components: each gets its own one-dimensional mesh. At least 1."
     )
-    dof: int = _option(
-        2,
-        "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. "
+    preset: Preset = _option(
+        "recommended",
+        "What a configuration without `target_modules` stands for; `get_peft_model` fills it in for the model. "
+        "'recommended': the recipe of `recommended_config` with its smallest shares: factored heads with a linear term "
+        "on all linear layers of the backbone and, of a language model, on the output head and the norm before it, and "
+        "a start from data. 'paper': the placement of the paper for the task: the language model head, or the "
+        "attention query and key projections for classification, with the fields as they are here.",
+    )
+    dof: int | None = _option(
+        None,
+        "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. None: 8 in the "
+        "recommended preset, else 2. "
         "(Not the number of trainable parameters, which is d * n * out_features and the projection.)",
     )
     head: HeadKind = _option(
@@ -73,8 +85,7 @@ class LRegConfig(PeftConfig):
         None,
         "Modules that get a shortcut: a list of names or name endings, a regular expression that matches whole names, "
         "or 'all-linear' (every linear layer but the output head). Linear and Conv1D layers, convolutions and whole "
-        "blocks can be named. None takes the placement of the paper for the task: the language model head, or the "
-        "attention query and key projections for classification.",
+        "blocks can be named. None: see `preset`.",
     )
     exclude_modules: list[str] | str | None = _option(
         None,
@@ -171,8 +182,24 @@ class LRegConfig(PeftConfig):
         "tokens: a list, or a dictionary of lists by the name of the embedding.",
     )
     target_parameters: InitVar[Any] = None
+    r: InitVar[Any] = None
+    lora_alpha: InitVar[Any] = None
+    lora_dropout: InitVar[Any] = None
 
-    def __post_init__(self, target_parameters: Any = None) -> None:  # noqa: RUF033  (also called to check again)
+    def __post_init__(  # also called to check again
+        self,
+        target_parameters: Any = None,  # noqa: RUF033
+        r: Any = None,  # noqa: RUF033
+        lora_alpha: Any = None,  # noqa: RUF033
+        lora_dropout: Any = None,  # noqa: RUF033
+    ) -> None:
+        for name, value, advice in (
+            ("r", r, "LoRA's rank: n_components plays its part, or recommended_config(model, budget='lora:8')"),
+            ("lora_alpha", lora_alpha, "LoRA's scaling, which shortcuts do not have: set the learning rate"),
+            ("lora_dropout", lora_dropout, "LoRA's: write dropout="),
+        ):
+            if value is not None:
+                raise TypeError(f"{name}={value!r} is {advice}.")
         if self.task_type is not None and "IMAGE" in str(self.task_type).upper():
             raise ValueError(
                 f"PEFT knows no task_type {self.task_type!r}. For an image classifier leave task_type out, and name a "
@@ -190,8 +217,11 @@ class LRegConfig(PeftConfig):
                 "or install an earlier PEFT."
             )
         self.peft_type = PeftType[METHOD.upper()]
-        whole(1)("n_components", self.n_components)
-        whole(2)("dof", self.dof)
+        whole("n_components", self.n_components, 1)
+        choice("preset", self.preset, get_args(Preset))
+        whole("dof", self.dof, 2, optional=True)
+        if self.dof is None and (self.target_modules is not None or self.preset == "paper"):
+            self.dof = 2
         if not isinstance(self.head, str) or self.head not in HEAD_KINDS:
             raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}.")
         self._check_targets()
@@ -207,11 +237,24 @@ class LRegConfig(PeftConfig):
         self._check_tokens()
         self._check_curvature_weight()
         self._check_grades()
+        self._check_preset()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT; a model card that lies in the folder already also says how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         add_usage_to_saved_card(save_directory, self)
+
+    def _check_preset(self) -> None:
+        if self.target_modules is not None or self.preset == "paper":
+            return
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        given = [name for name in _CHOSEN if getattr(self, name) not in (defaults[name], {})]
+        if given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} needs target_modules, or preset='paper': without them the "
+                "recommended preset chooses modules, components and heads. recommended_config(model, budget=...) sizes "
+                "it to a budget."
+            )
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -253,11 +296,11 @@ class LRegConfig(PeftConfig):
         if layers is None:
             return
         if not isinstance(layers, (list, tuple, set, frozenset, range)):
-            whole(0)("layers_to_transform", layers)
+            whole("layers_to_transform", layers, 0)
             return
         self.layers_to_transform = sorted(layers) if isinstance(layers, (set, frozenset)) else list(layers)
         for layer in self.layers_to_transform:
-            whole(0)("layers_to_transform", layer)
+            whole("layers_to_transform", layer, 0)
         if not self.layers_to_transform:
             raise ValueError("layers_to_transform must name a layer at least, got []. None adapts all layers.")
 
@@ -268,14 +311,14 @@ class LRegConfig(PeftConfig):
         for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
             for key, value in _items(name, getattr(self, name)):
                 _check_expression(f"{name} key", key)
-                whole(lowest)(f"{name}[{key!r}]", value)
+                whole(f"{name}[{key!r}]", value, lowest)
         sizes = {}
         for key, value in _items("feature_sizes", self.feature_sizes):
             _check_expression("feature_sizes key", key)
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ValueError(f"feature_sizes[{key!r}] must be a pair (in_features, out_features), got {value!r}.")
             for part, size in zip(("in_features", "out_features"), value, strict=True):
-                whole(1)(f"feature_sizes[{key!r}] {part}", size)
+                whole(f"feature_sizes[{key!r}] {part}", size, 1)
             sizes[key] = (value[0], value[1])
         self.feature_sizes = sizes
         for name, words in (("layout", LAYOUTS), ("readout", READOUTS)):
@@ -331,7 +374,7 @@ class LRegConfig(PeftConfig):
             raise TypeError(f"curvature_weight must be a number, got {show(weight)}.")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"curvature_weight must be finite and not negative, got {weight}.")
-        if weight > 0 and max([self.dof, *self.dof_pattern.values()]) == 2:
+        if weight > 0 and max([self.dof or 3, *self.dof_pattern.values()]) == 2:
             raise ValueError(
                 f"curvature_weight={weight} has nothing to act on: a mesh of dof=2 has no interior node. "
                 "Set dof to 3 or more, or curvature_weight to 0."

@@ -18,7 +18,6 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..core.checks import anything, checked, named
 from .config import GradeForm, LRegConfig
 from .layer import LRegLayer
 from .targets import inspect_targets
@@ -27,7 +26,6 @@ _CONFIG_FILE = "adapter_config.json"
 _HUB_OPTIONS = ("revision", "token")
 
 
-@checked(config=anything, form=anything, name=named())
 def add_grade(
     model: nn.Module, config: LRegConfig | None = None, *, form: GradeForm = "additive", name: str | None = None
 ) -> str:
@@ -59,6 +57,8 @@ def add_grade(
     """
     previous = _stack(model)
     name = _free_name(model, len(previous) + 1) if name is None else name
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be the name of the grade, a string that is not empty, got {name!r}.")
     if name in model.peft_config:  # type: ignore[operator]
         raise ValueError(f"there is an adapter {name!r} already: give the grade another name.")
     config = _grade_config(model, config, form, previous)
@@ -120,7 +120,6 @@ def _grade_config(model: nn.Module, config: LRegConfig | None, form: GradeForm, 
     return config
 
 
-@checked(name=named())
 def load_grades(
     model: nn.Module, path: str | os.PathLike, name: str | None = None, *, is_trainable: bool = False, **options: Any
 ) -> PeftModel:

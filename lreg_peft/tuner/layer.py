@@ -408,6 +408,11 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """A, the curve and B of an adapter."""
         return tuple(getattr(self, name)[adapter_name] for name in self.adapter_layer_names)  # type: ignore[return-value]
 
+    def state_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """Weights and nodes of an adapter, by their names in this layer without the name of the adapter."""
+        parts = zip(self.adapter_layer_names, self.parts(adapter_name), strict=True)
+        return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
+
     def is_identity(self, adapter_name: str) -> bool:
         """Whether this adapter adds nothing yet."""
         return not self.lreg_coefficients[adapter_name].weight.any()  # type: ignore[union-attr,operator]
@@ -542,7 +547,9 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLa
         if isinstance(module, LRegLayer) and adapter_name in module.lreg_encoder
     }
     if not layers:
+        there = {name for layer in model.modules() if isinstance(layer, LRegLayer) for name in layer.lreg_encoder}
         raise ValueError(
-            f"the model has no LReg adapter called {adapter_name!r}: call get_peft_model(model, LRegConfig(...)) first."
+            f"the model has no LReg adapter called {adapter_name!r}. "
+            + (f"There are: {sorted(there)}." if there else "Call get_peft_model(model, LRegConfig(...)) first.")
         )
     return layers

@@ -94,7 +94,7 @@ def before_loading_model(model: nn.Module, state: dict[str, Tensor], prefix: str
         if not entries and (absent := adapters.intersection(layer.lreg_encoder)):
             raise ValueError(
                 f"the file has nothing for {name!r}, where the adapter {min(absent)!r} has a shortcut. It was saved "
-                "for other target modules or is damaged."
+                "for another base model, for one of fewer layers perhaps, for other target modules, or is damaged."
             )
         check_entries(layer, entries, f"{prefix}{name}.")
     lost = [

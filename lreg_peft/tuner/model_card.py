@@ -7,8 +7,6 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from ..core.checks import checked, named
-
 TAG = "lreg"
 _IMPORT = "import lreg_peft"
 _REPOSITORY = "<this repository>"
@@ -51,7 +49,6 @@ def add_usage_to_saved_card(folder: str | Path, config: Any) -> None:
             return
 
 
-@checked(repo_id=named(), revision=named())
 def push_model_card(
     model: nn.Module, repo_id: str, *, token: str | bool | None = None, revision: str | None = None
 ) -> str:

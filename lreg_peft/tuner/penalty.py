@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.basis import curvature_penalty as penalty_of
-from ..core.checks import checked
 from ..core.encoder import LagrangeEncoder
 from .layer import LRegLayer
 
 
-@checked()
 def curvature_penalty(model: nn.Module) -> Tensor:
     """`curvature_weight` times the mean absolute curvature of the coefficients along the mesh, over all shortcuts.
 

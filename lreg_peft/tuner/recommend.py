@@ -6,20 +6,22 @@ the output head, up to sixteen at the norm.
 """
 
 import re
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..core.checks import checked, whole
+from ..core.checks import whole
 from ..core.encoder import shortcut_parameters
 from .config import LRegConfig
 from .layer import LRegLayer
+from .placement import LANGUAGE_MODEL_TASKS, output_embedding, output_head_name, paper_targets, task_of
 from .sizes import feature_sizes, linear_sizes, readable_sizes
-from .targets import _LANGUAGE_MODEL_TASKS, _task_of, output_head_name
 
 # Means of the profiles at the start. A change of domain asks a language model's head for a constant shift above all;
 # inside the network most of what is asked varies with the input.
@@ -33,7 +35,13 @@ _MOST_FOR_THE_HEAD = 0.7
 _SHARE_OF_THE_NORM, _MOST_AT_THE_NORM = 0.25, 16
 # What it gets where every module has its smallest share.
 _LEAST_AT_THE_NORM = 4
+#: Nodes of every mesh.
+RECOMMENDED_DOF = 8
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+# Parts of the names of modules that PEFT adds.
+_OF_ADAPTERS = {"base_layer", "modules_to_save", "original_module"}
 
 
 @dataclass
@@ -48,7 +56,6 @@ class _Site:
     components: int = 0
 
 
-@checked(dof=whole(2))
 def recommended_config(
     model: nn.Module,
     budget: int | str | None = None,
@@ -56,7 +63,7 @@ def recommended_config(
     task_type: str | None = None,
     output_head: bool = True,
     final_norm: bool = True,
-    dof: int = 8,
+    dof: int = RECOMMENDED_DOF,
     **options: Any,
 ) -> LRegConfig:
     """The recommended configuration for a model, with its components divided so that they fill a budget.
@@ -70,7 +77,8 @@ def recommended_config(
             `LoraConfig(r=8)` has on its default modules of this architecture, "lora:8:all-linear" on all linear
             layers. None gives every module its smallest share: one component, two on the attention, four at the norm
             before the output head.
-        task_type: as in PEFT; None takes that of the model's class.
+        task_type: as in PEFT; None takes that of the model's class, and puts it into the configuration, so that the new
+            head of a classifier is trained and saved.
         output_head: adapt the output head of a language model too. False for trainers that refuse adapters on
             `lm_head`, as those of TRL do; the norm before it stays adapted.
         final_norm: adapt the norm before the output head of a language model, too. Some architectures have none there.
@@ -85,23 +93,76 @@ def recommended_config(
             linear layers that are known to lie inside it; the message says what to give.
         TypeError: for arguments of the wrong type.
     """
+    whole("dof", dof, 2)
     if isinstance(model, PeftModel) or any(isinstance(module, LRegLayer) for module in model.modules()):
         raise ValueError("recommended_config wants the base model and got one with adapters: call it before these.")
     taken = {"target_modules", "head", "n_components", "component_pattern", "linear_term"} & options.keys()
     if taken:
         raise ValueError(f"recommended_config chooses {sorted(taken)} itself: leave them out, or write an LRegConfig.")
-    task = task_type or _task_of(model)
-    is_language_model = task in (*_LANGUAGE_MODEL_TASKS, "MASKED_LM")
+    task = task_type or task_of(model)
+    fields = _recipe(model, task, budget, output_head=output_head, final_norm=final_norm, dof=dof)
+    # PEFT trains the new head of a classifier because of the task type.
+    known = {"task_type": task} if task in list(TaskType) else {}
+    return LRegConfig(**{**known, **fields, **options})
+
+
+def fill_in(model: nn.Module, config: LRegConfig) -> None:
+    """Give a configuration without `target_modules` those that its preset has for a model.
+
+    The recommended one has none for models without linear layers in repeated blocks, such as networks of convolutions:
+    they get the placement of the paper.
+
+    Raises:
+        ValueError: if there is none for this model; the message lists module names that could be given.
+    """
+    if config.preset == "recommended" and _inside(model):
+        task = config.task_type or task_of(model)
+        fields = _recipe(model, task, None, dof=config.dof or RECOMMENDED_DOF, without=_left_out(config))
+        if config.init_weights is not True:
+            del fields["init_weights"]
+    else:
+        fields = {"target_modules": paper_targets(model, config), "dof": config.dof or 2}
+    for name, value in fields.items():
+        setattr(config, name, value)
+
+
+def _left_out(config: LRegConfig) -> Callable[[str], bool]:
+    """Whether a configuration excludes a module, or trains it in full, by name."""
+    expression, names = None, list(config.modules_to_save or [])
+    if isinstance(config.exclude_modules, str):
+        expression = config.exclude_modules
+    else:
+        names += config.exclude_modules or []
+
+    def is_left_out(name: str) -> bool:
+        matches = expression is not None and re.fullmatch(expression, name) is not None
+        return matches or any(name == each or name.endswith(f".{each}") for each in names)
+
+    return is_left_out
+
+
+def _recipe(
+    model: nn.Module,
+    task: str | None,
+    budget: int | str | None,
+    *,
+    output_head: bool = True,
+    final_norm: bool = True,
+    dof: int,
+    without: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
+    """Fields of the configuration; `without` says which modules get none."""
+    is_language_model = task in (*LANGUAGE_MODEL_TASKS, "MASKED_LM")
     head = output_head_name(model) if output_head and is_language_model else None
     sites = _sites(model, head, dof)
     if final_norm and is_language_model and (norm := _final_norm(model)) is not None:
         sites.insert(0, _Site(norm, _cost(*_feature_sizes(model, norm), dof), _LEAST_AT_THE_NORM, is_final_norm=True))
+    sites = [site for site in sites if not without(site.name)]
     _fill(sites, _parameters(model, budget), budget)
     chosen = [site for site in sites if site.components]
     names = [site.name for site in chosen]
     inside = [site for site in chosen if site.name != head]
-    config = {
-        "task_type": task_type,
+    return {
         "target_modules": short_names(model, names),
         "head": "factored",
         "linear_term": True,
@@ -112,20 +173,13 @@ def recommended_config(
         "profile_mean": _MEAN_INSIDE,
         "profile_mean_pattern": {re.escape(head): _MEAN_AT_THE_HEAD} if head in names else {},
     }
-    return LRegConfig(**{**config, **options})
 
 
 def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
     """The linear layers of the backbone, attention first, and the output head, which comes before all."""
-    embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    backbone = _backbone(model)
-    sites = []
-    for name, module in model.named_modules():
-        sizes = linear_sizes(module)
-        if sizes is None or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            continue
-        if module is not embedding and name.startswith(backbone) and _is_repeated(name):
-            sites.append(_Site(name, _cost(*sizes, dof), 2 if _ATTENTION.search(name) else 1))
+    sites = [
+        _Site(name, _cost(*sizes, dof), 2 if _ATTENTION.search(name) else 1) for name, sizes in _inside(model).items()
+    ]
     if not sites:
         raise ValueError(
             f"{type(model).__name__} has no linear layers in repeated blocks, so there is nothing to recommend: name "
@@ -134,6 +188,28 @@ def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
     if head is not None:
         sites.insert(0, _Site(head, _cost(*_feature_sizes(model, head), dof), 1, is_output_head=True))
     return sites
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the model has without adapters, by the names that targets have."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module.get_base_layer()
+        elif not any(part in _OF_ADAPTERS or part.startswith("lreg_") for part in name.split(".")):
+            yield name, module
+
+
+def _inside(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Sizes of the linear layers in repeated blocks of the backbone, whether adapted already or not, by name."""
+    embedding, backbone = output_embedding(model), _backbone(model)
+    found = {}
+    for name, module in _base_modules(model):
+        sizes = linear_sizes(module)
+        if sizes is None or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        if module is not embedding and name.startswith(backbone) and _is_repeated(name):
+            found[name] = sizes
+    return found
 
 
 def _backbone(model: nn.Module) -> str:
@@ -145,7 +221,7 @@ def _backbone(model: nn.Module) -> str:
 def _final_norm(model: nn.Module) -> str | None:
     """The normalisation between the last layer and the output head; some architectures have none, or in the head."""
     found = None
-    for name, module in model.named_modules():
+    for name, module in _base_modules(model):
         is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
         inside = name.startswith(_backbone(model)) and not _is_repeated(name) and "embed" not in name.lower()
         if is_norm and inside and readable_sizes(module) is not None:
@@ -183,7 +259,7 @@ def _parameters(model: nn.Module, budget: int | str | None) -> int | None:
     modules = words[2].split(",") if len(words) == 3 else default
     if modules is None:
         raise ValueError(f"PEFT has no default modules for LoRA on {kind!r} models: say 'lora:{words[1]}:all-linear'.")
-    embedding = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    embedding = output_embedding(model)
     total = 0
     for name, module in model.named_modules():
         sizes = linear_sizes(module)
@@ -220,6 +296,15 @@ def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) 
         raise ValueError(
             f"budget={budget!r} ({parameters:,} parameters) does not pay for one component: the cheapest, at "
             f"{cheapest.name!r}, has {cheapest.cost:,}."
+        )
+    if not any(site.components for site in inside):
+        least = min(site.cost for site in inside)
+        warnings.warn(
+            f"budget={budget!r} ({parameters:,} parameters) pays for shortcuts at "
+            f"{', '.join(repr(site.name) for site in sites if site.components)} and for none inside the network, where "
+            f"the cheapest has {least:,}, and one everywhere takes {sum(site.cost for site in inside):,}.",
+            UserWarning,
+            stacklevel=4,
         )
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import difflib
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,50 +18,18 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.checks import checked
 from ..core.encoder import shortcut_parameters
 from ..modules import unwrap
 from .config import LRegConfig
 from .example_run import raise_misfits, run_example
-from .image_placements import image_placement
 from .layer import LRegLayer
 from .patterns import by_pattern
+from .placement import check_task, nameable_modules, output_embedding
 from .reading import check_same_reading, misfits, sizes_of_shortcut, source_of
-from .sizes import linear_sizes
+from .recommend import fill_in
 
-# Query and key projections, the placement of Li, Cheng & Gu (2025) for classification. Fused projections are taken
-# whole: a shortcut around them also reaches the values.
-_ATTENTION_PROJECTIONS = {
-    "albert": ["query", "key"],
-    "bert": ["query", "key"],
-    "camembert": ["query", "key"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "key_proj"],
-    "distilbert": ["q_lin", "k_lin"],
-    "electra": ["query", "key"],
-    "gemma": ["q_proj", "k_proj"],
-    "gemma2": ["q_proj", "k_proj"],
-    "gemma3_text": ["q_proj", "k_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_neo": ["q_proj", "k_proj"],
-    "gpt_neox": ["query_key_value"],
-    "llama": ["q_proj", "k_proj"],
-    "mistral": ["q_proj", "k_proj"],
-    "modernbert": ["Wqkv"],
-    "opt": ["q_proj", "k_proj"],
-    "phi3": ["qkv_proj"],
-    "qwen2": ["q_proj", "k_proj"],
-    "qwen3": ["q_proj", "k_proj"],
-    "roberta": ["query", "key"],
-    "t5": ["q", "k"],
-    "vit": ["q_proj", "k_proj", "query", "key"],  # two generations of names
-    "xlm-roberta": ["query", "key"],
-}
-_LANGUAGE_MODEL_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-_CLASSIFICATION_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # What PEFT adds to `modules_to_save` only after shortcuts are in place.
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -124,7 +91,6 @@ class TargetReport:
         )
 
 
-@checked()
 def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = None) -> TargetReport:
     """Show what a configuration will adapt, before anything is wrapped.
 
@@ -171,9 +137,10 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
 
 
 def settle_targets(model: nn.Module, config: LRegConfig) -> None:
-    """Write down which modules `config` adapts in `model`: the default, or the names that "all-linear" stands for."""
+    """Write down what `config` adapts in `model`: its preset, or the names that "all-linear" stands for."""
+    check_task(unwrap(model), config)
     if config.target_modules is None:
-        config.target_modules = default_targets(unwrap(model), config)
+        fill_in(unwrap(model), config)
     _release_targeted_heads(config)
     _expand_all_linear(model, config)
 
@@ -275,97 +242,6 @@ def _check_supported(name: str, module: nn.Module) -> None:
         )
 
 
-def default_targets(model: nn.Module, config: LRegConfig) -> list[str]:
-    """The placement of the paper for the task of `config`, or of the model's class if it names none.
-
-    Language models: the whole head that ends in the output embedding. Classification of text: the attention query and
-    key projections. Image models: see `image_placements`; `config` gets the feature source that belongs to one.
-
-    Raises:
-        ValueError: if there is no default for this model; the message lists module names that could be given.
-    """
-    task = config.task_type or _task_of(model)
-    if task in _LANGUAGE_MODEL_TASKS or task == "MASKED_LM":
-        head = output_head_name(model)
-        if head is not None and config.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform has no effect on the default target {head!r}, which lies in no layer. "
-                "Name the target_modules inside the layers, or leave layers_to_transform out."
-            )
-        if head is not None:
-            return [head]
-    elif task in _CLASSIFICATION_TASKS:
-        trains_head = config.task_type in ("SEQ_CLS", "TOKEN_CLS") or bool(config.modules_to_save)
-        if (placement := image_placement(model, trains_head)) is not None:
-            names, sources = placement
-            config.feature_source = config.feature_source or sources
-            return names
-        model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        projections = [name for name in _ATTENTION_PROJECTIONS.get(model_type, ()) if name in there]
-        if projections:
-            return projections
-    raise ValueError(
-        f"no default target_modules for {type(model).__name__} (task_type={config.task_type}). Set "
-        f"LRegConfig(target_modules=...) to names from this model, for example: {', '.join(_candidates(model))}."
-    )
-
-
-def _task_of(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")):
-        return "MASKED_LM" if name.endswith("ForMaskedLM") else "CAUSAL_LM"
-    for ending, task in (
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForImageClassification", "SEQ_CLS"),
-        ("ForMultipleChoice", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-        ("Model", "FEATURE_EXTRACTION"),
-    ):
-        if name.endswith(ending):
-            return task
-    return None
-
-
-def output_head_name(model: nn.Module) -> str | None:
-    """Name of the direct child of `model` that holds its output embedding: `lm_head`, `cls`, ...; None without one.
-
-    The child rather than the embedding itself: the masked language model head of RoBERTa or BERT is a block (dense,
-    norm, decoder), and the shortcut runs parallel to all of it. A block that takes more than the features has an
-    output that is more than logits: there it is the embedding.
-    """
-    embedding = _output_embedding(model)
-    if embedding is None:
-        return None
-    name, block = next(
-        ((name, child) for name, child in model.named_children() if embedding in set(child.modules())), (None, None)
-    )
-    if block is None or block is embedding or not _takes_more_than_features(block):
-        return name
-    return next(path for path, module in model.named_modules() if module is embedding)
-
-
-def _takes_more_than_features(block: nn.Module) -> bool:
-    """Whether a block has a second input. XLM's head takes the labels and returns the loss before the logits."""
-    kinds = [parameter.kind for parameter in inspect.signature(block.forward).parameters.values()]
-    return kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) > 1
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-
-
-def _candidates(model: nn.Module, limit: int = 12) -> list[str]:
-    """Distinct last parts of the names of the modules that can be targeted without further information."""
-    endings: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if name and linear_sizes(module) is not None:
-            ending = name.rpartition(".")[2]
-            endings[name if ending.isdigit() else ending] = None
-    return list(endings)[:limit] or [name for name, _ in model.named_children()][:limit]
-
-
 def _release_targeted_heads(config: LRegConfig) -> None:
     """Take heads that are targets out of `modules_to_save`.
 
@@ -395,7 +271,7 @@ def _expand_all_linear(model: nn.Module, config: LRegConfig) -> None:
     model = unwrap(model)  # output heads are told by the class of the model
     _maybe_include_all_linear_layers(config, model)
     # PEFT leaves the output head out, but not heads that it trains in full later.
-    heads = {name for name, module in model.named_modules() if module is _output_embedding(model)}
+    heads = {name for name, module in model.named_modules() if module is output_embedding(model)}
     trained = _TRAINED_HEADS.get(config.task_type or "", ())
     config.target_modules = [
         name for name in sorted(config.target_modules) if name not in heads and not name.endswith(trained)
@@ -425,7 +301,7 @@ def _matched_names(model: nn.Module, config: LRegConfig) -> list[str]:
 
 
 def _suggestion(model: nn.Module, config: LRegConfig) -> str:
-    there = _candidates(model, limit=1000)
+    there = nameable_modules(model, limit=1000)
     wanted = config.target_modules if isinstance(config.target_modules, list) else []
     close = [m for name in wanted for m in difflib.get_close_matches(name, there, n=2) if m not in wanted]
     hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""

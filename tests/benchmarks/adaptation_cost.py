@@ -74,7 +74,7 @@ def measure(placement: str, options: argparse.Namespace) -> dict[str, object]:
         attn_pdrop=0.0,
     )
     base = transformers.GPT2LMHeadModel(config)
-    still = Copy(get_peft_model(base, LRegConfig(task_type="CAUSAL_LM", **PLACEMENTS[placement])))
+    still = Copy(get_peft_model(base, LRegConfig(preset="paper", task_type="CAUSAL_LM", **PLACEMENTS[placement])))
     moving = Copy(copy.deepcopy(still.model))
     track_statistics(moving.model)
     batches = torch.randint(VOCABULARY, (8, options.batch, options.length))

@@ -37,7 +37,7 @@ from sklearn.preprocessing import SplineTransformer
 
 from lreg_peft.core import evaluate, locate, uniform_nodes
 from lreg_peft.core.adapt import adapt_mesh, element_moments, element_sums, node_gradient
-from lreg_peft.core.free_knots import PiecewiseLinearFit, fit_piecewise_linear
+from lreg_peft.regression.free_knots import PiecewiseLinearFit, fit_piecewise_linear
 
 METHODS = ("uniform", "quantile", "mrc", "default", "indicator")
 HARD_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)

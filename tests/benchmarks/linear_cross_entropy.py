@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lreg_peft import fused_cross_entropy
+from lreg_peft.core.fused_loss import fused_cross_entropy
 
 
 def ours(base: nn.Linear, features: Tensor, targets: Tensor, design: Tensor, table: Tensor) -> Tensor:

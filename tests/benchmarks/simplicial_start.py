@@ -20,9 +20,9 @@ import torch
 from scipy.spatial import Delaunay
 from sklearn.metrics import r2_score
 
-from lreg_peft.core.simplices import SimplicialMesh, grid_mesh, shape_quality, simplicial_mesh
 from lreg_peft.regression import simplicial
 from lreg_peft.regression.scaling import fit_scale
+from lreg_peft.regression.simplices import SimplicialMesh, grid_mesh, shape_quality, simplicial_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "regression"))
 from benchmark_sets import synthetic

@@ -12,7 +12,8 @@ same start, principal components and quantile meshes,
   lowest objective on the training rows;
 - AdamW trains projection and coefficients, which is not convex, at the rate chosen in the same way, and a certified fit
   of the coefficients follows on the projection that it found;
-- `fit_meshes` goes on from the fit and moves the meshes as long as that provably lowers the optimum;
+- `fit_coefficients(max_moves=...)` goes on from the fit and moves the meshes as long as that provably lowers the
+  optimum;
 - three grades, each fitted on what those before it leave, on the next principal components; P of a grade has the ridge
   of its own coefficients.
 
@@ -40,7 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from lreg_peft import LRegConfig, add_grade, fit_coefficients, fit_meshes
+from lreg_peft import LRegConfig, add_grade, fit_coefficients
 from lreg_peft.core.coordinates import principal_axes, standardised_start
 from lreg_peft.fitting.output_layer import OutputLayer, find_output_layer
 
@@ -136,12 +137,12 @@ class Comparison:
         fitted = fit_coefficients(self.model, self.data["train"], **options)
         self.judge("certified fit", time.process_time() - started, gap=fitted.gap, passes=fitted.passes)
         started = time.process_time()
-        moved = fit_meshes(self.model, self.data["train"], max_moves=self.arguments.moves, **options)
+        moved = fit_coefficients(self.model, self.data["train"], max_moves=self.arguments.moves, **options)
         self.history = list(moved.objectives)
         self.judge(
             f"certified fit, {len(moved.objectives) - 1} mesh moves kept of {self.arguments.moves}",
             time.process_time() - started,
-            gap=moved.fit.gap,
+            gap=moved.gap,
             passes=moved.passes,
         )
 

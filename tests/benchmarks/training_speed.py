@@ -132,7 +132,9 @@ def gpt2(bench: Bench, **options: Any) -> PreTrainedModel:
 
 
 def lreg(base: PreTrainedModel, d: int, dof: int, **options: Any) -> nn.Module:
-    return get_peft_model(base, LRegConfig(n_components=d, dof=dof, init_weights=False, **options)).train()
+    return get_peft_model(
+        base, LRegConfig(preset="paper", n_components=d, dof=dof, init_weights=False, **options)
+    ).train()
 
 
 def lora(base: PreTrainedModel, *targets: str, task: str = "CAUSAL_LM") -> nn.Module:

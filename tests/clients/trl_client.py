@@ -100,7 +100,7 @@ def head_is_refused() -> str:
             args=GRPOConfig(**options(num_generations=4)),
             train_dataset=Dataset.from_dict({"prompt": texts(8)}),
             processing_class=tokenizer(),
-            peft_config=LRegConfig(task_type="CAUSAL_LM"),
+            peft_config=LRegConfig(preset="paper", task_type="CAUSAL_LM"),
         )
     return str(refusal.value).split(":")[0]
 

@@ -5,13 +5,13 @@ import torch
 from test_mesh import random_nodes
 
 from lreg_peft.core import (
-    active_nodes,
     curvature_penalty,
     evaluate,
     hat_basis,
     locate,
     uniform_nodes,
 )
+from lreg_peft.core.mesh import active_nodes
 
 DOFS = [2, 3, 8, 9, 64]
 

@@ -3,7 +3,8 @@ import pytest
 import reference
 import torch
 
-from lreg_peft.core import LOGISTIC_NORMAL_SCALE, evaluate, initial_projection, project, uniform_nodes
+from lreg_peft.core import LOGISTIC_NORMAL_SCALE, evaluate, initial_projection, uniform_nodes
+from lreg_peft.core.coordinates import project
 
 
 def test_whole_shortcut_equals_the_literal_formula():

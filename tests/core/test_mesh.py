@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lreg_peft.core import check_nodes, locate, quantile_nodes, separate_nodes, uniform_nodes
-from lreg_peft.core.mesh import MIN_RELATIVE_ELEMENT
+from lreg_peft.core import check_nodes, locate, quantile_nodes, uniform_nodes
+from lreg_peft.core.mesh import MIN_RELATIVE_ELEMENT, separate_nodes
 
 
 def random_nodes(components: int, dof: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -22,7 +22,6 @@ from lreg_peft.core import (
     solve_least_squares,
 )
 from lreg_peft.core.solve import cross_entropy as entropy_module
-from lreg_peft.core.solve import problem as solve_module
 
 RIDGE = 1e-4
 
@@ -225,18 +224,14 @@ def test_passes_to_the_certificate(problem, classes, limit):
     assert solved.passes == chunks.reads <= limit
 
 
-def test_a_newton_finish_where_lbfgs_crawls(monkeypatch):
-    """Hat functions of many components at a small ridge; the finish is worth it, and its products are counted."""
+def test_a_newton_finish_where_lbfgs_crawls():
+    """Hat functions of many components at a small ridge; the products of the finish are counted."""
     basis = hats(1000, 16, 8)
     target = drawn(basis @ gaussian(128, 8, seed=2))
     chunks = chunks_of(basis, target, rows=1000)
     solved = solve_cross_entropy(chunks, zeros(128, 8), ridge=1e-6)
     assert "Newton" in solved.method and solved.status == "converged"
     assert solved.passes == chunks.reads > solved.iterations + 10
-    monkeypatch.setattr(entropy_module, "_PATIENCE", 10_000)
-    alone = solve_cross_entropy(chunks, zeros(128, 8), ridge=1e-6)
-    assert alone.method == "L-BFGS"
-    assert alone.objective == pytest.approx(solved.objective, abs=1e-6)
 
 
 def test_an_earlier_solution_is_a_better_start():
@@ -279,10 +274,8 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("features", [4, 64])
-def test_memory_does_not_grow_with_samples_times_classes(monkeypatch, features):
-    n, classes, entries = 300, 8192, 1 << 17
-    monkeypatch.setattr(solve_module, "_MIN_ROWS", entries // classes)
-    monkeypatch.setitem(solve_module._MAX_ENTRIES, "cpu", entries)
+def test_memory_does_not_grow_with_samples_times_classes(features):
+    n, classes, entries = 600, 8192, 1 << 21
     basis = gaussian(n, features).float()
     target = torch.randint(classes, (n,))
     chunks = chunks_of(basis, target, rows=n)  # one chunk, which the solver has to cut
@@ -291,11 +284,6 @@ def test_memory_does_not_grow_with_samples_times_classes(monkeypatch, features):
     coefficients = features * classes
     assert entries // 2 < seen.largest <= max(entries, 2 * coefficients + classes)  # the gradient as it is sent
     assert seen.largest < n * classes
-
-
-def test_history_is_bounded_in_memory():
-    assert entropy_module._History(50_257 * 64).pairs.maxlen * 2 * 50_257 * 64 <= 1 << 26
-    assert entropy_module._History(128 * 20).pairs.maxlen == 20
 
 
 def test_not_reaching_the_tolerance_is_said():
@@ -356,16 +344,13 @@ def test_ill_conditioned_least_squares_takes_the_qr_path():
     assert solved.objective == pytest.approx(squares(theirs, basis, target).item(), rel=1e-6)
 
 
-def test_normal_equations_alone_would_have_missed_it(monkeypatch):
+def test_normal_equations_alone_would_have_missed_it():
     basis, _ = badly_conditioned()
     target = basis @ gaussian(12, 2, seed=1) * 1e6
     exact = solve_least_squares(chunks_of(basis, target), zeros(12, 2), tolerance=1e-18)
     assert exact.method == "QR"
-    monkeypatch.setattr("lreg_peft.core.solve.least_squares._MAX_CONDITION", 1e40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        other = solve_least_squares(chunks_of(basis, target), zeros(12, 2), tolerance=1e-18, max_passes=3)
-    assert other.objective > 10 * exact.objective
+    normal = torch.linalg.solve(basis.T @ basis, basis.T @ target)
+    assert squares(normal, basis, target) > 10 * exact.objective
 
 
 def test_directions_without_samples_stay_and_the_norm_is_smallest():

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from comparison.placements import layer_sizes, linear_layers
 from comparison.protocol import run_comparison
 from comparison.task import Metric, Task
 from comparison.trained_state import put_back, read_state, save_trained, trained_state, write_state
-from comparison.training import KeepBest, _Trainer, start_batches
+from comparison.training import KeepBest, _Trainer, batches_to_start_from, start_batches, start_from_data
 
 from lreg_peft.training.label_shift import PSEUDOCOUNTS
 
@@ -225,6 +226,29 @@ def test_the_bias_of_the_controls_is_the_closed_form() -> None:
     assert min((shift - form).abs().max() for form in forms) < 1e-4
 
 
+def test_new_heads_start_alike_with_lora_and_lreg() -> None:
+    """From the same samples by the same solver; and stay as they are drawn where the row says so."""
+    task, fit = Toy(), Fit("SEQ_CLS", size=4096, dof=4, new_modules=("classifier",))
+
+    def base() -> PreTrainedModel:
+        torch.manual_seed(3)  # of the head
+        return task.load_base()
+
+    batches = batches_to_start_from(task.train_data, None, 0, 32)
+    control = METHODS["lora-linear-start"]
+    assert control.attach_on_data is not None
+    models = {control.name: control.attach_on_data(base(), replace(fit, size=2), batches)}
+    for name in ("lreg", "lreg-random-head"):
+        models[name] = METHODS[name].attach(base(), fit)
+        output = METHODS[name].start == "gradient and output"
+        start_from_data(models[name], task.train_data, None, 0, 32, output=output)
+    heads = {name: model.get_base_model().classifier.modules_to_save.default for name, model in models.items()}
+    drawn = base().classifier
+    assert torch.equal(heads["lreg-random-head"].weight, drawn.weight)
+    assert not torch.equal(heads["lreg"].weight, drawn.weight)
+    torch.testing.assert_close(heads["lora-linear-start"].weight, heads["lreg"].weight, rtol=1e-4, atol=1e-5)
+
+
 def test_the_attention_comes_first_in_a_pattern() -> None:
     """`output.dense` would also match the attention's output layer."""
     layers = linear_layers(AutoModelForMaskedLM.from_config(BertConfig(**SIZES)))
@@ -264,7 +288,7 @@ def test_methods_learn_the_toy_and_the_report_is_complete(run: Callable[..., Any
     rates = {**dict.fromkeys(methods, "1e-2,3e-2"), "lreg-attention": "1e-1,3e-1"}
     _, results = run(methods, picture=True, steps=20, learning_rates=[f"{name}={grid}" for name, grid in rates.items()])
     table = rows(results)
-    assert list(table) == methods
+    assert list(table) == [*methods, "lreg, as LoRA"]
     head = table["head-only"]
     assert head["adapter_parameters"] == 0
     for name, row in table.items():
@@ -288,7 +312,7 @@ def test_a_second_start_trains_nothing_again(run: Callable[..., Any], tmp_path: 
     assert [row["test"] for row in first["rows"]] == [row["test"] for row in second["rows"]]
     assert [row["adapter_bytes"] for row in first["rows"]] == [row["adapter_bytes"] for row in second["rows"]]
     task, third = run(["lora", "lreg"], seeds=[1, 2, 3])
-    assert task.n_loaded == 2, "one more seed is one more run for each method"
+    assert task.n_loaded == 3, "one more seed is one more run for each method, and one more LoRA that LReg converts to"
     assert rows(third)["lreg"]["test"]["accuracy"]["values"][:2] == rows(first)["lreg"]["test"]["accuracy"]["values"]
 
 
@@ -326,7 +350,7 @@ def test_weights_of_the_best_trial_outlive_an_interruption(
     assert (tmp_path / "unfinished" / "lreg.safetensors").exists()
     monkeypatch.setattr(Toy, "evaluate", evaluate)
     task, resumed = run(["lreg"], seeds=[1])
-    assert task.tested == ["test"], "nothing was trained, so nothing was tuned"
+    assert task.tested == ["test", "test"], "as LReg and as LoRA; nothing was trained, so nothing was tuned"
     assert not (tmp_path / "unfinished" / "lreg.safetensors").exists()
     (tmp_path / LEDGER_FILE).unlink()
     _, anew = run(["lreg"], seeds=[1])

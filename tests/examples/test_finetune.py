@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("path", ["glue/finetune_glue.py", "wikitext/finetune_wikitext.py"])
 def test_one_file_stays_one_that_can_be_read(path: str) -> None:
     text = (EXAMPLES / path).read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) <= 150
     steps = ["get_peft_model(", "initialize_lreg_weights(", "accelerator.backward(", ".save_pretrained("]
     positions = [text.index(step) for step in steps]
     assert positions == sorted(positions)

@@ -1,6 +1,7 @@
 """What the options of the examples say of themselves, and who decides on the number of threads."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,16 @@ def test_the_opposite_of_an_option_has_a_help_of_its_own(name: str) -> None:
         positive = option.replace("--no_", "--")
         assert helps[option] == f"Switch {positive} off."
         assert helps[positive] not in (None, helps[option])
+
+
+@pytest.mark.parametrize("name", ["glue", "vision", "wikitext"])
+def test_help_comes_at_once(name: str) -> None:
+    """Before torch and transformers are imported, which takes seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = launch([str(EXAMPLES / name / f"finetune_{name}.py"), "--help"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--learning_rate" in done.stdout, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
 PROBE = """

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import EXAMPLES, Modules, example_modules
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
@@ -180,6 +180,8 @@ def test_one_file_program(modules, tmp_path, monkeypatch, capsys):
     assert "ResNetStage" in out
     before, after = (float(out.split(word)[0].split()[-1]) for word in (" before", " after"))
     assert after > before + 15  # reached with 200 steps: from 10 to 90
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForImageClassification.from_pretrained(config.base_model_name_or_path)
+    PeftModel.from_pretrained(base, tmp_path / "adapter")
     text = (EXAMPLES / "vision" / "finetune_vision.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150

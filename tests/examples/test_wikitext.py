@@ -26,6 +26,7 @@ from transformers import (
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
 SCRIPT = EXAMPLES / "wikitext" / "run_wikitext.py"
+AS_LORA = "lreg, as LoRA"
 LORA, LREG = ["lora", "lora-linear-head"], ["lreg-head", "lreg-mlp", "lreg"]
 METHODS = ["ft", "bitfit", "vocab-bias", *LORA, *LREG]
 SIZED = {**dict.fromkeys(LORA, "rank"), **dict.fromkeys(LREG, "n_components"), "lreg": "parameters"}
@@ -56,9 +57,9 @@ def modules() -> Iterator[Modules]:
 
 def test_table_has_one_row_per_method(smoke: tuple[Path, str, dict[str, Any]]) -> None:
     folder, output, results = smoke
-    assert [row["method"] for row in results["rows"]] == ["base", *METHODS]
+    assert [row["method"] for row in results["rows"]] == ["base", *METHODS, AS_LORA]
     table = [line for line in output.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["base", *METHODS]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["base", *METHODS, AS_LORA]
     assert len({len(line) for line in table}) == 1, "columns are not aligned"
     for line, row in zip(table[2:], results["rows"], strict=True):
         assert f"{figure(row):.2f}" in line
@@ -84,6 +85,7 @@ def test_base_model_is_trained_and_every_method_gains(smoke: tuple[Path, str, di
         "lreg": 0.93,
     }
     assert bounds.keys() == set(METHODS)
+    bounds[AS_LORA] = bounds["lreg"]
     for method, bound in bounds.items():
         assert perplexity[method] < bound * perplexity["base"], method
 
@@ -98,11 +100,29 @@ def test_budget_is_kept_and_used(smoke: tuple[Path, str, dict[str, Any]]) -> Non
 
 
 def test_same_number_of_trials_and_best_one_taken(smoke: tuple[Path, str, dict[str, Any]]) -> None:
-    rows = smoke[2]["rows"][1:]
+    rows = smoke[2]["rows"][1:-1]
     assert {len(row["trials"]) for row in rows} == {smoke[2]["settings"]["lr_trials"]}
     for row in rows:
         best = min(row["trials"], key=lambda trial: trial["perplexity"])
         assert row["learning_rate"] == best["learning_rate"]
+
+
+def test_lreg_as_lora_has_a_row_of_its_own(smoke: tuple[Path, str, dict[str, Any]]) -> None:
+    """Not trained again; its parameters are the LoRA's, and its time counts training and conversion."""
+    folder, output, results = smoke
+    lreg, lora = results["rows"][-2:]
+    assert (lreg["method"], lora["method"], lora["source"]) == ("lreg", AS_LORA, "lreg")
+    assert figure(lora) == pytest.approx(figure(lreg), rel=0.02)  # seen: 0.001
+    assert figure(lora) != figure(lreg)
+    assert lora["training_seconds"] > lreg["training_seconds"]
+    assert lora["trials"] == [] and lora["units_per_second"] is None
+    # The norm's components become ranks of the output layer, which has many outputs.
+    assert lora["trainable_parameters"] > lreg["trainable_parameters"]
+    assert 4 * lora["trainable_parameters"] <= lora["adapter_bytes"] < 4 * lora["trainable_parameters"] + 12_000
+    assert "lreg, as LoRA: what lreg has trained, converted" in output
+    lines = (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [json.loads(line).get("run") for line in lines]
+    assert [run["as_lora"]["test"] for run in runs if run and run["as_lora"]] == [{"perplexity": figure(lora)}]
 
 
 def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
@@ -110,7 +130,7 @@ def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "base" / "model.safetensors").is_file()
     assert (folder / "base" / "tokenizer.json").is_file()
-    for row in results["rows"][1:]:
+    for row in results["rows"][1:-1]:
         saved = sum(path.stat().st_size for path in (folder / "adapters" / row["method"]).glob("*.safetensors"))
         # fp32 values, mesh nodes and file headers; a saved backbone or head would be far beyond.
         assert 4 * row["trainable_parameters"] <= saved == row["adapter_bytes"]
@@ -211,7 +231,7 @@ def test_one_and_two_processes_give_the_same_figures(
     one, two = (json.loads((tmp_path / n / "results.json").read_text(encoding="utf-8")) for n in ("one", "two"))
     assert one["settings"]["task_type"] == {"gpt2": "CAUSAL_LM", "roberta": "MASKED_LM"}[name]
     assert two["provenance"]["processes"] == 2
-    assert [row["method"] for row in one["rows"]] == ["base", "lora-linear-head", "lreg"]
+    assert [row["method"] for row in one["rows"]] == ["base", "lora-linear-head", "lreg", AS_LORA]
     for alone, together in zip(one["rows"], two["rows"], strict=True):
         # Gradients are summed in another order: 7 steps of fp32 training let 1e-7 grow to less than 1e-5.
         assert figure(together) == pytest.approx(figure(alone), rel=1e-5), alone["method"]

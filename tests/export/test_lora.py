@@ -1,13 +1,12 @@
 """An LReg adapter as a LoRA: the fit, what PEFT makes of the files, and what is refused."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from processes import run_program
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -138,9 +137,7 @@ def test_a_folder_loads_and_merges_where_lreg_is_not_installed(tmp_path):
     assert "lm_head" in str(report) and "as LoRA" in str(report)
     torch.save(DATA, tmp_path / "data.pt")
     (tmp_path / "merged").mkdir()
-    arguments = [tmp_path / name for name in ("base", "lora", "data.pt", "merged")]
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(ELSEWHERE, *(str(tmp_path / name) for name in ("base", "lora", "data.pt", "merged")))
     loaded, merged = torch.load(tmp_path / "merged" / "logits.pt")
     here = logits(PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "lora").eval())  # tied: unmerged it does not matter
     torch.testing.assert_close(loaded, here, rtol=1e-5, atol=1e-5)
@@ -297,6 +294,19 @@ def test_several_adapters_become_the_lora_of_their_sum():
     torch.testing.assert_close(logits(as_lora(tiny.roberta(), config, state)), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_which_adapters_are_active_does_not_count():
+    model = adapted(tiny.roberta(), target_modules=["query"], **LINEAR)
+    model.add_adapter("other", LRegConfig(target_modules=["query", "dense"], **LINEAR))
+    tiny.shake(model, "other", seed=5)
+    alone = convert(model)
+    model.base_model.set_adapter(["default", "other"])
+    both = convert(model)
+    assert alone[2] == both[2]
+    assert alone[1].keys() == both[1].keys()
+    for name, value in alone[1].items():
+        assert torch.equal(value, both[1][name]), name
+
+
 @pytest.mark.parametrize("form", ["additive", "composed"])
 def test_a_stack_of_grades_is_one_lora(form):
     model = adapted(tiny.roberta(), straight=True, target_modules=["query"], **LINEAR)
@@ -310,6 +320,32 @@ def test_a_stack_of_grades_is_one_lora(form):
     assert mean_loss(loaded) == pytest.approx(report.loss_after, rel=1e-5)
     if form == "additive":  # a composed grade reads the basis below, which is not linear
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_in_half_precision():
+    """GPT-2 in bf16, with its layers that are laid out the other way and its tied output layer: the LoRA is in fp32."""
+    base = tiny.gpt2().bfloat16()
+    model = get_peft_model(base, recommended_config(base, 2500, task_type="CAUSAL_LM"))
+    tiny.shake(model)
+    soften(model, "default", 0.2, straight=False)
+    config, state, report = convert(model.eval())
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    lora = as_lora(tiny.gpt2().bfloat16(), config, state)
+    # Sums of bf16 in another order, whose roundings (0.4 %) are averaged over some 280 tokens.
+    assert mean_loss(lora) == pytest.approx(report.loss_after, rel=2e-3)
+    assert report.loss_before == pytest.approx(mean_loss(model), rel=1e-6)
+    full = get_peft_model(tiny.gpt2(), recommended_config(tiny.gpt2(), 2500, task_type="CAUSAL_LM"))
+    full.load_state_dict(model.state_dict())
+    in_full = convert(full.eval())[2]
+    assert report.loss_after == pytest.approx(in_full.loss_after, rel=1e-2)
+
+
+def test_constants_need_a_bias_to_merge_into():
+    model = adapted(tiny.llama(), straight=True, target_modules=["q_proj"], **LINEAR)
+    with pytest.warns(UserWarning, match="has no bias"):
+        lora = as_lora(tiny.llama(), *convert(model, bias="lora")[:2])
+    with pytest.raises(RuntimeError, match="base layer has no bias"):
+        lora.merge_and_unload()
 
 
 def test_a_norm_goes_into_an_output_layer_without_a_shortcut():
@@ -455,7 +491,7 @@ def test_wrong_arguments():
     ):
         with pytest.raises(error, match=words):
             convert(model, **options)
-    with pytest.raises(ValueError, match="dataloader is empty"):
+    with pytest.raises(ValueError, match="data are empty"):
         convert(model, [])
     with pytest.raises(ValueError, match="no LReg adapter"):
         convert(tiny.llama())

@@ -39,7 +39,7 @@ ROWS = sum(range(6))
 
 def adapted(base: nn.Module | None = None, **options) -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(base or tiny.gpt2(), LRegConfig(init_weights=False, **options)).train()
+    return get_peft_model(base or tiny.gpt2(), LRegConfig(preset="paper", init_weights=False, **options)).train()
 
 
 def build(path, model: nn.Module | None = None, data=DATA, **options) -> FeatureCache:

@@ -1,6 +1,5 @@
 """The feature cache on two processes: one cache for both, the same training as on one."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from lreg_peft import LRegConfig, cache_features
 
 
 def test_two_processes_build_one_cache_and_train_as_one_process(tmp_path):
-    run_on_two(__file__, tmp_path)
+    run_on_two(_both, tmp_path)
     ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     alone = _train(tmp_path / "alone", 0, 1)
     for mine, other in zip(ours[0]["weights"], ours[1]["weights"], strict=True):
@@ -32,7 +31,7 @@ def _train(folder: Path, rank: int, world: int) -> dict:
     from tiny import VOCABULARY, gpt2
 
     torch.manual_seed(1)
-    model = get_peft_model(gpt2(), LRegConfig(init_weights=False, dof=3)).train()
+    model = get_peft_model(gpt2(), LRegConfig(preset="paper", init_weights=False, dof=3)).train()
     ids = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     cache = cache_features(model, data, folder, batch_size=2, show_progress=False)
@@ -63,7 +62,7 @@ def _full_disk(folder: Path, rank: int) -> str:
     cache_module.os.fsync = fsync
     data = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(4)]
     try:
-        cache_features(get_peft_model(gpt2(), LRegConfig()), data, folder, show_progress=False)
+        cache_features(get_peft_model(gpt2(), LRegConfig(preset="paper")), data, folder, show_progress=False)
     except (OSError, RuntimeError) as error:  # its own, and that of the other
         return str(error)
     finally:
@@ -71,10 +70,10 @@ def _full_disk(folder: Path, rank: int) -> str:
     return "none"
 
 
-if __name__ == "__main__":
+def _both(folder: Path) -> None:
     dist.init_process_group("gloo")
-    place, number = Path(sys.argv[1]), dist.get_rank()
-    outcome = _train(place / "both", number, 2)
-    outcome["error"] = _full_disk(place / "full", number)
-    torch.save(outcome, place / f"{number}.pt")
+    rank = dist.get_rank()
+    outcome = _train(folder / "both", rank, 2)
+    outcome["error"] = _full_disk(folder / "full", rank)
+    torch.save(outcome, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from tiers import slow
 
 import lreg_peft.fitting.feature_cache as cache_module
 from lreg_peft import FeatureCache, LRegConfig, cache_features
@@ -19,7 +20,7 @@ def data(seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-MODEL = get_peft_model(tiny.gpt2(), LRegConfig())
+MODEL = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper"))
 
 
 def build(path: Path, seed: int = 0, **options) -> FeatureCache:
@@ -41,16 +42,14 @@ def expected(tmp_path_factory):
     return rows(build(folder / "one")), rows(build(folder / "other", seed=1))
 
 
-EVERY = pytest.param(1000, marks=pytest.mark.slow)
-
-
 FILES = ["build.lock", *(f"rows-0-0000{i}.safetensors" for i in range(3)), "stamp.json"]
 
 
-def test_a_kill_at_any_instant_costs_the_work_since_the_last_shard(tmp_path, expected):
+@pytest.mark.parametrize("at_most", [8, *slow(1000)])
+def test_a_kill_at_any_instant_costs_the_work_since_the_last_shard(tmp_path, expected, at_most):
     total = kills.count_operations(lambda: build(tmp_path / "count" / "c"), tmp_path / "count")
     assert total > 20
-    for instant in range(total):
+    for instant in kills.instants(total, at_most):
         folder = tmp_path / str(instant)
         assert kills.kill_at(lambda folder=folder: build(folder / "c"), folder, instant)
         if is_complete(folder / "c"):
@@ -79,12 +78,13 @@ def test_shards_are_used(tmp_path, expected):
     assert len(ran) <= 1
 
 
-def test_a_kill_while_another_cache_is_replaced(tmp_path, expected):
+@pytest.mark.parametrize("at_most", [6, *slow(1000)])
+def test_a_kill_while_another_cache_is_replaced(tmp_path, expected, at_most):
     """A complete cache is the old one or the new one, never parts of both; the same command leads to the new one."""
     (tmp_path / "count").mkdir()
     build(tmp_path / "count" / "c", seed=1)
     total = kills.count_operations(lambda: build(tmp_path / "count" / "c", overwrite=True), tmp_path / "count")
-    for instant in kills.instants(total, 20, seed=1):
+    for instant in kills.instants(total, at_most, seed=1):
         folder = tmp_path / str(instant)
         build(folder / "c", seed=1)
         assert kills.kill_at(lambda folder=folder: build(folder / "c", overwrite=True), folder, instant)

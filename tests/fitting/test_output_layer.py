@@ -23,7 +23,7 @@ def token_labels() -> torch.Tensor:
 
 
 def adapted(model: nn.Module, *targets: str, **options) -> nn.Module:
-    config = LRegConfig(target_modules=list(targets) or None, init_weights=False, **options)
+    config = LRegConfig(preset="paper", target_modules=list(targets) or None, init_weights=False, **options)
     return get_peft_model(model, config).train()
 
 
@@ -78,7 +78,7 @@ def test_rows_give_the_loss_of_the_model(name):
 
 def test_the_offset_leaves_out_one_adapter_and_keeps_the_others():
     model = adapted(tiny.gpt2())
-    model.add_adapter("second", LRegConfig(init_weights=False, n_components=3))
+    model.add_adapter("second", LRegConfig(preset="paper", init_weights=False, n_components=3))
     model.base_model.set_adapter(["default", "second"])
     terminal = find_output_layer(model, "second")
     features = torch.randn(5, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))

@@ -79,7 +79,7 @@ def fill(model: torch.nn.Module) -> None:
 def main(folder: Path) -> None:
     logits = {}
     for name, options in CONFIGS.items():
-        model = get_peft_model(base(), LRegConfig(task_type="CAUSAL_LM", **options))
+        model = get_peft_model(base(), LRegConfig(preset="paper", task_type="CAUSAL_LM", **options))
         fill(model)
         model.save_pretrained(folder / name)
         logits[name] = model.eval()(inputs()).logits.detach().contiguous()

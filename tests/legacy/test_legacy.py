@@ -40,7 +40,7 @@ def test_adapters(folder, name):
 @adapters
 def test_beside_another_adapter_and_as_a_state_dict(folder, name):
     options = {"task_type": "CAUSAL_LM", **make_files.CONFIGS[name]}
-    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(**options), adapter_name="other")
+    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(preset="paper", **options), adapter_name="other")
     model.load_adapter(folder / name, "old")
     model.set_adapter("old")
     same_logits(model, LOGITS[folder][name])
@@ -73,7 +73,7 @@ def test_grades(folder):
 def test_checkpoints_of_the_whole_model(name, strict):
     folder = FILES / "before-0.2"
     options = {"task_type": "CAUSAL_LM", **make_files.CONFIGS[name]}
-    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(**options))
+    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(preset="paper", **options))
     checkpoint = load_file(folder / f"{name}-checkpoint.safetensors")
     if strict:
         checkpoint = {**{k: v for k, v in model.state_dict().items() if "lreg_" not in k}, **checkpoint}
@@ -83,7 +83,9 @@ def test_checkpoints_of_the_whole_model(name, strict):
 
 def test_old_files_are_checked_too(tmp_path):
     folder = FILES / "before-0.2"
-    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(task_type="CAUSAL_LM", **make_files.CONFIGS["full"]))
+    model = get_peft_model(
+        make_files.base(), lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", **make_files.CONFIGS["full"])
+    )
     for change, message in (
         (lambda state: state.pop("base_model.model.lm_head.lreg_nodes"), "lacks .*nodes"),
         (lambda state: state["base_model.model.lm_head.lreg_coefficients"].fill_(torch.nan), "not finite numbers"),
@@ -99,7 +101,7 @@ def test_old_files_are_checked_too(tmp_path):
 def test_a_cache_is_refused_and_built_again(tmp_path):
     """Its format is no longer read; the new one holds the same rows, up to the last bit of bf16."""
     shutil.copytree(FILES / "cache", tmp_path / "cache")
-    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(task_type="CAUSAL_LM", dof=3))
+    model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3))
     inputs = {"data": make_files.samples(), "path": tmp_path / "cache", "batch_size": 2, "show_progress": False}
     for call in (lambda: lreg_peft.FeatureCache(tmp_path / "cache"), lambda: lreg_peft.cache_features(model, **inputs)):
         with pytest.raises(ValueError, match=r"another version of lreg_peft.*build it again"):

@@ -12,6 +12,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 from sklearn.utils.estimator_checks import check_estimator
+from tiers import slow
 
 from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor, MultigradeRegressor
 from lreg_peft.regression.mesh1d import second_differences
@@ -19,7 +20,7 @@ from lreg_peft.regression.mesh1d import second_differences
 
 @pytest.mark.no_cover  # hundreds of fits
 @pytest.mark.parametrize(
-    "estimator", [LagrangeRegressor(), LagrangeEncoder(), LagrangeClassifier(), MultigradeRegressor()], ids=str
+    "estimator", [LagrangeRegressor(), *slow(LagrangeEncoder(), LagrangeClassifier(), MultigradeRegressor())], ids=str
 )
 def test_scikit_learn_accepts_it(estimator):
     with warnings.catch_warnings():
@@ -41,7 +42,7 @@ class TestBars:
             ("Fig. 4 A", 0.376),
             ("Fig. 4 C", 0.9996),
             ("A2", 0.9915),
-            ("B2", 0.9997),
+            *slow(("B2", 0.9997)),  # 50,000 rows
             ("Friedman-1", 0.954),
         ],
     )

@@ -1,11 +1,9 @@
 """What comes with scikit-learn stays apart from what does without; pictures."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from data_sets import split
+from processes import run_program
 
 import lreg_peft
 from lreg_peft.regression import LagrangeRegressor
@@ -30,9 +28,8 @@ print(lreg_peft.LagrangeRegressor.__name__)
 
 def test_the_regressor_comes_when_asked_for_and_says_what_it_needs():
     """Libraries below may import scikit-learn themselves: it is the regressor that must not come along."""
-    result = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=300)
     sentence = "lreg_peft.regression needs scikit-learn and SciPy. Install them: pip install lreg_peft[regression]."
-    assert result.stdout.splitlines() == ["[]", sentence, sentence, "LagrangeRegressor"], result.stderr
+    assert run_program(ASKING).splitlines() == ["[]", sentence, sentence, "LagrangeRegressor"]
     with pytest.raises(AttributeError, match="no_such_name"):
         lreg_peft.no_such_name  # noqa: B018
 

@@ -470,7 +470,7 @@ class TestSearch:
         fit = fit_simplicial(x, y, smoothing=1e-4, max_nodes=500)
         import torch
 
-        from lreg_peft.core.simplices import locate_in_mesh
+        from lreg_peft.regression.simplices import locate_in_mesh
 
         points = torch.from_numpy(fit.scale.transform(x))
         centred = (y - y.mean())[:, None]

@@ -14,7 +14,7 @@ def trained(steps=6, rate=3e-3, **options):
     """On skewed text, far too little to have learned its frequencies."""
     torch.manual_seed(0)
     config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **(options or HEADS["linear"])}
-    model = get_peft_model(tiny.gpt2(), LRegConfig(**config)).train()
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **config)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for batch in skewed(steps):
         model(**batch).loss.backward()
@@ -73,7 +73,7 @@ def test_a_second_time_finds_little():
 
 
 def test_left_out_where_there_is_nothing_to_gain():
-    model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", dof=3))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3))
     ids = skewed()[0]["input_ids"]
     report = calibrate_output(model, as_expected(), show_progress=False)
     assert report.loss_after <= report.loss_before
@@ -189,7 +189,7 @@ def test_a_batch_that_is_no_dictionary():
 
 
 def test_warns_where_the_start_from_data_was_promised():
-    model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", dof=3, init_weights="pca"))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3, init_weights="pca"))
     with pytest.warns(UserWarning, match="not called before the calibration"):
         calibrate_output(model, skewed(), show_progress=False)
 

@@ -35,7 +35,9 @@ def batches(n: int = 8, masked: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def adapted(**options) -> PeftModel:
     options = {"target_modules": ["mlp", "c_attn", "lm_head"], "n_components": 3, "dof": 5, **options}
-    return get_peft_model(tiny_gpt2(), LRegConfig(task_type="CAUSAL_LM", init_weights="pca", **options)).eval()
+    return get_peft_model(
+        tiny_gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights="pca", **options)
+    ).eval()
 
 
 def layers(model: nn.Module) -> list[LRegLayer]:
@@ -149,7 +151,7 @@ class TestGradientMethod:
         assert not torch.equal(layers(model)[0].lreg_projection["default"].weight, projection)
 
     def test_unknown_method(self):
-        with pytest.raises(ValueError, match="'pca' or 'gradient', got 'svd'"):
+        with pytest.raises(ValueError, match="one of 'pca', 'gradient', got 'svd'"):
             initialize_lreg_weights(adapted(), batches(), method="svd", show_progress=False)
 
 

@@ -1,6 +1,5 @@
 """The data-driven start on two processes: every rank sees other batches and ends with the same tensors."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from lreg_peft import LRegConfig, LRegLayer, calibrate_output, initialize_lreg_w
 
 
 def test_two_processes_end_with_the_same_start(tmp_path):
-    run_on_two(__file__, tmp_path)
+    run_on_two(_start, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["rows"] != second["rows"]  # they did see different data
     for method in ("pca", "gradient"):
         for mine, other in zip(first[method], second[method], strict=True):
             assert torch.equal(mine, other)
     # Batches dealt out in turn make the same halves as in one process, so that the same pseudocount is chosen.
-    for name, work in (("output", _start_of_the_output), ("calibration", _calibration)):
+    for name, work in (("output", _start_of_the_output), ("head", _start_of_a_head), ("calibration", _calibration)):
         report = work(0, 1)
         for together in (first[name], second[name]):
             assert together == pytest.approx(report, rel=1e-6)
@@ -37,6 +36,22 @@ def _start_of_the_output(rank: int, world: int) -> tuple[float, float, float]:
     batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
     found = initialize_lreg_weights(model, batches, output_start=True, show_progress=False)
     return found.heldout_after, found.loss_after, found.pseudocount
+
+
+def _start_of_a_head(rank: int, world: int) -> tuple[float, float, float, float]:
+    """The same of a new classifier, with its ridge and what it wrote."""
+    from tiny import build
+
+    torch.manual_seed(0)
+    config = LRegConfig(task_type="SEQ_CLS", target_modules=["query"], dof=4)
+    model = get_peft_model(build("bert", "SEQ_CLS", num_labels=3), config)
+    generator = torch.Generator().manual_seed(7)
+    ids = [torch.randint(3, 61, (8, 10), generator=generator) for _ in range(4)]
+    batches = [{"input_ids": batch, "labels": batch[:, 0] % 3} for batch in ids[rank::world]]
+    found = initialize_lreg_weights(model, batches, n_batches=-(-4 // world), show_progress=False)
+    assert found.ridge is not None
+    written = model.get_base_model().classifier.modules_to_save.default.weight.norm().item()
+    return found.heldout_after, found.loss_after, found.ridge, written
 
 
 def _calibration(rank: int, world: int) -> tuple[float, float, float, float]:
@@ -73,10 +88,7 @@ def _start(folder: Path) -> None:
         results[method] = [value for part in parts for value in part.state_dict().values()]
         results["rows"] = ids[0].tolist()
     results["output"] = _start_of_the_output(rank, 2)
+    results["head"] = _start_of_a_head(rank, 2)
     results["calibration"] = _calibration(rank, 2)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _start(Path(sys.argv[1]))

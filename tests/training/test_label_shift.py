@@ -20,7 +20,7 @@ HEADS = {
 def adapted(**options):
     torch.manual_seed(0)
     config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **HEADS["full"], **options}
-    return get_peft_model(tiny.gpt2(), LRegConfig(**config))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **config))
 
 
 def skewed(n_batches=4, seed=0):

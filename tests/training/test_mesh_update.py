@@ -15,8 +15,8 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, count_hard_samples, follow_meshes, track_statistics, update_meshes
-from lreg_peft.training.statistics import statistics_of
+from lreg_peft import LRegConfig, LRegLayer, follow_meshes, track_statistics, update_meshes
+from lreg_peft.training.statistics import count_hard_samples, statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
 
@@ -33,7 +33,9 @@ EPS = torch.finfo(torch.float32).eps
 def toy(head="full", *, dof=9, components=2, track=True, **options) -> LRegLayer:
     """A shortcut around nothing, from one feature to two."""
     layer = LRegLayer(nn.Linear(1, 2), 1, 2)
-    layer.update_layer("default", components, dof, LRegConfig(n_components=components, dof=dof, head=head, **options))
+    layer.update_layer(
+        "default", components, dof, LRegConfig(preset="paper", n_components=components, dof=dof, head=head, **options)
+    )
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False).weight.zero_()
     shake(layer)
@@ -358,8 +360,6 @@ class TestErrors:
             ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
             ({"size": float("nan")}, ValueError, "size must be"),
             ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
-            ({"accept": 3.0}, TypeError, "accept must be a function"),
-            ({"adapter_name": 0}, TypeError, "adapter_name must be a string"),
             ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
         ],
     )
@@ -378,7 +378,6 @@ class TestErrors:
             ({"n_rows": 1.5}, TypeError, "n_rows must be a whole number"),
             ({"n_rows": True}, TypeError, "n_rows must be a whole number"),
             ({"n_hard_samples": "all"}, TypeError, "n_hard_samples must be a whole number"),
-            ({"enabled": None}, TypeError, "enabled must be True or False"),
         ],
     )
     def test_options_of_the_statistics(self, options, error, message):
@@ -387,8 +386,6 @@ class TestErrors:
         with pytest.raises(error, match=message):
             track_statistics(layer, **options)
         assert statistics_of(Site("", layer, "default")) is tracked
-        with pytest.raises(TypeError, match="losses must be a tensor"):
-            count_hard_samples(layer, [1.0], 1)
         with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
             count_hard_samples(layer, torch.ones(1), 1.5)
 
@@ -557,14 +554,13 @@ class TestFollowing:
         with pytest.raises(ValueError, match=r"the copy must have the 1 LReg layers|they are not copies of one model"):
             follow_meshes(other, layer)
         assert same_state(before, state(other))
-        layer.update_layer("other", 2, 4, LRegConfig(n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
         with pytest.raises(ValueError, match=r"in the copy are \['default'\], those of '' are \['default', 'other'\]"):
             follow_meshes(toy(), layer)
 
 
 def test_two_processes_end_as_one(tmp_path):
-    # `accelerate launch --cpu --num_processes 2` starts a second process through MPI only.
-    run_on_two(adaptation_run.__file__, tmp_path)
+    run_on_two(adaptation_run.run, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     alone = adaptation_run.train()
     for name in ("nodes", "coefficients", "moments"):
@@ -580,7 +576,7 @@ def test_two_processes_end_as_one(tmp_path):
 
 def test_an_error_of_one_process_ends_all(tmp_path):
     """Every stage at which one of two processes can fail: both end with its error, the model as it was."""
-    run_on_two(adaptation_failures.__file__, tmp_path)
+    run_on_two(adaptation_failures.run, tmp_path)
     reports = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     for stage, words in adaptation_failures.STAGES.items():
         for report in reports:

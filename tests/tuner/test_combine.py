@@ -14,8 +14,8 @@ IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
 def two(one=None, other=None, **common):
     """A model with the adapters "a" and "b", weights as after training."""
     common = {"target_modules": ["c_attn", "mlp"], "dof": 4, **common}
-    model = get_peft_model(tiny.gpt2(), LRegConfig(**{**common, **(one or {})}), adapter_name="a")
-    model.add_adapter("b", LRegConfig(**{**common, **(other or {})}))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **{**common, **(one or {})}), adapter_name="a")
+    model.add_adapter("b", LRegConfig(preset="paper", **{**common, **(other or {})}))
     for name, seed in (("a", 1), ("b", 2)):
         tiny.shake(model, name, seed)
     return model.eval()
@@ -111,8 +111,8 @@ class Net(nn.Module):
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_the_sum_reads_what_its_parts_read(one, other, order, tmp_path):
     common = {"target_modules": ["block.fc"], "dof": 3}
-    model = get_peft_model(Net(), LRegConfig(**{**common, **one}), adapter_name="a")
-    model.add_adapter("b", LRegConfig(**{**common, **other}))
+    model = get_peft_model(Net(), LRegConfig(preset="paper", **{**common, **one}), adapter_name="a")
+    model.add_adapter("b", LRegConfig(preset="paper", **{**common, **other}))
     tiny.shake(model, "a", 1), tiny.shake(model, "b", 2)
     x = torch.randn(2, 5, 6)
     model.base_model.set_adapter(["a", "b"])

@@ -1,9 +1,12 @@
 """Adapted models as graphs: compiled without a break and once, exported with a dynamic batch and length."""
 
+import itertools
+
 import pytest
 import tiny
 import torch
 from peft import get_peft_model
+from tiers import slow
 from torch import nn
 
 from lreg_peft import recommended_config
@@ -11,7 +14,7 @@ from lreg_peft import recommended_config
 
 def gpt2():
     """Without its loss named, Transformers logs a warning from the forward pass, which is a graph break by itself."""
-    model = tiny.gpt2()
+    model = tiny.gpt2(n_layer=1)  # every layer is traced
     model.loss_type = "ForCausalLM"
     return model
 
@@ -19,7 +22,7 @@ def gpt2():
 MODELS = {
     "gpt2": (gpt2, {"target_modules": ["mlp", "c_attn", "ln_f", "lm_head"]}),
     "bert": (
-        lambda: tiny.build("bert", "MASKED_LM"),
+        lambda: tiny.build("bert", "MASKED_LM", num_hidden_layers=1),
         {"target_modules": ["query", "key", "intermediate.dense", "cls"]},
     ),
 }
@@ -46,14 +49,18 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-@pytest.mark.parametrize("name", MODELS)
+def models_and_heads(*first: tuple[str, str]) -> list:
+    """All pairs; but for the first ones, which have every model and the forms that differ most, they are slow."""
+    return [*first, *slow(*(pair for pair in itertools.product(MODELS, tiny.HEADS) if pair not in first))]
+
+
 class TestCompiled:
+    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "factored+linear"), ("bert", "full")))
     def test_training(self, name, head):
         """One graph, compiled in the first step, with the losses of eager mode while the weights change."""
         losses = []
         for is_compiled in (False, True):
-            model = adapted(name, **head).train()
+            model = adapted(name, **tiny.HEADS[head]).train()
             call = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
             values = []
@@ -68,8 +75,9 @@ class TestCompiled:
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
         assert losses[0].unique().numel() == 3
 
+    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "reduced"), ("bert", "factored")))
     def test_inference_also_after_a_move_of_the_mesh(self, name, head):
-        model = adapted(name, **head).eval()
+        model = adapted(name, **tiny.HEADS[head]).eval()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
             for step in range(3):
@@ -91,7 +99,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("places", ["recommended", "mlp", "attn"])
+@pytest.mark.parametrize("places", ["recommended", *slow("mlp", "attn")])
 def test_exported_with_a_dynamic_batch_and_length(places):
     """Of every length, also that of the hidden size."""
     base = tiny.gpt2()

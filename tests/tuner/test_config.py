@@ -9,6 +9,7 @@ from peft import PeftConfig
 from lreg_peft import LRegConfig
 
 EVERYTHING = {
+    "preset": "paper",
     "task_type": "CAUSAL_LM",
     "n_components": 3,
     "dof": 4,
@@ -122,6 +123,20 @@ REFUSED = [
     ({"previous_grades": "default"}, TypeError, "previous_grades must be a list"),
     ({"previous_grades": ["a", "a"]}, ValueError, r"every adapter once, got \['a', 'a'\]"),
     ({"grade_form": "nested"}, ValueError, "grade_form must be one of additive, composed, got 'nested'"),
+    ({"preset": "lora"}, ValueError, "preset must be one of 'recommended', 'paper', got 'lora'"),
+    *(
+        ({name: value}, ValueError, f"{name}=.* needs target_modules, or preset='paper'")
+        for name, value in {
+            "n_components": 4,
+            "head": "reduced",
+            "component_pattern": {"a": 1},
+            "dof_pattern": {"a": 3},
+            "layers_to_transform": [1],
+        }.items()
+    ),
+    ({"r": 8}, TypeError, r"r=8 is LoRA's rank.*n_components"),
+    ({"lora_alpha": 16}, TypeError, "lora_alpha=16.*learning rate"),
+    ({"lora_dropout": 0.1}, TypeError, "lora_dropout=0.1.*dropout="),
     ({"grade_form": "composed"}, ValueError, "reads the basis of a previous grade, and previous_grades is empty"),
     ({"curvature_weight": 0.1, "dof": 2}, ValueError, "has nothing to act on: a mesh of dof=2 has no interior node"),
 ]
@@ -141,14 +156,14 @@ def test_refuses(options, error, message):
         {"target_modules": ("a", "b")},
         {"target_modules": r"layers\.\d+\.mlp"},
         {"layers_to_transform": 1, "target_modules": ["a"], "layers_pattern": "h"},
-        {"layers_to_transform": [1]},  # with the default targets
-        {"curvature_weight": 1, "dof": 2, "dof_pattern": {"mlp": 3}},
+        {"preset": "paper", "layers_to_transform": [1]},
+        {"preset": "paper", "curvature_weight": 1, "dof": 2, "dof_pattern": {"mlp": 3}},
         {"init_weights": "pca"},
         {"trainable_token_indices": [3, 4]},
         {"trainable_token_indices": None},
         {"target_parameters": None},
         {"feature_sizes": {"a": [3, 4]}},
-        {"component_pattern": {"a": 1}},
+        {"preset": "paper", "component_pattern": {"a": 1}},
     ],
 )
 def test_accepts(options):

@@ -93,7 +93,7 @@ def test_a_block_may_have_children_called_like_attributes_of_a_shortcut(name):
 class TestTrainableTokens:
     def test_they_act_as_rows_of_the_embedding_and_of_a_tied_head(self, build, targets, tmp_path):
         config = {"target_modules": targets, "trainable_token_indices": [3, 4]}
-        model = get_peft_model(build(), LRegConfig(**config)).eval()
+        model = get_peft_model(build(), LRegConfig(preset="paper", **config)).eval()
         tiny.shake(model)
         (rows,) = (p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
         rows.data.add_(0.25)

@@ -149,7 +149,7 @@ WORK = {
 def test_the_default_device_of_torch_does_not_matter(name, tmp_path):
     """Meta stands for any device that is not the model's."""
     build, options, work = WORK[name]
-    model = get_peft_model(build(), LRegConfig(**options))
+    model = get_peft_model(build(), LRegConfig(preset="paper", **options))
     with torch.device("meta"):
         work(model, tmp_path)
 
@@ -181,7 +181,7 @@ def test_heads_that_take_the_labels(model_class, config_class):
         config_class(vocab_size=61, emb_dim=16, n_layers=2, n_heads=2, pad_index=2, dropout=0.0, attention_dropout=0.0)
     ).eval()
     expected = base(input_ids=IDS, labels=IDS).loss
-    model = get_peft_model(base, LRegConfig(task_type="CAUSAL_LM")).train()
+    model = get_peft_model(base, LRegConfig(preset="paper", task_type="CAUSAL_LM")).train()
     loss = model(input_ids=IDS, labels=IDS).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()

@@ -34,12 +34,12 @@ from lreg_peft import (
     initialize_lreg_weights,
     inspect_targets,
     load_grades,
-    snapshot_meshes,
     track_statistics,
 )
 from lreg_peft.core import evaluate
 from lreg_peft.fitting.feature_cache import fingerprint_below
 from lreg_peft.fitting.output_layer import find_output_layer
+from lreg_peft.plotting import snapshot_meshes
 from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.sites import all_sites
 
@@ -112,7 +112,7 @@ class TestAdding:
     @pytest.mark.parametrize(("form", "width"), [("additive", HIDDEN), ("composed", HIDDEN + 12)])
     def test_parameter_counts(self, form, width, capsys):
         model = first_grade()
-        config = LRegConfig(**{**OPTIONS, "dof": 6, "n_components": 2, "head": "factored"})
+        config = LRegConfig(preset="paper", **{**OPTIONS, "dof": 6, "n_components": 2, "head": "factored"})
         name = add_grade(model, config, form=form)
         report = inspect_targets(model, model.peft_config[name])
         assert [target.in_features for target in report] == [HIDDEN] * 3
@@ -147,7 +147,7 @@ class TestAdding:
     def test_start_from_data(self, form):
         model = first_grade()
         before = outputs(model)
-        add_grade(model, LRegConfig(**OPTIONS, init_weights="gradient"), form=form)
+        add_grade(model, LRegConfig(preset="paper", **OPTIONS, init_weights="gradient"), form=form)
         batch = inputs(model.get_base_model())
         batch = {**batch, "labels": batch["input_ids"]}
         initialize_lreg_weights(model, [batch] * 2, adapter_name="grade_2", show_progress=False)
@@ -232,7 +232,7 @@ class TestSwitching:
     def test_adapters_of_their_own_switch_as_in_peft(self):
         model = first_grade()
         before = outputs(model)
-        model.add_adapter("other", LRegConfig(**OPTIONS))
+        model.add_adapter("other", LRegConfig(preset="paper", **OPTIONS))
         shake(model, "other", 5)
         add_grade(model)
         shake(model, "grade_2")
@@ -244,7 +244,7 @@ class TestSwitching:
 
     def test_two_active_adapters_carry_a_grade(self):
         model = first_grade()
-        model.add_adapter("other", LRegConfig(**OPTIONS))
+        model.add_adapter("other", LRegConfig(preset="paper", **OPTIONS))
         shake(model, "other", 5)
         model.base_model.set_adapter(["default", "other"])
         before = outputs(model)
@@ -294,8 +294,10 @@ class TestSwitching:
 
     def test_features_below_a_grade_on_the_output_layer_are_those_of_the_stack(self):
         model = first_grade(target_modules=["mlp"])
-        add_grade(model, LRegConfig(task_type="CAUSAL_LM", dof=3))  # at the output, on shortcuts inside the network
-        model.add_adapter("alone", LRegConfig(task_type="CAUSAL_LM", dof=3))
+        add_grade(
+            model, LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3)
+        )  # at the output, on shortcuts inside the network
+        model.add_adapter("alone", LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3))
         batch = {**inputs("gpt2"), "labels": inputs("gpt2")["input_ids"]}
         output_layer = find_output_layer(model, "grade_2")
         stamp, rows = fingerprint_below(output_layer), output_layer.rows(batch)
@@ -410,7 +412,7 @@ class TestFiles:
 
     def test_other_adapters_in_the_folder(self, tmp_path):
         model = stack_of_three("additive")
-        model.add_adapter("other", LRegConfig(**OPTIONS))
+        model.add_adapter("other", LRegConfig(preset="paper", **OPTIONS))
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"beside the stack .*: \['other'\]"):
             load_grades(gpt2(), tmp_path)
@@ -492,7 +494,7 @@ class TestNative:
     @pytest.mark.parametrize("form", FORMS)
     def test_transformers_own_adapters(self, form):
         model = gpt2()
-        model.add_adapter(LRegConfig(**OPTIONS))
+        model.add_adapter(LRegConfig(preset="paper", **OPTIONS))
         shake(model)
         before = outputs(model)
         name = add_grade(model, form=form)
@@ -513,7 +515,7 @@ class TestNative:
 
     def test_files(self, tmp_path):
         model = gpt2()
-        model.add_adapter(LRegConfig(**OPTIONS))
+        model.add_adapter(LRegConfig(preset="paper", **OPTIONS))
         shake(model)
         model.save_pretrained(tmp_path / "default")
         name = add_grade(model, form="composed")
@@ -555,7 +557,7 @@ class TestBadInput:
         ],
     )
     def test_configurations(self, options, error, message):
-        refused(first_grade(), error, message, LRegConfig(**{**OPTIONS, **options}))
+        refused(first_grade(), error, message, LRegConfig(preset="paper", **{**OPTIONS, **options}))
 
     def test_arguments(self):
         refused(first_grade(), TypeError, "needs an LRegConfig, got LoraConfig", LoraConfig())
@@ -568,7 +570,9 @@ class TestBadInput:
             first_grade(), ValueError, "has a shortcut around 'transformer.h.0.attn.c_attn'", config, form="composed"
         )
         with pytest.raises(ValueError, match="has a shortcut around"):
-            get_peft_model(gpt2(), LRegConfig(previous_grades=["default"], grade_form="composed"), "second")
+            get_peft_model(
+                gpt2(), LRegConfig(preset="paper", previous_grades=["default"], grade_form="composed"), "second"
+            )
 
     def test_disabled(self):
         model = first_grade()
@@ -577,7 +581,7 @@ class TestBadInput:
 
     def test_native_with_modules_to_save(self):
         model = gpt2()
-        model.add_adapter(LRegConfig(**{**OPTIONS, "modules_to_save": ["ln_f"]}))
+        model.add_adapter(LRegConfig(preset="paper", **{**OPTIONS, "modules_to_save": ["ln_f"]}))
         refused(model, ValueError, "wrap the model by get_peft_model")
 
 
@@ -647,6 +651,7 @@ class TestRegression:
         assert after <= before
         assert after == pytest.approx(before, rel=1e-9)
 
+    @pytest.mark.slow  # a quarter of a minute
     def test_twenty_sines(self):
         """The script that shows what grades of least-squares fits reach, without its repetitions."""
         rows = multigrade_anchor.measure(repeats=1)

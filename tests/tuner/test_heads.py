@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 def layer_with(head: dict, **options) -> LRegLinear:
     """In fp64, with weights as training leaves them."""
     layer = LRegLinear(nn.Linear(6, C).double(), 6, C)
-    layer.update_layer("default", D, N, LRegConfig(**head), **options)
+    layer.update_layer("default", D, N, LRegConfig(preset="paper", **head), **options)
     layer.set_adapter("default")
     tiny.shake(layer)
     return layer.double().eval()
@@ -104,7 +104,7 @@ class TestLinearTerm:
 
     def test_certified_fit_and_cache_and_grade(self, tmp_path):
         options = {"head": "factored", "linear_term": True, "dof": 4}
-        model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", **options))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", **options))
         data = [{"input_ids": row, "labels": row} for row in torch.randint(3, tiny.VOCABULARY, (6, 9))]
         cache = lreg_peft.cache_features(model, data, tmp_path / "c", dtype=torch.float32, show_progress=False)
         fit = lreg_peft.fit_coefficients(model, cache, ridge=1e-2, show_progress=False)
@@ -123,7 +123,7 @@ class TestLinearTerm:
     def test_neighbouring_latents_stay_apart_in_half_precision(self):
         """z is not rounded to bf16 before it is weighted: at 300 a bf16 step is 2."""
         layer = LRegLinear(nn.Linear(1, 1), 1, 1)
-        layer.update_layer("default", 1, 2, LRegConfig(head="factored", linear_term=True))
+        layer.update_layer("default", 1, 2, LRegConfig(preset="paper", head="factored", linear_term=True))
         with torch.no_grad():
             layer.lreg_projection["default"].weight.fill_(300.0)
             z = layer.latent("default", torch.tensor([[1.0], [1.0 + 2**-7]], dtype=torch.bfloat16))
@@ -172,7 +172,7 @@ class TestNames:
 
     @pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
     def test_keys_of_files(self, head, tmp_path):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", dof=3, **head))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3, **head))
         model.save_pretrained(tmp_path)
         parts = ["projection.weight", "projection.bias", "encoder.nodes", "coefficients.weight"]
         if head["head"] == "factored":

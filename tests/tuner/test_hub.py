@@ -1,25 +1,26 @@
 """Adapters pushed to a Hub and loaded back from it.
 
-`huggingface_hub` reads its endpoint when it is imported, so the clients are two processes: this file run with
-`publish`, then with `load`. They share nothing but the server. What they computed comes back in files, and the tests
-compare that and what lies on the server.
+`huggingface_hub` reads its endpoint when it is imported, so the clients are two processes that read it anew. They share
+nothing but the server. What they computed comes back in files, and the tests compare that and what lies on the server.
 """
 
+import importlib
 import json
 import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from processes import run_function
 
 BASE, BASE_BF16 = "tester/base", "tester/base-bf16"
 PUSHED, PUSHED_BF16 = "tester/adapter", "tester/adapter-bf16"
@@ -71,9 +72,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def _run_client(task: str, server: HubServer, folder: Path) -> dict[str, Any]:
-    # Nothing of the user's own Hub settings gets in, above all neither a token nor a cache.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {
+    environment = {
         "HF_ENDPOINT": server.endpoint,
         "HF_TOKEN": TOKEN,
         # One per client: an empty cache makes the second download what the first one pushed.
@@ -84,25 +83,14 @@ def _run_client(task: str, server: HubServer, folder: Path) -> dict[str, Any]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
-        # Equal logits in two processes need equal orders of summation.
-        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the helpers that this file imports
     results = folder / f"{task}.pt"
-    done = subprocess.run(
-        # PEFT reports tensors that a file lacks, or has in excess, as a UserWarning.
-        [sys.executable, "-W", "error::UserWarning", __file__, task, str(results)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode != 0:
+    try:
+        run_function(_client, task, results, environment)
+    except AssertionError as error:
         pytest.fail(
-            f"the client {task!r} failed. Requests that the server does not know: {server.unknown}\n"
-            f"{done.stdout}\n{done.stderr}",
+            f"the client {task!r} failed. Requests that the server does not know: {server.unknown}\n{error}",
             pytrace=False,
         )
     return torch.load(results, weights_only=True)
@@ -206,7 +194,7 @@ def test_pushing_again_keeps_the_card(hub: Hub):
         assert (len(contents) == 2) == changes
 
 
-# The clients. Their imports are their own: the test process loads neither PEFT nor Transformers for them.
+# The clients
 
 
 def _publish() -> dict[str, Any]:
@@ -215,6 +203,7 @@ def _publish() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
     import lreg_peft
+    from lreg_peft.tuner.model_card import push_model_card
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -224,7 +213,7 @@ def _publish() -> dict[str, Any]:
     base.to(torch.bfloat16).push_to_hub(BASE_BF16)
 
     def adapted(base_id: str) -> PeftModel:
-        config = lreg_peft.LRegConfig(task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
+        config = lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), config).eval()
         _set_nodes(model, "default", MESH)
         return model
@@ -235,10 +224,10 @@ def _publish() -> dict[str, Any]:
 
     model = adapted(BASE)
     blocks = {"n_components": SECOND_MESH.shape[0], "dof": SECOND_MESH.shape[1], "target_modules": ["mlp"]}
-    model.add_adapter(SECOND, lreg_peft.LRegConfig(task_type="CAUSAL_LM", init_weights=False, **blocks))
+    model.add_adapter(SECOND, lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights=False, **blocks))
     _set_nodes(model, SECOND, SECOND_MESH)
     model.push_to_hub(PUSHED)
-    lreg_peft.push_model_card(model, PUSHED)
+    push_model_card(model, PUSHED)
     logits[PUSHED] = _logits(model)
     config = {**_plain(model.peft_config["default"]), "inference_mode": True}  # so set by PEFT in what it saves
     model.set_adapter(SECOND)
@@ -250,14 +239,14 @@ def _publish() -> dict[str, Any]:
     with torch.no_grad():
         _layers(stack)[0].lreg_coefficients[grade].weight.normal_()
     stack.push_to_hub(GRADES)
-    lreg_peft.push_model_card(stack, GRADES)
+    push_model_card(stack, GRADES)
     logits[GRADES] = _logits(stack)
 
     native = AutoModelForCausalLM.from_pretrained(BASE)
-    native.add_adapter(lreg_peft.LRegConfig(task_type="CAUSAL_LM"))
+    native.add_adapter(lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM"))
     native.push_to_hub(NATIVE)
     for _ in range(2):  # the second call finds nothing left to add
-        lreg_peft.push_model_card(native, NATIVE)
+        push_model_card(native, NATIVE)
 
     # A folder with PEFT's own card. Transformers keeps a card that is on the Hub when the model is pushed again.
     model = adapted(BASE)
@@ -285,7 +274,7 @@ def _publish() -> dict[str, Any]:
     trainer = Trainer(model, arguments, train_dataset=[sample] * 4)
     trainer.train()
     trainer.push_to_hub()
-    lreg_peft.push_model_card(model, TRAINED)
+    push_model_card(model, TRAINED)
     logits[TRAINED] = _logits(model.eval())
     return {"logits": logits, "config": config, "commits": commits}
 
@@ -346,6 +335,14 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-if __name__ == "__main__":
-    task, path = sys.argv[1:]
-    torch.save({"publish": _publish, "load": _load}[task](), path)
+def _client(task: str, results: Path, environment: dict[str, str]) -> None:
+    # Nothing of the user's own Hub settings gets in, above all neither a token nor a cache.
+    for name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_"))]:
+        del os.environ[name]
+    os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT  # behind the functions of the Hub
+    os.chdir(results.parent)
+    # PEFT reports tensors that a file lacks, or has in excess, as a UserWarning.
+    warnings.simplefilter("error", UserWarning)
+    torch.save({"publish": _publish, "load": _load}[task](), results)

@@ -50,7 +50,7 @@ class TestDefaults:
     def test_starts_as_the_base_learns_and_comes_back(self, model_type, tmp_path):
         base, batch = image_model(model_type)
         before, base_state = logits(base, batch), state(base)
-        report = inspect_targets(base, LRegConfig(), example_inputs=batch)
+        report = inspect_targets(base, LRegConfig(preset="paper"), example_inputs=batch)
         assert [(t.name, t.in_features, t.out_features) for t in report] == [PLACEMENTS[model_type]]
         model = adapt(copy.deepcopy(base), dof=4)
         assert torch.equal(logits(model, batch), before)
@@ -73,7 +73,10 @@ class TestDefaults:
 
     @pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"task_type": "SEQ_CLS"}], ids=str)
     def test_a_classifier_that_is_trained_in_full_gets_no_shortcut(self, options):
-        names = {t.name.rpartition(".")[2] for t in inspect_targets(image_model("vit")[0], LRegConfig(**options))}
+        names = {
+            t.name.rpartition(".")[2]
+            for t in inspect_targets(image_model("vit")[0], LRegConfig(preset="paper", **options))
+        }
         assert names == {"q_proj", "k_proj"}
 
     def test_new_head_beside_a_stage(self):
@@ -329,13 +332,13 @@ class TestExampleInputs:
 
     def test_table_has_the_shapes(self):
         base, batch = image_model("resnet")
-        text = str(inspect_targets(base, LRegConfig(), example_inputs=batch))
+        text = str(inspect_targets(base, LRegConfig(preset="paper"), example_inputs=batch))
         assert text.splitlines()[0].split()[-2:] == ["takes", "gives"]
         assert "[6, 16, 4, 4]  [6, 24, 2, 2]" in text
 
     def test_model_that_already_carries_adapters(self):
         base, batch = image_model("resnet")
         model = adapt(base)
-        (target,) = inspect_targets(model, LRegConfig(), example_inputs=batch)
+        (target,) = inspect_targets(model, LRegConfig(preset="paper"), example_inputs=batch)
         assert target.input_shape == (6, 16, 4, 4)
         assert target.module_type == "ResNetStage"

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from lreg_peft import LRegConfig
-from lreg_peft.core import hat_basis, project
+from lreg_peft.core import hat_basis
+from lreg_peft.core.coordinates import project
 from lreg_peft.tuner.layer import LRegLayer, LRegLinear
 
 EPS = torch.finfo(torch.float32).eps
@@ -21,7 +22,7 @@ EPS = torch.finfo(torch.float32).eps
 def layer_around(module: nn.Module, in_features: int, out_features: int, *names: str, **options) -> LRegLayer:
     """A layer with one active adapter per name ("default" without names), zero coefficients."""
     layer = (LRegLinear if isinstance(module, nn.Linear) else LRegLayer)(module, in_features, out_features)
-    config = LRegConfig(**{"n_components": 3, "dof": 4, **options})
+    config = LRegConfig(preset="paper", **{"n_components": 3, "dof": 4, **options})
     for name in names or ("default",):
         layer.update_layer(name, config.n_components, config.dof, config)
     layer.set_adapter(list(names or ("default",)))
@@ -282,7 +283,7 @@ class TestPrecision:
 class TestAdapters:
     def test_update_replaces_the_adapter(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7)
-        layer.update_layer("default", 2, 9, LRegConfig(dof=9))
+        layer.update_layer("default", 2, 9, LRegConfig(preset="paper", dof=9))
         assert layer.table("default").shape == (18, 7)
         assert layer.lreg_encoder["default"].nodes.shape == (2, 9)
 
@@ -295,7 +296,7 @@ class TestAdapters:
 
     def test_fixed_projection_stays_fixed_after_switching(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7, train_projection=False)
-        layer.update_layer("other", 2, 2, LRegConfig())
+        layer.update_layer("other", 2, 2, LRegConfig(preset="paper"))
         for active in ("other", "default"):
             layer.set_adapter(active)
         assert not layer.lreg_projection["default"].weight.requires_grad

@@ -238,7 +238,7 @@ class TestMixedBatch:
 
     def test_modules_to_save_follow_their_sample(self):
         model = adapt(build("bert", "SEQ_CLS"), "one", task_type="SEQ_CLS", n_components=1)
-        model.add_adapter("two", LRegConfig(task_type="SEQ_CLS"))
+        model.add_adapter("two", LRegConfig(preset="paper", task_type="SEQ_CLS"))
         wrapper = model.get_base_model().classifier
         for i, name in enumerate(("one", "two")):
             shake(model, name, seed=i)
@@ -311,13 +311,15 @@ class TestPrecision:
     @pytest.mark.parametrize(("cast", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
     @placements
     def test_dtype_of_adapter_parameters(self, options, cast, expected):
-        model = get_peft_model(gpt2().to(torch.bfloat16), LRegConfig(**options), autocast_adapter_dtype=cast)
+        model = get_peft_model(
+            gpt2().to(torch.bfloat16), LRegConfig(preset="paper", **options), autocast_adapter_dtype=cast
+        )
         assert {p.dtype for name, p in model.named_parameters() if "lreg_" in name} == {expected}
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_nodes_of_a_second_adapter_stay_fp32(self, autocast):
         model = adapt(gpt2().to(torch.bfloat16), dof=5)
-        model.add_adapter("two", LRegConfig(dof=7), autocast_adapter_dtype=autocast)
+        model.add_adapter("two", LRegConfig(preset="paper", dof=7), autocast_adapter_dtype=autocast)
         model.to(torch.bfloat16)
         model.half()
         (head,) = layers(model)
@@ -351,7 +353,13 @@ class TestPrecision:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp"], "dof": 20}], ids=["lm_head", "mlp"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({}, id="lm_head"),
+            pytest.param({"target_modules": ["mlp"], "dof": 20}, id="mlp", marks=pytest.mark.slow),
+        ],
+    )
     def test_same_result_and_no_recompilation_when_nodes_move(self, options):
         torch._dynamo.reset()
         model = adapt(gpt2(n_layer=1), **{"dof": 5, **options})
@@ -396,7 +404,13 @@ class TestCompile:
             assert (gradient - compiled[name]).abs().max() <= limit
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp"], "dof": 12}], ids=["lm_head", "mlp"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({}, id="lm_head", marks=pytest.mark.slow),
+            pytest.param({"target_modules": ["mlp"], "dof": 12}, id="mlp"),
+        ],
+    )
     def test_graph_stays_whole(self, options):
         torch._dynamo.reset()
         batch = inputs(gpt2())
@@ -442,7 +456,7 @@ class TestEntryPoints:
 
     def test_inject_adapter_in_model(self):
         model, base = gpt2(), outputs(gpt2())
-        same = inject_adapter_in_model(LRegConfig(task_type="CAUSAL_LM"), model)
+        same = inject_adapter_in_model(LRegConfig(preset="paper", task_type="CAUSAL_LM"), model)
         assert same is model
         assert torch.equal(outputs(model), base)
         shake(model)
@@ -451,7 +465,7 @@ class TestEntryPoints:
 
     def test_native_add_adapter(self):
         model, base = gpt2(), outputs(gpt2())
-        model.add_adapter(LRegConfig(n_components=1), adapter_name="one")
+        model.add_adapter(LRegConfig(preset="paper", n_components=1), adapter_name="one")
         with pytest.warns(UserWarning, match="multiple adapters in the model"):  # of every method
             model.add_adapter(LRegConfig(target_modules=["mlp"]), adapter_name="two")
         for i, name in enumerate(("one", "two")):
@@ -473,7 +487,7 @@ class TestEntryPoints:
 
     def test_config_given_is_not_needed_again(self):
         """The same configuration object serves two models of different layouts."""
-        config = LRegConfig()
+        config = LRegConfig(preset="paper")
         get_peft_model(gpt2(), copy.deepcopy(config))
         get_peft_model(roberta(), copy.deepcopy(config))
 

@@ -42,7 +42,7 @@ def test_every_configuration_that_can_be_saved_can_be_loaded(kind, task, task_ty
 
 def test_a_file_with_both_loads_as_peft_meant_it(tmp_path):
     """Files from the time when the names behind "all-linear" were written down whole."""
-    model = get_peft_model(tiny.build("vit", "IMAGE_CLS"), LRegConfig(**SAVE_HEAD))
+    model = get_peft_model(tiny.build("vit", "IMAGE_CLS"), LRegConfig(preset="paper", **SAVE_HEAD))
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     content = json.loads(file.read_text())

@@ -1,7 +1,5 @@
 """What trainers, engines and servers do to an adapted model beside calling it; what importing the package does."""
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +8,7 @@ import tiny
 import torch
 from peft import get_peft_model, helpers
 from peft.utils.other import fsdp_auto_wrap_policy
+from processes import run_program
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -20,7 +19,7 @@ PLACES = {"target_modules": ["mlp", "c_attn", "lm_head"], "dof": 4}
 
 
 def adapted(**options):
-    model = get_peft_model(tiny.gpt2(), LRegConfig(**{**PLACES, **options})).train()
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **{**PLACES, **options})).train()
     tiny.shake(model)
     return model
 
@@ -207,8 +206,8 @@ def test_fsdp_with_the_wrap_policy_of_peft(head, tmp_path):
 
 class TestServers:
     def two(self):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(**PLACES), adapter_name="a")
-        model.add_adapter("b", LRegConfig(**PLACES))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **PLACES), adapter_name="a")
+        model.add_adapter("b", LRegConfig(preset="paper", **PLACES))
         for name, seed in (("a", 1), ("b", 2)):
             tiny.shake(model, name, seed)
         return model.eval()
@@ -258,12 +257,6 @@ def test_input_dtypes_are_none_of_its_business(active):
     assert all(layer.cast_input_dtype_enabled for layer in tiny.layers(model))
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_importing_replaces_nothing_of_others():
     """Functions, methods and global hooks of PEFT, Transformers and torch are the same objects before and after."""
     code = """
@@ -294,7 +287,7 @@ after = snapshot()
 # Registering a method adds its member to an enumeration.
 print(sorted(key for key, value in before.items() if after.get(key) != value and "PeftType" not in key))
 """
-    assert run_python(code) == "[]"
+    assert run_program(code) == "[]\n"
 
 
 def test_importing_brings_only_what_an_adapter_needs():
@@ -306,12 +299,12 @@ heavy = ("transformers.trainer", "datasets", "pandas", "scipy", "sklearn", "matp
 print(sorted(name for name in heavy if name in set(sys.modules) - before))
 print(callable(lreg_peft.LRegCallback), callable(lreg_peft.fit_coefficients))
 """
-    assert run_python(code).splitlines() == ["[]", "True True"]
+    assert run_program(code).splitlines() == ["[]", "True True"]
 
 
 def test_every_public_name_is_there():
     code = "import lreg_peft; print([name for name in lreg_peft.__all__ if getattr(lreg_peft, name, None) is None])"
-    assert run_python(code) == "[]"
+    assert run_program(code) == "[]\n"
 
 
 def test_lora_beside_it_is_untouched():
@@ -325,4 +318,4 @@ config = LoraConfig(target_modules=["0"], init_lora_weights=False)
 net = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
 print(net(torch.ones(1, 4)).tolist(), sorted(net.state_dict()))
 """
-    assert run_python(code.format("")) == run_python(code.format("import lreg_peft"))
+    assert run_program(code.format("")) == run_program(code.format("import lreg_peft"))

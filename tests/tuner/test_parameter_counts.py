@@ -17,8 +17,8 @@ def on_meta(model_class, config) -> nn.Module:
 
 
 def check(model: nn.Module, expected: int, **options) -> nn.Module:
-    report = inspect_targets(model, LRegConfig(**options))
-    adapted = get_peft_model(model, LRegConfig(**options))
+    report = inspect_targets(model, LRegConfig(preset="paper", **options))
+    adapted = get_peft_model(model, LRegConfig(preset="paper", **options))
     adapters = [p for name, p in adapted.named_parameters() if "lreg_" in name and p.requires_grad]
     assert report.trainable_parameters == sum(p.numel() for p in adapters)
     assert trainable(adapted) == expected
@@ -144,7 +144,7 @@ def test_saved_adapter_of_gpt2_is_under_one_megabyte(tmp_path):
     """A depth of one leaves the head as it is in GPT-2; the 155 MB output embedding stays out of the file."""
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))
     model.name_or_path = ""
-    get_peft_model(model, LRegConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    get_peft_model(model, LRegConfig(preset="paper", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     with safe_open(file, "pt") as saved:
         assert set(saved.keys()) == {

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from tiers import slow
 from tiny import adapt, gpt2, inputs, layers, shake
 from torch import nn
 from transformers import TrainingArguments
@@ -57,7 +58,7 @@ class TestFunction:
 
     def test_only_active_adapters_count(self):
         adapted = model()
-        adapted.add_adapter("second", LRegConfig(dof=5, curvature_weight=0.3))
+        adapted.add_adapter("second", LRegConfig(preset="paper", dof=5, curvature_weight=0.3))
         shake(adapted, "second", seed=5)
         adapted.set_adapter("second")
         torch.testing.assert_close(curvature_penalty(adapted), 0.3 * explicit_penalty(adapted, "second"))
@@ -127,19 +128,27 @@ def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert (found[name] - value).abs().max() <= limit, name
 
 
+TRAININGS = {
+    "plain": {},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointed": {"activation_checkpointing": True},
+    "AdamW": {"optim": "adamw_torch", "learning_rate": 1e-3},
+}
+
+
 class TestCallback:
-    @pytest.mark.parametrize("head", ["full", "reduced"])
     @pytest.mark.parametrize(
-        "how",
+        ("name", "head"),
         [
-            {},
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-            {"activation_checkpointing": True},
-            {"optim": "adamw_torch", "learning_rate": 1e-3},
+            ("plain", "full"),
+            ("accumulated", "reduced"),
+            ("checkpointed", "reduced"),
+            ("AdamW", "full"),
+            *slow(("plain", "reduced"), ("accumulated", "full"), ("checkpointed", "full"), ("AdamW", "reduced")),
         ],
-        ids=["plain", "accumulated", "checkpointed", "AdamW"],
     )
-    def test_is_a_term_of_the_loss(self, head, how, tmp_path):
+    def test_is_a_term_of_the_loss(self, name, head, tmp_path):
+        how = TRAININGS[name]
         options = {"target_modules": ["mlp", "lm_head"], "head": head}
         expected = trained(model(0.0, **options), tmp_path, WithPenalty, **how)
         check_equal(trained(model(**options), tmp_path, **how), expected)

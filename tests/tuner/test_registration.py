@@ -13,21 +13,12 @@ from pathlib import Path
 import pytest
 from peft import mapping
 from peft.utils.peft_types import PeftType
+from processes import run_program
 
 import lreg_peft
 from lreg_peft.tuner import registration
 
 SOURCE = Path(registration.__file__)
-
-
-def run(program: str, interpreter: str = sys.executable, *arguments: str) -> str:
-    # PYTHONPATH keeps the package in reach where it was not installed; "error" would trip over the interpreter itself.
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parents[1]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [interpreter, "-c", program, *arguments], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 class TestMember:
@@ -110,12 +101,13 @@ INTERPRETERS = other_interpreters()
 
 class TestInterpreters:
     def test_this_one(self):
-        assert "fine on" in run(STANDALONE, sys.executable, str(SOURCE))
+        assert "fine on" in run_program(STANDALONE, str(SOURCE))
 
     @pytest.mark.skipif(not INTERPRETERS, reason="no other interpreter of Python 3.11 or later at hand")
     @pytest.mark.parametrize("interpreter", INTERPRETERS)
     def test_others(self, interpreter):
-        assert "fine on" in run(STANDALONE, interpreter, str(SOURCE))
+        done = subprocess.run([interpreter, "-c", STANDALONE, str(SOURCE)], capture_output=True, text=True, timeout=120)
+        assert "fine on" in done.stdout, done.stderr
 
 
 class TestVersions:
@@ -138,7 +130,7 @@ class TestVersions:
 class TestImporting:
     def test_again_and_after_forgetting_the_modules(self):
         """A second import makes new classes; PEFT goes on with those, and adapters of before still work."""
-        out = run(
+        out = run_program(
             """
 import importlib, sys, warnings
 warnings.simplefilter("error")
@@ -171,7 +163,7 @@ print("fine")
 
     def test_saved_adapter_without_the_import_names_the_method(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LREG", "target_modules": ["0"]}))
-        out = run(
+        out = run_program(
             """
 import sys
 from peft import PeftConfig
@@ -182,14 +174,13 @@ except Exception as error:
 import lreg_peft
 print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)
 """,
-            sys.executable,
             str(tmp_path),
         )
         assert "LREG" in out.splitlines()[0]
         assert out.splitlines()[-1] == "LRegConfig"
 
     def test_steps_aside_for_a_peft_with_its_own_lreg(self):
-        out = run(
+        out = run_program(
             """
 import warnings
 from dataclasses import dataclass
@@ -224,7 +215,7 @@ assert [w for w in caught if "ships its own LREG" in str(w.message)], [str(w.mes
 assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_types.PeftType.LREG] is LRegConfig
 assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_types.PeftType.LREG] is LRegModel
 try:
-    lreg_peft.LRegConfig()
+    lreg_peft.LRegConfig(preset="paper")
 except RuntimeError as error:
     assert "Use peft.LRegConfig" in str(error)
 else:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel, get_peft_model
+from tiers import slow
 
 from lreg_peft import LRegConfig
 
@@ -14,19 +15,20 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked ch
 
 
 def adapted(seed: int) -> PeftModel:
-    model = get_peft_model(tiny.gpt2(), LRegConfig(dof=4))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=4))
     tiny.shake(model, seed=seed)
     return model
 
 
-def test_a_kill_leaves_the_old_adapter_the_new_one_or_an_error(tmp_path):
+@pytest.mark.parametrize("at_most", [5, *slow(12)])
+def test_a_kill_leaves_the_old_adapter_the_new_one_or_an_error(tmp_path, at_most):
     old, new = adapted(1), adapted(2)
     (tmp_path / "count").mkdir()
     old.save_pretrained(tmp_path / "count")
     total = kills.count_operations(lambda: new.save_pretrained(tmp_path / "count"), tmp_path / "count")
     expected = [tiny.outputs(model) for model in (old, new)]
     outcomes = []
-    for instant in kills.instants(total, 12):
+    for instant in kills.instants(total, at_most):
         folder = tmp_path / str(instant)
         folder.mkdir()
         old.save_pretrained(folder)

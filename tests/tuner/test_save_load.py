@@ -75,8 +75,8 @@ class TestFiles:
 
     def test_adapters_do_not_leak_into_each_other(self, tmp_path):
         model = trained()
-        model.add_adapter("default_2", LRegConfig(task_type="CAUSAL_LM", n_components=2, dof=7))
-        model.add_adapter("fault", LRegConfig(task_type="CAUSAL_LM", n_components=1, dof=3))
+        model.add_adapter("default_2", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, dof=7))
+        model.add_adapter("fault", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=1, dof=3))
         model.save_pretrained(tmp_path)
         for folder, shape in ((tmp_path, (3, 5)), (tmp_path / "default_2", (2, 7)), (tmp_path / "fault", (1, 3))):
             tensors = load_file(folder / "adapter_model.safetensors")
@@ -160,7 +160,7 @@ class TestWaysIn:
 
     def test_transformers_add_save_load(self, tmp_path):
         model = gpt2()
-        model.add_adapter(LRegConfig(**OPTIONS))
+        model.add_adapter(LRegConfig(preset="paper", **OPTIONS))
         shake(model)
         model.save_pretrained(tmp_path)
         loaded = gpt2()
@@ -386,12 +386,12 @@ class TestWhatTrainsAlone:
 
     def test_of_native_adapters_too(self, tmp_path):
         model = gpt2()
-        model.add_adapter(LRegConfig(**OPTIONS))
+        model.add_adapter(LRegConfig(preset="paper", **OPTIONS))
         shake(model)
         expected = outputs(model)
         state_dict = get_peft_model_state_dict(model, self.only_what_trains(model), adapter_name="default")
         loaded = gpt2()
-        loaded.add_adapter(LRegConfig(**OPTIONS))
+        loaded.add_adapter(LRegConfig(preset="paper", **OPTIONS))
         set_peft_model_state_dict(loaded, state_dict)
         assert torch.equal(outputs(loaded), expected)
 
@@ -415,7 +415,7 @@ class TestWhatTrainsAlone:
 
     def test_one_adapter_of_two(self):
         model = trained()
-        model.add_adapter("other", LRegConfig(**OPTIONS))
+        model.add_adapter("other", LRegConfig(preset="paper", **OPTIONS))
         alone = {key: value.clone() for key, value in model.state_dict().items() if ".default." in key}
         expected = outputs(model)
         shake(model, seed=4)

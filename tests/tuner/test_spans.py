@@ -43,7 +43,7 @@ def net(**options):
 
 
 def spanned(base: nn.Module, **options):
-    model = get_peft_model(base, LRegConfig(**{**SPAN, **options}))
+    model = get_peft_model(base, LRegConfig(preset="paper", **{**SPAN, **options}))
     shake(model)
     return model
 
@@ -54,7 +54,7 @@ X = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 def test_reads_the_output_of_the_source():
     base = net()
     before = base(X)
-    model = get_peft_model(copy.deepcopy(base), LRegConfig(**SPAN))
+    model = get_peft_model(copy.deepcopy(base), LRegConfig(preset="paper", **SPAN))
     assert torch.equal(model(X), before)
     shake(model)
     (layer,) = layers(model)
@@ -190,7 +190,7 @@ def test_source_that_runs_after_the_target():
     with torch.random.fork_rng():
         base = Backwards()
     with pytest.raises(ValueError, match="'last': its feature_source 'first' has not run before it"):
-        inspect_targets(base, LRegConfig(**SPAN), example_inputs=X)
+        inspect_targets(base, LRegConfig(preset="paper", **SPAN), example_inputs=X)
     model = spanned(base)
     with pytest.raises(RuntimeError, match="has not run before it in this forward pass"):
         model(X)
@@ -212,8 +212,8 @@ def test_names_that_cannot_be(source, message):
     before = state(base)
     config = {**SPAN, "feature_source": {"last": source}}
     for call in (
-        lambda: inspect_targets(base, LRegConfig(**config)),
-        lambda: get_peft_model(base, LRegConfig(**config)),
+        lambda: inspect_targets(base, LRegConfig(preset="paper", **config)),
+        lambda: get_peft_model(base, LRegConfig(preset="paper", **config)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -240,7 +240,7 @@ def test_a_key_without_effect_warns():
 
 def test_adapters_of_a_module_have_one_source():
     model = spanned(net())
-    model.add_adapter("same", LRegConfig(**SPAN))
+    model.add_adapter("same", LRegConfig(preset="paper", **SPAN))
     with pytest.raises(ValueError, match=r"'last' has the adapters 'default', 'same', which read first"):
         model.add_adapter("other", LRegConfig(target_modules=["last"]))
     assert list(model.peft_config) == ["default", "same"]
@@ -283,7 +283,7 @@ def test_saved_loaded_and_unloaded(tmp_path):
 
 
 def test_start_from_data_sees_the_source():
-    model = get_peft_model(net(), LRegConfig(**SPAN))
+    model = get_peft_model(net(), LRegConfig(preset="paper", **SPAN))
     inner = model.base_model.model
 
     class WithLoss(nn.Module):

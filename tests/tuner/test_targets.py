@@ -71,7 +71,7 @@ class TestDefaults:
     def test_language_model_head(self, model_type, task, head):
         base = build(model_type, task)
         before = outputs(base)
-        assert [target.name for target in inspect_targets(base, LRegConfig())] == [head]
+        assert [target.name for target in inspect_targets(base, LRegConfig(preset="paper"))] == [head]
         options = {"task_type": task} if task != "MASKED_LM" else {}
         model = adapt(base, **options)
         assert torch.equal(outputs(model), before)
@@ -86,7 +86,7 @@ class TestDefaults:
             batch = {"input_ids": torch.cat((inputs(base)["input_ids"], torch.ones(3, 1, dtype=torch.long)), dim=1)}
         else:
             batch = inputs(base)
-        report = inspect_targets(base, LRegConfig())
+        report = inspect_targets(base, LRegConfig(preset="paper"))
         assert {target.name.rpartition(".")[2] for target in report} == names
         assert len(report) == count
         with torch.no_grad():
@@ -108,7 +108,7 @@ class TestDefaults:
     @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "gpt2", "llama"])
     def test_other_tasks_of_encoders(self, model_type, task):
         base = build(model_type, task)
-        expected = {target.name for target in inspect_targets(base, LRegConfig())}
+        expected = {target.name for target in inspect_targets(base, LRegConfig(preset="paper"))}
         assert expected
         assert {name for name, m in adapt(base, task_type=task).get_base_model().named_modules() if is_adapted(m)} == (
             expected
@@ -134,7 +134,7 @@ class TestDefaults:
             model = transformers.Wav2Vec2ForSequenceClassification(config)
         for function in (inspect_targets, lambda m, c: adapt(m, task_type=c.task_type)):
             with pytest.raises(ValueError, match=r"no default target_modules for Wav2Vec2.*q_proj.*"):
-                function(model, LRegConfig(task_type="SEQ_CLS"))
+                function(model, LRegConfig(preset="paper", task_type="SEQ_CLS"))
 
     def test_plain_module_raises_and_lists_modules(self):
         with pytest.raises(ValueError, match=r"no default target_modules for Sequential .*for example: 0, 2\."):
@@ -158,7 +158,7 @@ class TestInspection:
         ],
     )
     def test_its_numbers_are_what_get_peft_model_makes(self, options):
-        model, config = gpt2(), LRegConfig(**options)
+        model, config = gpt2(), LRegConfig(preset="paper", **options)
         before, fields = state(model), dataclasses.asdict(config)
         report = inspect_targets(model, config)
         assert same_state(state(model), before)
@@ -192,7 +192,7 @@ class TestInspection:
 
 class TestSelection:
     def names(self, **options):
-        report = inspect_targets(gpt2(), LRegConfig(**options))
+        report = inspect_targets(gpt2(), LRegConfig(preset="paper", **options))
         adapted = adapt(gpt2(), **options).get_base_model()
         names = [target.name for target in report]
         assert names == [name for name, module in adapted.named_modules() if is_adapted(module)]
@@ -235,7 +235,9 @@ class TestSelection:
             "component_pattern": {"c_fc": 3, r"h\.1\.attn\.c_attn": 4},
             "dof_pattern": {r".*attn.*": 6},
         }
-        sizes = {t.name: (t.n_components, t.dof) for t in inspect_targets(gpt2(), LRegConfig(**options))}
+        sizes = {
+            t.name: (t.n_components, t.dof) for t in inspect_targets(gpt2(), LRegConfig(preset="paper", **options))
+        }
         assert sizes == {
             "transformer.h.0.attn.c_attn": (2, 6),
             "transformer.h.0.mlp.c_fc": (3, 2),
@@ -307,7 +309,7 @@ class TestRefusals:
         model = model or gpt2()
         before = state(model)
         with pytest.raises(error, match=message):
-            inspect_targets(model, LRegConfig(**options))
+            inspect_targets(model, LRegConfig(preset="paper", **options))
         with pytest.raises(error, match=message):
             adapt(model, **options)
         assert same_state(state(model), before)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import anything, checked, number, whole
+from ..checks import number, whole
 from ..mesh import check_nodes
 from .exchange import exchange
 from .indicators import check_coefficients, check_indicator, check_moments, first_bad
@@ -44,7 +44,6 @@ def check_strategy(strategy: object) -> None:
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}.")
 
 
-@checked(strategy=anything, n_refine=whole(0), pseudocount=number(0), size=number())
 def adapt_mesh(
     nodes: Tensor,
     coefficients: Tensor,
@@ -105,8 +104,9 @@ def adapt_mesh(
     check_nodes(nodes)
     check_coefficients(coefficients, nodes)
     check_indicator(indicator, nodes, "indicator")
-    if not 0 < size <= 1:
-        raise ValueError(f"size must lie in (0, 1], got {size}.")
+    whole("n_refine", n_refine, 0, optional=True)
+    number("pseudocount", pseudocount, 0)
+    number("size", size, above=0, highest=1)
     if moments is not None:
         check_moments(moments, nodes)
     if node_gradient is not None:

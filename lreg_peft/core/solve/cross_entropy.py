@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import anything, checked, real, whole
 from .problem import (
     Chunk,
     Chunks,
@@ -251,7 +250,6 @@ class _History:
         return q.neg_()
 
 
-@checked(ridge=real, targets=anything, tolerance=real, scale=real, max_passes=whole(3))
 def solve_cross_entropy(
     chunks: Chunks,
     start: Tensor,

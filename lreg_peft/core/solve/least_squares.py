@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import checked, real, whole
 from .problem import (
     Chunk,
     Chunks,
@@ -67,7 +66,6 @@ class _Sums:
     gram: Tensor  # basis^T basis, [features, features]
 
 
-@checked(ridge=real, tolerance=real, scale=real, max_passes=whole(3))
 def solve_least_squares(
     chunks: Chunks,
     start: Tensor,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...modules import is_compiling, remove_hooks
 from ..layer import LRegLayer, LRegLinear, this_thread
-from ..targets import output_head_name
+from ..placement import output_head_name
 
 # Where a model keeps the name of its wrapped output layer: looking for it takes longer than a short forward pass.
 _NAME = "_lreg_output_head"

@@ -133,8 +133,8 @@ class Problem:
         return best
 
 
-def violation(seed: int) -> float:
-    """How far below what the certificate allows another solver came; negative if it did not."""
+def violation(seed: int, share: float = 1.0) -> float:
+    """How far below what the certificate, or a share of its gap, allows another solver came; negative if it did not."""
     problem = Problem(seed)
     solved = problem.solve()
     problem.exact()
@@ -143,7 +143,7 @@ def violation(seed: int) -> float:
     if solved.status == "converged":
         assert solved.gap <= problem.tolerance
     lowest = min(problem.lowest(c), problem.lowest(np.zeros_like(c)))
-    return float(LONG(solved.objective) - LONG(solved.gap) - LONG(solved.left_out) - lowest)
+    return float(LONG(solved.objective) - share * LONG(solved.gap) - LONG(solved.left_out) - lowest)
 
 
 def slack(seed: int) -> float:
@@ -157,9 +157,6 @@ def test_nothing_lies_below_a_certificate(seeds):
     assert not {seed: far for seed, far in found.items() if not far <= slack(seed)}
 
 
-def test_a_certificate_that_is_too_good_is_found(monkeypatch):
-    """The test above sees a gap of zero where there is one."""
-    from lreg_peft.core.solve import cross_entropy
-
-    monkeypatch.setattr(cross_entropy._Point, "gap", lambda self, ridge: 0.0)
-    assert any(violation(seed) > slack(seed) for seed in range(12) if Problem(seed).kind != "squares")
+def test_a_certificate_that_is_too_good_is_found():
+    """The test above would see a gap of zero where there is one."""
+    assert any(violation(seed, 0.0) > slack(seed) for seed in range(12) if Problem(seed).kind != "squares")

@@ -30,7 +30,9 @@ REFUSED = r"fused_loss=True computes the mean cross-entropy .*another one: .*Lea
 
 def adapted(base: nn.Module, *, fused_loss: bool, **options) -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(base, LRegConfig(init_weights=False, fused_loss=fused_loss, **options)).train()
+    return get_peft_model(
+        base, LRegConfig(preset="paper", init_weights=False, fused_loss=fused_loss, **options)
+    ).train()
 
 
 def twins(build=tiny.gpt2, **options) -> tuple[nn.Module, nn.Module]:
@@ -83,7 +85,9 @@ def test_two_active_adapters_and_a_scale():
     models = twins()
     for model, fused_loss in zip(models, (True, False), strict=True):
         torch.manual_seed(2)
-        model.add_adapter("b", LRegConfig(init_weights=False, dof=4, head="factored", fused_loss=fused_loss))
+        model.add_adapter(
+            "b", LRegConfig(preset="paper", init_weights=False, dof=4, head="factored", fused_loss=fused_loss)
+        )
         model.base_model.set_adapter(["default", "b"])
         tiny.layers(model)[0].set_scale("b", 0.5)
     assert_same_training(*models)
@@ -144,7 +148,7 @@ class TestLogitsAreThere:
 
     def test_with_an_adapter_that_did_not_ask_for_it(self):
         model = self.model()
-        model.add_adapter("b", LRegConfig(init_weights=False))
+        model.add_adapter("b", LRegConfig(preset="paper", init_weights=False))
         model.set_adapter("b")
         assert model(**BATCH).logits is not None
         model.set_adapter("default")

@@ -59,7 +59,7 @@ class TestTying:
         keys, expanded = copy.deepcopy(base._tied_weights_keys), copy.deepcopy(base.all_tied_weights_keys)
         expected, tied = outputs(base), is_tied(base)
         model = adapt(base)
-        model.add_adapter("second", LRegConfig(dof=4))
+        model.add_adapter("second", LRegConfig(preset="paper", dof=4))
         base = model.unload()
         assert base._tied_weights_keys == keys
         assert base.all_tied_weights_keys == expanded

@@ -39,7 +39,10 @@ class TestByDefault:
     @pytest.mark.parametrize("options", [{}, {"target_modules": ["mlp", "attn"]}], ids=["lm_head", "blocks"])
     def test_dropout_acts_as_with_lora(self, options):
         found = []
-        for config in (LRegConfig(**options), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)):
+        for config in (
+            LRegConfig(preset="paper", **options),
+            LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
+        ):
             model = get_peft_model(dropping_gpt2(), config)  # both are the identity
             torch.manual_seed(5)
             found.append(train_output(model))
@@ -121,7 +124,7 @@ class TestThePapersRule:
 
     def test_one_of_several_active_adapters_is_enough(self):
         model = adapt(dropping_gpt2(), "one")
-        model.add_adapter("two", LRegConfig(backbone_eval=True))
+        model.add_adapter("two", LRegConfig(preset="paper", backbone_eval=True))
         assert not torch.allclose(train_output(model), outputs(model))
         model.base_model.set_adapter(["one", "two"])
         assert torch.equal(train_output(model), outputs(model))

@@ -17,11 +17,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapt.exchange import MAX_SHIFT, remove
-from .adapt.indicators import element_sums, removal_cost
-from .adapt.move import adapt_mesh
-from .checks import anything, checked, real, whole
-from .mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
+from ..core.adapt.exchange import MAX_SHIFT, remove
+from ..core.adapt.indicators import element_sums, removal_cost
+from ..core.adapt.move import adapt_mesh
+from ..core.mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]
 
@@ -78,7 +77,6 @@ class _Solved:
     local: Tensor  # [n_samples, components]
 
 
-@checked(strategy=anything, dof=whole(), n_rounds=whole(), ridge=real, knot_cost=real)
 def fit_piecewise_linear(
     x: Tensor,
     y: Tensor,

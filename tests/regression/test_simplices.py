@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lreg_peft.core.simplices import (
+from lreg_peft.regression.simplices import (
     barycentric_gradients,
     bisect,
     coarsen,

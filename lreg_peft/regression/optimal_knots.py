@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mesh import MIN_RELATIVE_ELEMENT
+from ..core.mesh import MIN_RELATIVE_ELEMENT
 
 _CANDIDATES = 160
 _COARSE = 40

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lreg_peft.core import check_nodes, fit_piecewise_linear, hat_basis
-from lreg_peft.core.optimal_knots import optimal_knots
+from lreg_peft.core import check_nodes, hat_basis
+from lreg_peft.regression.free_knots import fit_piecewise_linear
+from lreg_peft.regression.optimal_knots import optimal_knots
 
 
 def noisy(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,18 +41,16 @@ class TestProgram:
             assert found.grid_objective == pytest.approx(best, rel=1e-9)
             assert found.lower_bound == pytest.approx(best, rel=1e-9)
 
-    def test_bounds_from_a_coarse_grid_do_not_prune_the_optimum(self, monkeypatch):
-        from lreg_peft.core import optimal_knots as module
-
-        x, y, _ = noisy(0, 300)
-        pruned = optimal_knots(x, y, [5, 7, 9], n_candidates=60)
-        # Without any bound worth the name: what is known is the worst mesh there is.
-        monkeypatch.setattr(module, "_COARSE", 1000)
-        monkeypatch.setattr(module, "_spread", lambda grid, m: torch.cat((grid[:m], grid[-1:])))
-        loose = optimal_knots(x, y, [5, 7, 9], n_candidates=60)
-        for a, b in zip(pruned, loose, strict=True):
-            assert torch.equal(a.grid_nodes, b.grid_nodes)
-            assert a.lower_bound == pytest.approx(b.lower_bound, rel=1e-9)
+    def test_bounds_from_a_coarse_grid_do_not_prune_the_optimum(self):
+        """Against all choices from a grid that is large enough for a coarse one before it."""
+        x, y, weight = noisy(0, 60)
+        grid = optimal_knots(x, y, [50], weight=weight, n_candidates=50)[0].grid_nodes
+        assert len(grid) > 40
+        for found in optimal_knots(x, y, [3, 4], weight=weight, n_candidates=50):
+            choices = itertools.combinations(range(1, len(grid) - 1), len(found.nodes) - 2)
+            best = min(squares(x, y, weight, grid[[0, *inner, -1]]) for inner in choices)
+            assert found.grid_objective == pytest.approx(best, rel=1e-9)
+            assert found.lower_bound == pytest.approx(best, rel=1e-9)
 
     def test_kinks_are_found(self):
         random = np.random.default_rng(0)

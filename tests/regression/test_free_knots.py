@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lreg_peft.core import check_nodes, evaluate, hat_basis, quantile_nodes
-from lreg_peft.core.free_knots import _node_model, _solve, fit_piecewise_linear
+from lreg_peft.regression.free_knots import _node_model, _solve, fit_piecewise_linear
 
 
 def sine_of_inverse(seed: int, n_samples: int) -> tuple[torch.Tensor, torch.Tensor]:

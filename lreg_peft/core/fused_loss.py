@@ -231,7 +231,7 @@ class _ClassesFirst:
         yield rows, scores.to(self._precise)
 
     def room(self, scores: Tensor, part: slice) -> Tensor:
-        """As there."""
+        """Where the gradient of `scores` [vocabulary, rows of the chunk] goes: one buffer for all chunks."""
         if self._gradient is None:
             self._gradient = scores.new_empty(scores.numel())
         room = self._gradient[: scores.numel()].view(scores.shape)
@@ -239,7 +239,7 @@ class _ClassesFirst:
         return room
 
     def features_gradient(self) -> Tensor:
-        """As there."""
+        """The gradient in the features of the rows last filled, [rows, in_features], in the dtype of the weight."""
         return self._filled.T.to(self._weight.dtype) @ self._weight
 
 

@@ -210,8 +210,7 @@ def cache_features(
             cache of another model, other data or another version, with the difference; or if processes differ in model
             or options.
         OSError: if the disk is full or cannot be written; with more room, the same command goes on.
-
-        What one process raises, all raise. The model is then as it was.
+            What one process raises, all raise. The model is then as it was.
     """
     with together():
         path = Path(path).resolve()

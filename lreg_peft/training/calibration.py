@@ -31,7 +31,8 @@ def calibrate_output(
     got to. What is missing has a closed form: n times a token comes in the batches where the model expects q, and
     log((n + a) / (q + a)) goes into the shortcut on the output head, along the direction in which this is closest to
     a constant. That is the step of `initialize_lreg_weights(..., output_start=True)`, from where the model is now.
-    Each half of the batches judges what the other half says, which chooses a; where it does not pay nothing is done.
+    The shift that one half of the batches suggests is tried on the other half, and the reverse: the a that lowers these
+    losses most is taken, and if none lowers them the model stays as it was.
 
     Parameters and cost of the model stay what they are. Call it when training is over, with batches it was trained on:
 
@@ -55,8 +56,7 @@ def calibrate_output(
             cross-entropy of the logits; if no label counts; and if processes differ in model or options. The model is
             then as it was.
         TypeError: if a batch is not a dictionary.
-
-        What one process raises, all raise.
+            What one process raises, all raise.
 
     Warns:
         UserWarning: if the start from data that the configuration promises has not been made.

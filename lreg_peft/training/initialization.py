@@ -76,8 +76,9 @@ def initialize_lreg_weights(
             is that of Transformers' tasks; it costs no pass. True asks for a start of the output: that one, the same
             for a shortcut on a classifier, or for a shortcut on a language model's head the shift in how often each
             label comes, log((n + a) / (q + a)) for n labels where the model expects q, which costs a second, forward
-            pass. False leaves the output alone. Such a start changes the function of the model, for the better: each
-            half of the data judges what the other half says, and where it does not pay nothing is done.
+            pass. False leaves the output alone. Such a start changes the function of the model, so it is tried first:
+            what one half of the data suggests must lower the loss of the other half, and the reverse; else the output
+            stays as it was.
         show_progress: show a progress bar on the main process.
 
     Returns:
@@ -89,8 +90,7 @@ def initialize_lreg_weights(
             no label counts for the method "gradient", or processes differ in model or options. The model is then as
             it was.
         TypeError: if a batch is not a dictionary.
-
-        What one process raises, all raise.
+            What one process raises, all raise.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
         model = model.module

@@ -89,7 +89,7 @@ def shift_labels(
 
     Args:
         head: where.
-        batches: this process's share, with labels; each half of them judges what the other says.
+        batches: this process's share, with labels; the shift of each half of them is tried on the other half.
         n_batches: how many there are at most.
         constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to one
             on the rows that judge, by least squares.

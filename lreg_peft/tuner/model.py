@@ -28,10 +28,8 @@ logger = logging.get_logger(__name__)
 class LRegModel(BaseTuner):
     """A model with LReg shortcuts; made by `get_peft_model(model, LRegConfig(...))`.
 
-    Args:
-        model: the base model; any `torch.nn.Module`.
-        config: an `LRegConfig`, or a dictionary of them by adapter name.
-        adapter_name: name of the adapter to inject.
+    Called as every tuner of PEFT, with the base model (any `torch.nn.Module`), an `LRegConfig` (or a dictionary of them
+    by adapter name) and the name of the adapter to inject.
     """
 
     prefix: str = "lreg_"

@@ -1,4 +1,4 @@
-"""Run LReg against real clients and write `docs/clients.md`: `python tests/clients/run.py [client ...]`.
+"""Run LReg against real clients and write `docs/research/clients.md`: `python tests/clients/run.py [client ...]`.
 
 Not part of the test suite: the clients are large. Install what is to be checked beside lreg_peft, for example
 
@@ -92,7 +92,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clients", nargs="*", metavar="client", help=f"of {', '.join(CLIENTS)}; all if none is named")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per client")
-    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "clients.md", help="where to write the table")
+    parser.add_argument(
+        "--table", type=Path, default=ROOT / "docs" / "research" / "clients.md", help="where to write the table"
+    )
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.clients) - set(CLIENTS)):
         parser.error(f"unknown clients {unknown}; there are {', '.join(CLIENTS)}")

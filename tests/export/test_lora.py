@@ -78,7 +78,7 @@ def convert(model, data=DATA, **options):
 
 
 def untied(base: nn.Module) -> nn.Module:
-    """With an output layer of its own, as docs/deployment.md has it."""
+    """With an output layer of its own, as docs/how-to/deploy.md has it."""
     head = base.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from scipy.special import sph_harm_y
+from tiers import slow
 
 from lreg_peft.regression.penalized import Problem, SmoothingSearch, _minimise, solve
 from lreg_peft.regression.scaling import fit_scale
@@ -65,7 +66,7 @@ class TestAccuracy:
         assert fit.simplices.shape[1] == d + 1 and fit.nodes.shape == (len(fit.coefficients), d)
 
     @pytest.mark.parametrize(
-        ("d", "sizes", "slope"), [(1, (20, 40, 80, 160), -2.0), (2, (50, 100, 200, 400, 800), -1.0)]
+        ("d", "sizes", "slope"), [(1, (20, 40, 80, 160), -2.0), *slow((2, (50, 100, 200, 400, 800), -1.0))]
     )
     def test_the_error_falls_with_n_to_the_minus_two_over_d(self, d, sizes, slope):
         """L2 error without noise against nodes; +-.15 is what the steps of the refinement leave."""
@@ -374,6 +375,7 @@ class TestScantInput:
             fit.predict(x * factor) / factor, fit_simplicial(x, y, smoothing=smoothing).predict(x), atol=1e-2
         )
 
+    @pytest.mark.slow
     def test_heavy_tails(self, smoothing):
         x = np.random.default_rng(0).standard_cauchy(size=(2000, 2))
         fit = self.check(x, np.tanh(x[:, 0]), smoothing)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
+from tiers import slow
 from tiny import VOCABULARY, gpt2, layers, same_state, shake, state
 from torch import nn
 
@@ -199,7 +200,7 @@ class TestCheck:
         trainer(model, tmp_path, LRegCallback(every=4, stop=0.5)).train()
         assert len(seen) == 1
 
-    @pytest.mark.parametrize("kind", ["label smoothing", "compute_loss_func"])
+    @pytest.mark.parametrize("kind", ["label smoothing", *slow("compute_loss_func")])
     def test_a_loss_of_ones_own(self, tmp_path, monkeypatch, kind):
         """Labels are taken out of the batch before the model sees it."""
 
@@ -307,8 +308,10 @@ class TestLife:
         ("options", "steps", "window"),
         [
             ({}, 12, "every 50 steps, between steps 0 and 9, and the training had 12 steps"),
-            ({"every": 5, "start": 0.5, "stop": 0.6}, 12, "every 5 steps, between steps 6 and 7"),
-            ({"every": 2, "unit": "epochs"}, 8, "every 2 epochs, between steps 0 and 6"),
+            *slow(
+                ({"every": 5, "start": 0.5, "stop": 0.6}, 12, "every 5 steps, between steps 6 and 7"),
+                ({"every": 2, "unit": "epochs"}, 8, "every 2 epochs, between steps 0 and 6"),
+            ),
         ],
     )
     def test_a_training_too_short_for_one_move_says_so(self, tmp_path, options, steps, window):
@@ -359,6 +362,7 @@ class TestLife:
         assert first.n_accepted + first.n_refused == 4
         assert same_state(state(whole), state(resumed))
 
+    @pytest.mark.slow
     def test_compiled(self, tmp_path, monkeypatch):
         torch._dynamo.reset()
         for name in ("BACKEND", "MODE"):

@@ -443,6 +443,7 @@ class TestInModels:
                     update_meshes(layer, optimizer)
         assert losses[True] < 0.2 * losses[False]
 
+    @pytest.mark.slow
     def test_compiled_model_does_not_recompile_when_nodes_move(self):
         from torch._dynamo.testing import CompileCounter
 

@@ -50,12 +50,12 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def models_and_heads(*first: tuple[str, str]) -> list:
-    """All pairs; but for the first ones, which have every model and the forms that differ most, they are slow."""
+    """All pairs; but for the first ones they are slow."""
     return [*first, *slow(*(pair for pair in itertools.product(MODELS, tiny.HEADS) if pair not in first))]
 
 
 class TestCompiled:
-    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "factored+linear"), ("bert", "full")))
+    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "factored+linear")))
     def test_training(self, name, head):
         """One graph, compiled in the first step, with the losses of eager mode while the weights change."""
         losses = []
@@ -75,7 +75,7 @@ class TestCompiled:
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
         assert losses[0].unique().numel() == 3
 
-    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "reduced"), ("bert", "factored")))
+    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "reduced"), ("bert", "full")))
     def test_inference_also_after_a_move_of_the_mesh(self, name, head):
         model = adapted(name, **tiny.HEADS[head]).eval()
         compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -215,7 +215,7 @@ def test_unloading_leaves_no_hook():
 
 def test_compiled_models_compute_the_usual_loss():
     torch._dynamo.reset()
-    model = adapted(tiny.llama(), fused_loss=True)
+    model = adapted(tiny.llama(num_hidden_layers=1), fused_loss=True)
     output = torch.compile(model, backend="eager", fullgraph=True)(**BATCH)
     assert output.logits.shape == (3, 10, tiny.VOCABULARY)
     torch.testing.assert_close(output.loss, model(**BATCH).loss, rtol=1e-5, atol=0)

@@ -236,7 +236,7 @@ def figure_c3(folder: Path) -> None:
             panel = axes[row, column]
             panel.semilogx(grid, np.sin(1 / grid), color=_TRUTH, linewidth=3, alpha=0.3)
             panel.semilogx(grid, model.predict(grid[:, None]), color=_OWN, linewidth=1)
-            panel.plot(model.nodes_[0], model.coef_[0], "o", color=_OWN, markersize=3)
+            panel.plot(model.nodes_[0], model.values_[0] + model.intercept_, "o", color=_OWN, markersize=3)
             logarithmic(panel)
             panel.set_ylim(-1.5, 1.5)
             panel.set_title(f"{dof} nodes, {label}: test R^2 {model.score(x[5000:], y[5000:]):.4f}", fontsize=9)

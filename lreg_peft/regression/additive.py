@@ -6,21 +6,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import linalg
 
-from .design import Line, Moments, Pair, Term, chunks, moments
-from .interactions import rank_pairs, significant
-from .mesh1d import Array, Scale, place_nodes
-from .variances import Ridge, fit_variances
+from .mesh1d import Array, Scale
+from .moments import Moments, blocks, moments, spans
+from .report import Optimality, SumModel, widening
+from .ridge import Ridge, cholesky, fit_variances
+from .samples import Samples
+from .search import POOLS, Builder, better, crowded, mesh_sizes, with_pairs
+from .terms import FittedTerm, Pair, Term
 
-# Nodes per function: what the features share, and the most and least a function gets at the start.
-_SHARED = 400
-_MOST, _LEAST = 32, 8
-_CROWDED = 1 / 3  # a function that spends more of its nodes than this gets twice as many
-_MAX_DOUBLINGS = 4
 _GAIN = 10.0  # in the criterion, for which more nodes are kept: a Bayes factor of 150
-
-_MAX_PAIRS = 10
-_MAX_ROUNDS = 3
-_PAIR_NODES = (4, 10)
+# Factors that all penalties together may get for smaller errors of cross-validation.
+_FACTORS = 10.0 ** np.arange(0.5, 12.1, 0.5)
+_MOST_EDF = 0.8  # of the observations
 
 
 @dataclass(frozen=True)
@@ -29,71 +26,107 @@ class Additive:
 
     Attributes:
         terms: functions of one feature, then of two.
-        values: per term, the nodal values `[functions, q]`, with mean zero over the samples.
+        theta: `[p, q]`, coefficients of all terms.
         intercept: `[q]`.
-        smoothing: per term `[groups, q]`; infinite for what has left.
-        edf: per term `[q]`.
+        smoothing: `[groups, q]`; infinite for what has left.
+        edf: `[groups, q]`.
         noise_variance: `[q]`.
         objective: `[q]`.
         gap: `[q]`.
         criterion: `[q]`, twice the negative restricted log-likelihood, up to a constant common to models of the data.
+        errors: `[folds, q]`, squared errors of cross-validation.
         history: one entry per model tried.
     """
 
     terms: tuple[Term, ...]
-    values: tuple[Array, ...]
+    theta: Array
     intercept: Array
-    smoothing: tuple[Array, ...]
-    edf: tuple[Array, ...]
+    smoothing: Array
+    edf: Array
     noise_variance: Array
     objective: Array
     gap: Array
     criterion: Array
+    errors: Array
     history: tuple[dict[str, float], ...]
-    _sums: Moments | None = field(repr=False)
-    _penalties: Array = field(repr=False)  # [p, q]
+    sums: Moments = field(repr=False)
+    fold_theta: Array = field(repr=False)  # [folds, p, q]
+    fold_shift: Array = field(repr=False)  # [folds, q]
+
+    @property
+    def variances(self) -> Array:
+        """`[terms, q]`, of the functions over the samples."""
+        gram, *_ = self.sums.centred()
+        parts = [np.einsum("pq,pr,rq->q", self.theta[s], gram[s, s], self.theta[s]) for s in spans(self.terms)]
+        return np.array(parts).reshape(len(self.terms), self.theta.shape[1]) / self.sums.weight.sum()
+
+    def model(self) -> SumModel:
+        """In the form that the estimator shows."""
+        _, _, _, mean, _ = self.sums.centred()
+        intercept, terms, group = self.intercept.copy(), [], 0
+        for term, span, variance in zip(self.terms, spans(self.terms), self.variances, strict=True):
+            here = slice(group, group + len(term.groups))
+            group = here.stop
+            # Functions come out with mean zero over the samples.
+            shift = mean[span] @ self.theta[span]
+            intercept += shift
+            values = (term.basis @ self.theta[span] - shift).reshape(*map(len, term.meshes), -1)
+            terms.append(
+                FittedTerm(
+                    term.features, term.meshes, values, self.smoothing[here], self.edf[here].sum(axis=0), variance
+                )
+            )
+        edf = 1 + self.edf.sum(axis=0)
+        about = "sum of squared residuals plus penalties of all groups of coefficients, over the coefficients"
+        return SumModel(
+            tuple(terms), intercept, edf, self.noise_variance, self.history,
+            Optimality.of(float(self.objective.sum()), float(self.gap.sum()), about),
+            self.posterior_variance, widening(self.sums.weight.sum() - edf),
+        )  # fmt: skip
+
+    @property
+    def penalties(self) -> Array:
+        """`[p, q]`, per coefficient."""
+        return np.repeat(self.smoothing, [size for term in self.terms for size in term.groups], axis=0)
 
     def predict(self, X: Array) -> Array:
         """`[n, d] -> [n, q]`."""
         result = np.repeat(self.intercept[None], len(X), axis=0)
         if self.terms:
-            table = np.concatenate(self.values)
-            for part, design in chunks(self.terms, X):
-                result[part] += design @ table
+            for part, columns in blocks(self.terms, X):
+                result[part] += columns @ self.theta
+        return result
+
+    def rest(self, samples: Samples) -> Array:
+        """Residuals `[m, q]` for the rows of every fold by the fit to the others."""
+        result = np.empty((len(samples.X), len(self.intercept)))
+        for f, fold in enumerate(samples.folds):
+            for part, columns in blocks(self.terms, samples.X, fold):
+                result[part] = samples.y[part] - self.fold_shift[f] - columns @ self.fold_theta[f]
         return result
 
     def posterior_variance(self, X: Array) -> Array:
         """Variance of the function at `X`, without the noise; `[n, d] -> [n, q]`."""
-        q = len(self.intercept)
-        if self._sums is None:
-            return np.zeros((len(X), q))
-        result = np.repeat(self.noise_variance[None] / self._sums.weight, len(X), axis=0)
+        result = np.repeat(self.noise_variance[None] / self.sums.weight.sum(), len(X), axis=0)
         if not self.terms:
             return result
-        basis = linalg.block_diag(*[term.basis for term in self.terms])
-        for o in range(q):
-            here = np.flatnonzero(np.isfinite(self._penalties[:, o]))
+        gram, _, _, mean, _ = self.sums.centred()
+        penalties = self.penalties
+        for o in range(len(self.intercept)):
+            here = np.flatnonzero(np.isfinite(penalties[:, o]))
             if not len(here):
                 continue
-            matrix = self._sums.gram[np.ix_(here, here)] + np.diag(self._penalties[here, o])
-            factor = linalg.cholesky(matrix, lower=True)
-            table = linalg.solve_triangular(factor, basis[:, here].T, lower=True)  # [present, functions]
-            shift = linalg.solve_triangular(factor, self._sums.mean[here], lower=True)
-            for part, design in chunks(self.terms, X):
-                for rows in range(0, design.shape[0], 4096):
-                    block = design[rows : rows + 4096]
-                    deviation = block @ table.T - shift
-                    where = slice(part.start + rows, part.start + rows + block.shape[0])
-                    result[where, o] += self.noise_variance[o] * (deviation**2).sum(axis=1)
+            matrix = gram[np.ix_(here, here)] + np.diag(penalties[here, o])
+            factor = cholesky(matrix)
+            for part, columns in blocks(self.terms, X):
+                deviation = linalg.solve_triangular(factor, (columns - mean)[:, here].T, lower=True)
+                result[part, o] += self.noise_variance[o] * (deviation**2).sum(axis=0)
         return result
 
 
 def fit_additive(
-    X: Array,
-    y: Array,
-    weight: Array,
+    samples: Samples,
     *,
-    total: float,
     n_nodes: int | None = None,
     interactions: int | str | Sequence[tuple[int, int]] = "auto",
     max_nodes: int = 4000,
@@ -105,145 +138,57 @@ def fit_additive(
     """Fit.
 
     Args:
-        X: `[n, d]`.
-        y: `[n, q]`.
-        weight: `[n]`, positive.
-        total: number of samples that the weights stand for.
+        samples: with `y` `[m, q]`.
         n_nodes: per function; None starts with up to 32 and doubles them where they are used.
         interactions: "auto", how many, or which; 0 for none.
-        max_nodes: most hat functions of all terms together.
+        max_nodes: most nodes of all terms together.
         scale: see `place_nodes`.
-        smoothing: "reml", or one penalty for all groups, relative to the mean power of their columns times `total`.
+        smoothing: "reml", or one penalty for all groups, per sample.
         random: for the search of interactions in large data.
         report: called after every update of the penalties.
 
     Returns:
         The fit.
     """
-    orders = {j: np.argsort(X[:, j], kind="stable") for j in range(X.shape[1])}
-    varying = [j for j, order in orders.items() if X[order[0], j] < X[order[-1], j]]
-    varying = varying[: max(max_nodes // 2, 1)]
-    if len(varying) < sum(X[o[0], j] < X[o[-1], j] for j, o in orders.items()):
-        raise ValueError(
-            f"max_nodes={max_nodes} gives less than two nodes to each of the {X.shape[1]} features; raise max_nodes to "
-            f"at least {2 * X.shape[1]}."
-        )
-    each = n_nodes or int(np.clip(_SHARED // max(len(varying), 1), _LEAST, _MOST))
-    each = max(2, min(each, max_nodes // max(len(varying), 1)))
-    wanted = dict.fromkeys(varying, each)
-    cache: dict[tuple[int, int], Line] = {}
+    X, q = samples.X, samples.y.shape[1]
+    varying = [j for j in range(X.shape[1]) if X[:, j].min() < X[:, j].max()]
+    wanted = mesh_sizes(varying, X.shape[1], n_nodes, max_nodes)
+    build = Builder(samples, scale)
 
-    def line(j: int, k: int) -> Line:
-        if (j, k) not in cache:
-            order = orders[j]
-            nodes = place_nodes(X[order, j], weight[order], k, scale)
-            if len(nodes) < 2:
-                nodes = np.array([X[order[0], j], X[order[-1], j]])
-            cache[j, k] = Line.over(j, X[:, j], weight, nodes)
-        return cache[j, k]
+    def solve(terms: Sequence[Term], before: Additive | None) -> Additive:
+        if before is None:
+            sums = moments(terms, samples)
+        else:
+            # What is known comes first, and goes back to its place.
+            old = {id(term): columns for term, columns in zip(before.terms, spans(before.terms), strict=True)}
+            order = sorted(range(len(terms)), key=lambda k: id(terms[k]) not in old)
+            kept = [old[id(terms[k])] for k in order if id(terms[k]) in old]
+            known = before.sums.part(np.concatenate([np.arange(s.start, s.stop) for s in kept])) if kept else None
+            sums = moments([terms[k] for k in order], samples, known)
+            if order != list(range(len(terms))):
+                places = dict(zip(order, spans([terms[k] for k in order]), strict=True))
+                back = [np.arange(places[k].start, places[k].stop) for k in range(len(terms))]
+                sums = sums.part(np.concatenate(back))
+        return solve_terms(terms, samples, smoothing, sums=sums, before=before, report=report)
 
-    def solve(pairs: list[tuple[int, int]], before: Additive | None) -> Additive:
-        terms: list[Term] = [line(j, wanted[j]) for j in varying]
-        size = _pair_nodes(total, max_nodes, sum(t.n_functions for t in terms), len(pairs))
-        terms += [Pair((line(i, size), line(j, size))) for i, j in pairs]
-        return solve_terms(terms, X, y, weight, total, smoothing, before=before, report=report)
-
-    pairs = _given(interactions, varying, X.shape[1])
-    fit = solve(pairs, None)
-    for _ in range(_MAX_DOUBLINGS if n_nodes is None else 0):
-        crowded = [
-            j
-            for j, edf, term in zip(varying, fit.edf, fit.terms, strict=False)
-            if edf.max(initial=0) > _CROWDED * term.n_functions and term.n_functions >= wanted[j]
-        ]
-        room = max_nodes - sum(term.n_functions for term in fit.terms)
-        crowded = [j for j in crowded if (room := room - wanted[j]) >= 0]
-        if not crowded:
+    fit = solve([build.line(j, wanted[j]) for j in varying], None)
+    while n_nodes is None and (finer := crowded(fit, wanted, max_nodes)):
+        wanted.update({j: 2 * wanted[j] for j in finer})
+        larger = solve([build.line(j, wanted[j]) for j in varying], fit)
+        if isinstance(smoothing, str) and not larger.criterion.sum() < fit.criterion.sum() - _GAIN * q:
             break
-        wanted.update({j: 2 * wanted[j] for j in crowded})
-        finer = solve(pairs, fit)
-        better = finer.criterion.sum() < fit.criterion.sum() - _GAIN * y.shape[1] or not isinstance(smoothing, str)
-        if not better:
-            wanted.update({j: wanted[j] // 2 for j in crowded})
-            break
-        fit = finer
-    if interactions == "auto" and len(varying) > 1 and len(X) > 10:
-        return _with_interactions(fit, solve, X, y, weight, varying, max_nodes, random)
-    if isinstance(interactions, int) and interactions and len(varying) > 1:
-        ranked = rank_pairs(X, y - fit.predict(X), weight, _by_use(varying, fit), random)
-        return solve([pair for _, pair in ranked[:interactions]], fit)
-    return fit
-
-
-def _with_interactions(
-    fit: Additive,
-    solve: Callable[[list[tuple[int, int]], Additive | None], Additive],
-    X: Array,
-    y: Array,
-    weight: Array,
-    varying: list[int],
-    max_nodes: int,
-    random: np.random.Generator,
-) -> Additive:
-    """Pairs that act together, as long as the residual shows some and the criterion gains.
-
-    More than once, since what has been found lowers the noise that others hide in.
-    """
-    chosen: list[tuple[int, int]] = []
-    most = min(_MAX_PAIRS, (max_nodes - sum(term.n_functions for term in fit.terms)) // _PAIR_NODES[0] ** 2)
-    for _ in range(_MAX_ROUNDS):
-        ranked = rank_pairs(X, y - fit.predict(X), weight, _by_use(varying, fit), random)
-        new = [pair for pair in significant(ranked) if pair not in chosen][: max(most - len(chosen), 0)]
-        if not new:
-            break
-        both = solve(chosen + new, fit)
-        if not both.criterion.sum() < fit.criterion.sum():
-            break
-        fit, chosen = both, chosen + new
-    return fit
-
-
-def _by_use(varying: list[int], fit: Additive) -> list[int]:
-    """Features, those that a fit uses most first."""
-    used = dict.fromkeys(varying, 0.0)
-    for term, edf in zip(fit.terms, fit.edf, strict=True):
-        for j in term.features:
-            used[j] += float(edf.max(initial=0.0))
-    return sorted(varying, key=lambda j: (-used[j], j))
-
-
-def _pair_nodes(total: float, max_nodes: int, used: int, n_pairs: int) -> int:
-    """Nodes per side of the grids of interactions."""
-    if not n_pairs:
-        return 0
-    size = int(np.clip(round(total ** (1 / 3)), *_PAIR_NODES))
-    room = int(np.sqrt(max(max_nodes - used, 0) / n_pairs))
-    if room < 2:
-        raise ValueError(
-            f"max_nodes={max_nodes} leaves no room for {n_pairs} interactions beside {used} nodes of single features; "
-            "raise it."
-        )
-    return min(size, room)
-
-
-def _given(interactions: int | str | Sequence[tuple[int, int]], varying: list[int], d: int) -> list[tuple[int, int]]:
-    if isinstance(interactions, (int, str)):
-        return []
-    pairs = sorted({(min(pair), max(pair)) for pair in interactions})
-    for i, j in pairs:
-        if not 0 <= i < j < d:
-            raise ValueError(f"interactions must be pairs of two different columns in [0, {d - 1}], got {(i, j)}.")
-    return [(i, j) for i, j in pairs if i in varying and j in varying]
+        fit = larger
+    if len(varying) > 1:
+        fit = with_pairs(fit, build, samples, interactions, max_nodes, random, solve)
+    return _cautious(fit, samples) if isinstance(smoothing, str) else fit
 
 
 def solve_terms(
     terms: Sequence[Term],
-    X: Array,
-    y: Array,
-    weight: Array,
-    total: float,
+    samples: Samples,
     smoothing: str | float,
     *,
+    sums: Moments,
     penalties: Array | None = None,
     before: Additive | None = None,
     report: Callable[[], None] | None = None,
@@ -252,87 +197,95 @@ def solve_terms(
 
     Args:
         terms: functions of one feature, then of two.
-        X: `[n, d]`.
-        y: `[n, q]`.
-        weight: `[n]`, positive.
-        total: number of samples that the weights stand for.
+        samples: the data.
         smoothing: see `fit_additive`.
-        penalties: `[groups]`, used as they are instead of `smoothing`; None to choose them.
-        before: a fit of the first of the terms, whose penalties are the start.
+        sums: of the terms.
+        penalties: `[groups, q]`, used as they are instead of `smoothing`; None to choose them.
+        before: a fit with some of the terms, whose penalties are the start.
         report: called after every update of the penalties.
 
     Returns:
         The fit.
     """
-    q = y.shape[1]
-    if not terms:
-        mean = weight @ y / weight.sum()
-        squares = weight @ (y - mean) ** 2
-        sums = Moments(np.zeros((0, 0)), np.zeros((0, q)), np.zeros(0), mean, squares, total)
-        noise = squares / max(total - 1, 1.0)
-        zero = np.zeros(q)
-        return Additive((), (), mean, (), (), noise, squares, zero, np.full(q, np.nan), (), sums, np.zeros((0, q)))
-    sums = moments(terms, X, y, weight)
+    q, total = samples.y.shape[1], samples.total
     groups = [size for term in terms for size in term.groups]
-    member = np.repeat(np.arange(len(groups)), groups)
-    start = _starts(terms, before)
-    fixed = penalties
-    if fixed is None and not isinstance(smoothing, str):
-        fixed = np.full(len(groups), float(smoothing) * total)
+    kinds = np.array([kind for term in terms for kind in term.kinds], dtype=np.int64)
+    gram, product, squares, mean, y_mean = sums.centred()
+    start = None if before is None or not terms else _starts(terms, before)
+    if penalties is None and not isinstance(smoothing, str):
+        penalties = np.full((len(groups), q), float(smoothing) * total)
     fits: list[Ridge] = [
         fit_variances(
-            sums.gram, sums.product[:, o], float(sums.squares[o]), groups, total,
-            start=None if start is None else start[:, o], fixed=fixed, report=report,
+            gram, product[:, o], float(squares[o]), groups, total,
+            start=None if start is None else start[:, o], fixed=None if penalties is None else penalties[:, o],
+            kinds=kinds, pools=np.asarray(POOLS)[kinds], report=report,
         )
         for o in range(q)
     ]  # fmt: skip
     theta = np.stack([fit.theta for fit in fits], axis=1)
     chosen = np.stack([fit.penalties for fit in fits], axis=1)  # [groups, q]
     edf = np.stack([fit.edf for fit in fits], axis=1)
-    values, smoothings, edfs = [], [], []
-    intercept = sums.y_mean.copy()
-    column = group = 0
-    for term in terms:
-        width, n_groups = sum(term.groups), len(term.groups)
-        here = slice(column, column + width)
-        # Functions come out with mean zero over the samples.
-        shift = sums.mean[here] @ theta[here]
-        values.append(term.basis @ theta[here] - shift)
-        smoothings.append(chosen[group : group + n_groups])
-        edfs.append(edf[group : group + n_groups].sum(axis=0))
-        column, group = column + width, group + n_groups
+    fold_theta, fold_shift, errors = _cross_validated(sums, np.repeat(chosen, groups, axis=0))
     entry = {
-        "nodes": float(sum(term.n_functions for term in terms)),
+        "nodes": float(sum(term.size for term in terms)),
         "interactions": float(sum(isinstance(term, Pair) for term in terms)),
         "updates": float(sum(len(fit.history) - 1 for fit in fits)),
         "edf": float(1 + edf.sum(axis=0).mean()),
         "criterion": float(np.mean([fit.criterion for fit in fits])),
+        "cross_validation": float(errors.sum(axis=0).mean() / total),
     }
     return Additive(
-        tuple(terms),
-        tuple(values),
-        intercept,
-        tuple(smoothings),
-        tuple(edfs),
-        np.array([fit.noise_variance for fit in fits]),
-        np.array([fit.objective for fit in fits]),
-        np.array([fit.gap for fit in fits]),
-        np.array([fit.criterion for fit in fits]),
-        (*(before.history if before else ()), entry),
-        sums,
-        chosen[member],
-    )
+        tuple(terms), theta, sums.y_mean + y_mean - mean @ theta, chosen, edf,
+        np.array([fit.noise_variance for fit in fits]), np.array([fit.objective for fit in fits]),
+        np.array([fit.gap for fit in fits]), np.array([fit.criterion for fit in fits]), errors,
+        (*(before.history if before else ()), entry), sums, fold_theta, fold_shift + sums.y_mean,
+    )  # fmt: skip
 
 
-def _starts(terms: Sequence[Term], before: Additive | None) -> Array | None:
-    """Penalties to start from: those of the terms of `before`, which stand first."""
-    if before is None:
-        return None
-    start = [
-        penalty for term, penalty in zip(terms, before.smoothing, strict=False) if penalty.shape[0] == len(term.groups)
-    ]
-    if len(start) < len(before.terms):
-        return None
-    known = np.concatenate(start)
-    missing = sum(len(term.groups) for term in terms) - len(known)
-    return np.concatenate((known, np.full((missing, known.shape[1]), np.nan)))
+def _cross_validated(sums: Moments, penalties: Array) -> tuple[Array, Array, Array]:
+    """Coefficients `[folds, p, q]` without each fold, their intercepts and errors `[folds, q]` on the fold."""
+    n_folds, p, q = sums.product.shape
+    theta, shift, errors = np.zeros((n_folds, p, q)), np.zeros((n_folds, q)), np.zeros((n_folds, q))
+    for f in range(n_folds if n_folds > 1 else 0):
+        gram, product, _, mean, y_mean = sums.centred(without=f)
+        for o in range(q):
+            here = np.flatnonzero(np.isfinite(penalties[:, o]))
+            if len(here):
+                matrix = gram[np.ix_(here, here)] + np.diag(penalties[here, o])
+                theta[f, here, o] = linalg.cho_solve((cholesky(matrix), True), product[here, o], check_finite=False)
+        shift[f] = y_mean - mean @ theta[f]
+        errors[f] = np.maximum(sums.errors(f, theta[f], mean, y_mean), 0.0)
+    return theta, shift, errors
+
+
+def _cautious(fit: Additive, samples: Samples) -> Additive:
+    """Stronger penalties, all by one factor, where they clearly make smaller errors of cross-validation.
+
+    And in any case such that some degrees of freedom are left for the noise.
+    """
+    if not fit.terms or len(samples.folds) < 2:
+        return fit
+    best = fit
+    for factor in _FACTORS:
+        stronger = solve_terms(
+            fit.terms, samples, "reml", sums=fit.sums, penalties=fit.smoothing * factor, before=fit
+        )  # fmt: skip
+        crowded = 1 + best.edf.sum(axis=0).max() > _MOST_EDF * samples.total
+        if not crowded and not better(stronger, best):
+            break
+        best = stronger
+    return best
+
+
+def _starts(terms: Sequence[Term], before: Additive) -> Array:
+    """Penalties to start from: those of the same features and groups in `before`."""
+    known, row = {}, 0
+    for term in before.terms:
+        known[term.features] = before.smoothing[row : row + len(term.groups)]
+        row += len(term.groups)
+    result = []
+    for term in terms:
+        old = known.get(term.features)
+        n = len(term.groups)
+        result.append(old if old is not None and len(old) == n else np.full((n, before.smoothing.shape[1]), np.nan))
+    return np.concatenate(result)

@@ -1,75 +1,92 @@
 """Classification by sums of piecewise-linear functions, at the global optimum of the penalised cross-entropy."""
 
-import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from scipy import special
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from ..core import Chunk, solve_cross_entropy
-from .design import Line, chunks
-from .mesh1d import Array, Scale, place_nodes
-from .report import Optimality
-from .terms import FittedTerm
-from .weights import read_weights
+from .logistic import Logistic, minimise_large, rescaled, solve_logistic
+from .mesh1d import Array, Scale
+from .moments import spans
+from .options import check_interactions, is_integer, plain
+from .report import Optimality, importances, table
+from .samples import Samples, collect
+from .scaling import exponents, keeps_attributes
+from .search import POOLS, Builder, mesh_sizes, with_pairs
+from .terms import FittedTerm, Term
 
-# Penalties that are tried, per sample, from the strongest; a straight line is penalised like the kinks of a function,
-# both of unit variance over the samples.
-_PENALTIES = 10.0 ** np.arange(1.0, -5.01, -1.0)
-_HELD_OUT = 5  # one part in so many
-_SHARED, _MOST, _LEAST = 240, 20, 5
-_PATH_TOLERANCE = 1e-4
-_ROWS = 1 << 14
-_KEPT = 1 << 25  # entries of a design that is made once, not in every pass: 256 MiB
+# Penalties and interactions are chosen on so many samples at most, and with so many columns per function.
+_CHOOSING = 20_000
+_COLUMNS, _RANK, _PAIR_RANK = 200, (4, 12), 3
+# A label says less than a number: bends of single features share some of their variance.
+_POOLS = (POOLS[0], 5.0, *POOLS[2:])
 
 
 class LagrangeClassifier(ClassifierMixin, BaseEstimator):
-    """Logits that are sums of continuous piecewise-linear functions of single features.
+    """Logits that are sums of continuous piecewise-linear functions of single features and of pairs.
 
-    Minimises the mean cross-entropy plus `smoothing / 2` times the squares of all coefficients: the slope of each
-    function and its kinks, scaled to unit variance over the samples. The problem is convex, and `optimality_` holds the
-    proof.
+    Minimises the cross-entropy plus half of the penalties times the squares of coefficients: slopes, bends, and
+    products of them. Intercepts are not penalised. The penalties follow from the data by restricted maximum likelihood
+    in Laplace's approximation, and all together from stratified cross-validation, as do the interactions. The problem
+    is convex, and `optimality_` holds the proof of the optimum.
 
     Args:
-        dof: nodes per feature; "auto" takes up to 20, fewer for many features or few samples.
+        dof: nodes per feature; "auto" takes up to 32, fewer for many features.
+        interactions: pairs of features that act together: "auto" looks for them, an integer takes so many (0: none), a
+            list of pairs of column numbers those.
+        max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
-        smoothing: the penalty; "auto" chooses it on every fifth distinct sample, held out.
+        smoothing: "auto", or one penalty for all coefficients, per sample.
         tolerance: gap in the mean cross-entropy at which to stop.
+        random_state: for the search of interactions in large data.
 
     Attributes:
         classes_: `[n_classes]`.
         terms_: the fitted terms, a tuple of `FittedTerm`; their outputs are logits of the classes.
-        nodes_, coef_: lists with `[k]` and `[k, n_classes]` per term.
+        nodes_, values_: lists with `[k]` and `[k, n_classes]` per function of one feature, pairs of nodes and
+            `[k1, k2, n_classes]` per interaction.
         intercept_: `[n_classes]`.
-        smoothing_: the penalty used.
-        history_: cross-entropy on the held-out samples for every penalty tried.
+        smoothing_: the penalties, a list with `[penalties, 1]` per term.
+        edf_: effective degrees of freedom, over all logits.
+        feature_importances_: `[n_features]`, shares of the variance of all terms.
+        history_: nodes, interactions, edf and held-out cross-entropy of every model tried.
         optimality_: an `Optimality`.
         n_features_in_: number of features.
         feature_names_in_: their names, if `X` had names.
+
+    Whole-number sample weights are repetitions, exactly; others are precisions relative to each other.
     """
 
     classes_: np.ndarray
     terms_: tuple[FittedTerm, ...]
-    smoothing_: float
+    smoothing_: list[Array]
     optimality_: Optimality
     n_features_in_: int
 
     def __init__(
         self,
-        dof: Any = "auto",
+        dof: int | Literal["auto"] = "auto",
+        interactions: int | Sequence[tuple[int, int]] | Literal["auto"] = "auto",
+        max_nodes: int = 4000,
         scale: Scale = "quantile",
-        smoothing: Any = "auto",
+        smoothing: float | Literal["auto"] = "auto",
         tolerance: float = 1e-6,
+        random_state: Any = None,
     ):
         self.dof = dof
+        self.interactions = interactions
+        self.max_nodes = max_nodes
         self.scale = scale
         self.smoothing = smoothing
         self.tolerance = tolerance
+        self.random_state = random_state
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "LagrangeClassifier":
         """Fit.
@@ -77,7 +94,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X: `[n_samples, n_features]`, finite.
             y: `[n_samples]`, labels of at least two classes.
-            sample_weight: `[n_samples]`, non-negative, as for `LagrangeRegressor`.
+            sample_weight: `[n_samples]`, non-negative; see the class.
 
         Returns:
             itself.
@@ -85,37 +102,23 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: for options out of range, a single class, or data that are not finite numbers.
         """
-        self._check_options()
-        X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        present, weight, _ = read_weights(weight)
-        X, y = X[present], y[present]
-        classes, label = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(f"y must hold at least two classes, got one class: {classes[0]!r}.")
-        lines = self._lines(X, weight)
-        if self.smoothing == "auto":
-            smoothing, self.history_ = self._chosen(lines, X, label, weight, len(classes))
-        else:
-            smoothing, self.history_ = float(self.smoothing), ()
-        theta, optimality = _solve(lines, X, label, weight, len(classes), smoothing, float(self.tolerance))
-        self.classes_, self.smoothing_, self.optimality_ = classes, smoothing, optimality
-        self.intercept_ = theta[-1]
-        terms, start = [], 0
-        for line in lines:
-            width = line.basis.shape[1]
-            values = line.basis @ theta[start : start + width]
-            start += width
-            terms.append(
-                FittedTerm(
-                    line.features, (line.nodes,), values, np.full((1, len(classes)), smoothing),
-                    np.full(len(classes), np.nan),
-                )
-            )  # fmt: skip
-        self.terms_ = tuple(terms)
-        self.nodes_ = [term.nodes[0] for term in terms]
-        self.coef_ = [term.values for term in terms]
+        with keeps_attributes(self):
+            self._check_options()
+            X, y = validate_data(self, X, y, dtype=np.float64)
+            check_classification_targets(y)
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            check_interactions(plain(self.interactions), X.shape[1])
+            present = weight > 0
+            classes, label = np.unique(y[present], return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(f"y must hold at least two classes, got one class: {classes[0]!r}.")
+            powers = exponents(X[present])
+            samples = collect(
+                np.ldexp(X[present], -powers), label[:, None].astype(np.float64), weight[present], classes=True
+            )
+            fit, history = self._fit(samples, len(classes))
+        self.classes_, self.history_ = classes, history
+        self._keep(fit, samples, powers)
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -138,6 +141,17 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         best = self._logits(X).argmax(axis=1)
         return self.classes_[best]
 
+    @property
+    def feature_importances_(self) -> Array:
+        """Shares of the variance of all terms, `[n_features]`."""
+        check_is_fitted(self)
+        return importances(self.terms_, self.n_features_in_)
+
+    def summary(self) -> str:
+        """A table of the terms: effective degrees of freedom, share of the variance, penalties."""
+        check_is_fitted(self)
+        return table(self)
+
     def _logits(self, X: Any) -> Array:
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
@@ -147,9 +161,10 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         return result
 
     def _check_options(self) -> None:
-        whole = isinstance(self.dof, (int, np.integer)) and not isinstance(self.dof, bool) and self.dof >= 2
-        if self.dof != "auto" and not whole:
+        if self.dof != "auto" and not is_integer(self.dof, 2):
             raise ValueError(f"dof must be 'auto' or an integer of at least 2, got {self.dof!r}.")
+        if not is_integer(self.max_nodes, 2):
+            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
         if self.scale not in ("quantile", "minmax"):
             raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
         for name in ("smoothing", "tolerance"):
@@ -159,97 +174,73 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
             if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 < value < np.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
-    def _lines(self, X: Array, weight: Array) -> list[Line]:
-        dof = int(np.clip(min(_SHARED // X.shape[1], 2 * weight.sum() ** (1 / 3)), _LEAST, _MOST))
-        dof = dof if self.dof == "auto" else int(self.dof)
-        lines = []
-        for j, column in enumerate(X.T):
-            order = np.argsort(column, kind="stable")
-            nodes = place_nodes(column[order], weight[order], dof, self.scale)
-            if len(nodes) > 1:
-                lines.append(Line.over(j, column, weight, nodes))
-        return lines
+    def _fit(self, samples: Samples, n_classes: int) -> tuple[Logistic, tuple[dict[str, float], ...]]:
+        random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
+        part = _part(samples, random)
+        varying = [j for j in range(samples.X.shape[1]) if np.ptp(part.X[:, j]) > 0]
+        n_nodes = None if self.dof == "auto" else int(self.dof)
+        wanted = mesh_sizes(varying, samples.X.shape[1], n_nodes, self.max_nodes)
+        build = Builder(part, self.scale, _PAIR_RANK)
+        tolerance, history = float(self.tolerance), []
 
-    def _chosen(
-        self, lines: list[Line], X: Array, label: np.ndarray, weight: Array, n_classes: int
-    ) -> tuple[float, tuple[dict[str, float], ...]]:
-        """The penalty of smallest cross-entropy on held-out samples of every class that has enough.
+        def solve(terms: Sequence[Term], before: Any) -> Logistic:
+            fit = solve_logistic(
+                terms, part, n_classes, smoothing=self.smoothing, pools=np.asarray(_POOLS), tolerance=tolerance
+            )
+            history.append(
+                {
+                    "nodes": float(sum(term.size for term in terms)),
+                    "interactions": float(sum(len(term.features) == 2 for term in terms)),
+                    "edf": float(n_classes - 1 + fit.edf.sum()),
+                    "cross_entropy": float(fit.errors.sum() / part.total),
+                }
+            )
+            return fit
 
-        Every fifth of the distinct samples of a class, in the order of their features: whatever their order in the
-        data, and a sample of weight two is treated like two samples.
-        """
-        out = np.zeros(len(X), dtype=bool)
-        for c in range(n_classes):
-            members = np.flatnonzero(label == c)
-            _, group = np.unique(X[members], axis=0, return_inverse=True)
-            out[members] = group.ravel() % _HELD_OUT == _HELD_OUT // 2
-        if not out.any():
-            return float(_PENALTIES[len(_PENALTIES) // 2]), ()
-        history: list[dict[str, float]] = []
+        rank = None if self.dof != "auto" else int(np.clip(_COLUMNS // max(len(varying), 1), *_RANK))
+        fit = solve([build.line(j, wanted[j], rank) for j in varying], None)
+        if len(varying) > 1:
+            fit = with_pairs(fit, build, part, plain(self.interactions), self.max_nodes, random, solve)
+        if self.smoothing == "auto":
+            fit = rescaled(fit, part, n_classes, tolerance)
+        if part is not samples:
+            fit = minimise_large(fit, part, samples, n_classes, tolerance)
+        return fit, tuple(history)
 
-        def held_out(penalty: float, start: Array | None) -> Array:
-            theta, _ = _solve(lines, X[~out], label[~out], weight[~out], n_classes, penalty, _PATH_TOLERANCE, start)
-            logits = np.concatenate([block @ theta for block in _blocks(lines, X[out])])
-            picked = special.log_softmax(logits, axis=1)[np.arange(len(logits)), label[out]]
-            history.append({"smoothing": penalty, "cross_entropy": float(-(weight[out] @ picked) / weight[out].sum())})
-            return theta
-
-        paths: dict[float, Array] = {}
-        theta = None
-        for penalty in map(float, _PENALTIES):
-            theta = paths[penalty] = held_out(penalty, theta)
-            # Past the minimum, weaker penalties only follow the noise.
-            if len(history) > 1 and history[-1]["cross_entropy"] > history[-2]["cross_entropy"]:
-                break
-        best = min(history, key=lambda h: h["cross_entropy"])["smoothing"]
-        for penalty in (best * 10**0.5, best / 10**0.5):
-            held_out(penalty, paths[best])
-        return min(history, key=lambda h: h["cross_entropy"])["smoothing"], tuple(history)
-
-
-def _blocks(lines: list[Line], X: Array) -> Iterator[Array]:
-    """The coefficients' design, and a one last, some rows at a time."""
-    if not lines:
-        yield np.ones((len(X), 1))
-        return
-    for _, design in chunks(lines, X):
-        for start in range(0, design.shape[0], _ROWS):
-            part = design[start : start + _ROWS]
-            columns, first = [], 0
-            for line in lines:
-                columns.append(part[:, first : first + len(line.nodes)] @ line.basis)
-                first += len(line.nodes)
-            yield np.concatenate((*columns, np.ones((part.shape[0], 1))), axis=1)
+    def _keep(self, fit: Logistic, samples: Samples, powers: np.ndarray) -> None:
+        both = len(self.classes_) == 2
+        # Two classes: half of the logit each, with opposite signs.
+        signs = np.array([[-0.5, 0.5]]) if both else np.eye(len(self.classes_))
+        intercept, terms, group = fit.intercept @ signs, [], 0
+        for k, (term, span) in enumerate(zip(fit.terms, spans(fit.terms), strict=True)):
+            here = slice(group, group + len(term.groups))
+            group = here.stop
+            values = (term.basis @ fit.theta[span] @ signs).reshape(*map(len, term.meshes), -1)
+            edf = np.full(len(self.classes_), fit.edf[here].sum() / len(self.classes_))
+            variance = fit.variances[k] @ signs**2
+            fitted = FittedTerm(term.features, term.meshes, values, fit.smoothing[here], edf, variance)
+            # Functions have mean zero over the samples.
+            mean = samples.weight @ fitted.evaluate(samples.X) / samples.total
+            intercept = intercept + mean
+            terms.append(replace(fitted, values=values - mean).in_units(powers))
+        self.terms_, self.intercept_ = tuple(terms), intercept
+        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in terms]
+        self.values_ = [term.values for term in terms]
+        self.smoothing_ = [term.smoothing for term in terms]
+        self.edf_ = float(len(self.classes_) - 1 + fit.edf.sum())
+        about = "mean cross-entropy plus half of the penalties, over all coefficients"
+        self.optimality_ = Optimality.of(fit.objective / samples.total, fit.gap / samples.total, about)
 
 
-def _solve(
-    lines: list[Line],
-    X: Array,
-    label: np.ndarray,
-    weight: Array,
-    n_classes: int,
-    smoothing: float,
-    tolerance: float,
-    start: Array | None = None,
-) -> tuple[Array, Optimality]:
-    """Coefficients `[p + 1, n_classes]`, the intercept last."""
-
-    width = sum(line.basis.shape[1] for line in lines) + 1
-    kept = list(_blocks(lines, X)) if len(X) * width <= _KEPT else None
-
-    def samples() -> Iterator[Chunk]:
-        row = 0
-        for block in kept or _blocks(lines, X):
-            part = slice(row, row + len(block))
-            row = part.stop
-            yield Chunk(torch.from_numpy(block), torch.from_numpy(label[part]), weight=torch.from_numpy(weight[part]))
-
-    first = np.zeros((width, n_classes)) if start is None else start
-    with warnings.catch_warnings():
-        # The gap is reported with the fit; a looser one than asked for is no fault of the data.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        found = solve_cross_entropy(
-            samples, torch.from_numpy(np.ascontiguousarray(first)), ridge=smoothing, tolerance=tolerance, max_passes=500
-        )
-    about = "mean cross-entropy plus half of the penalty, over all coefficients"
-    return found.coefficients.numpy(), Optimality.of(found.objective, found.gap, about)
+def _part(samples: Samples, random: np.random.Generator) -> Samples:
+    """All of the samples, or as many as choices need, with every class and fold in it."""
+    m = len(samples.X)
+    if m <= _CHOOSING:
+        return samples
+    step = m / _CHOOSING
+    rows = [np.unique(np.arange(fold.start, fold.stop, step).astype(int)) for fold in samples.folds]
+    kept = np.concatenate(rows)
+    ends = np.cumsum([0] + [len(r) for r in rows])
+    folds = tuple(slice(int(a), int(b)) for a, b in pairwise(ends))
+    weight = samples.weight[kept]
+    return Samples(samples.X[kept], samples.y[kept], weight, samples.mass[kept], folds, float(weight.sum()))

@@ -14,7 +14,7 @@ from sklearn.utils.validation import (
 )
 
 from .mesh1d import Scale, find, place_nodes
-from .weights import read_weights
+from .scaling import keeps_attributes
 
 
 class LagrangeEncoder(TransformerMixin, BaseEstimator):
@@ -62,10 +62,10 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
             raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
         if isinstance(self.dof, bool) or not isinstance(self.dof, (int, np.integer)) or self.dof < 2:
             raise ValueError(f"dof must be an integer of at least 2, got {self.dof!r}.")
-        X = validate_data(self, X, dtype=np.float64)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        present, weight, _ = read_weights(weight)
-        X = X[present]
+        with keeps_attributes(self):
+            X = validate_data(self, X, dtype=np.float64)
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        X, weight = X[weight > 0], weight[weight > 0]
         self.nodes_ = []
         for column in X.T:
             order = np.argsort(column, kind="stable")

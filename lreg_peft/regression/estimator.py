@@ -1,6 +1,5 @@
 """The scikit-learn estimator."""
 
-import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,15 +12,16 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import nn
 from tqdm import tqdm
 
-from .absolute import absolute_model
-from .interactions import rank_pairs, significant
+from .additive import fit_additive
 from .mesh1d import Array, Scale
-from .models import SumModel, additive_model, smooth_model
 from .moving import moving_model
+from .options import check_interactions, is_integer, plain
 from .relu import network_to_mesh, sum_network
-from .report import Optimality
+from .report import Optimality, SumModel, importances, table
+from .samples import Samples, collect
+from .scaling import exponents, keeps_attributes
+from .smooth import Grouped, fit_smooth
 from .terms import FittedTerm
-from .weights import in_order, read_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 Basis = Literal["auto", "additive", "simplicial"]
 Nodes = Literal["smooth", "free", "optimal", "mrc"]
 Smoothing = Literal["reml", "gcv"]
-Loss = Literal["squared", "absolute"]
 
 # Up to so many features "auto" considers simplices.
 _MAX_SIMPLICIAL = 3
 _MIN_SIMPLICIAL_SAMPLES = 50
+_LEAST_MESH = 16  # nodes
 
 
 class LagrangeRegressor(RegressorMixin, BaseEstimator):
@@ -57,7 +57,6 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             choices of `dof` nodes from a grid of quantiles, then slides them (one feature, one output); "mrc" is the
             published mesh refinement-coarsening.
         smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
-        loss: "squared", or "absolute" for the mean absolute error (`nodes="smooth"`, not on simplices).
         random_state: for subsamples of large data.
         verbose: show progress bars.
 
@@ -66,9 +65,11 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         nodes_: their meshes, a list with `[k]` per function of one feature and a pair of those per interaction; on
             simplices `[n_nodes, d]`.
         simplices_: `[n_simplices, d + 1]` indices of nodes; None for sums.
-        coef_: the values at the nodes: a list with `[k]` or `[k, n_outputs]` per term, `[k1, k2]` or
+        values_: the values at the nodes: a list with `[k]` or `[k, n_outputs]` per term, `[k1, k2]` or
             `[k1, k2, n_outputs]` per interaction; on simplices `[n_nodes]` or `[n_nodes, n_outputs]`.
-        intercept_: float or `[n_outputs]`. Terms of sums of several have mean zero over the samples.
+        intercept_: float or `[n_outputs]`. Terms have mean zero over the samples.
+        feature_importances_: `[n_features]`, shares of the variance of all terms; those of an interaction go to both
+            features by halves. Not on simplices.
         smoothing_: the penalties: a list with `[penalties, n_outputs]` per term, infinite for what has vanished; on
             simplices one number.
         edf_: effective degrees of freedom; float or `[n_outputs]`.
@@ -79,9 +80,10 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         n_features_in_: number of features.
         feature_names_in_: their names, if `X` had names.
 
-    Whole-number sample weights count repetitions; other weights are precisions relative to each other. Outside the
-    range of the samples, functions of one feature and those on simplices go on linearly; interactions stay at the
-    value on their border.
+    Whole-number sample weights are repetitions, exactly; other weights are precisions relative to each other.
+    Repetitions are further observations where equal features come with differing targets; where they never do, as in a
+    bootstrap, they count as weights and say nothing about the noise. Outside the range of the samples, functions of one
+    feature and those on simplices go on linearly; interactions stay at the value on their border.
     """
 
     _model: Any
@@ -90,7 +92,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     terms_: tuple[FittedTerm, ...]
     nodes_: Any
     simplices_: Any
-    coef_: Any
+    values_: Any
     intercept_: Any
     smoothing_: Any
     edf_: Any
@@ -109,7 +111,6 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         scale: Scale = "quantile",
         nodes: Nodes = "smooth",
         smoothing: Smoothing | float = "reml",
-        loss: Loss = "squared",
         random_state: Any = None,
         verbose: bool = False,
     ):
@@ -120,7 +121,6 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         self.scale = scale
         self.nodes = nodes
         self.smoothing = smoothing
-        self.loss = loss
         self.random_state = random_state
         self.verbose = verbose
 
@@ -138,25 +138,29 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         Raises:
             ValueError: for options that do not fit each other or the data, and data that are not finite numbers.
         """
-        X, y = validate_data(
-            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, order="C", force_writeable=False
-        )
-        y = np.asarray(y, dtype=np.float64)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        basis = self._check_options(X.shape[1])
-        self._single = y.ndim == 1
-        outputs = y[:, None] if self._single else y
-        present, weight, total = read_weights(weight)
-        if not present.all():
-            X, outputs = X[present], outputs[present]
         # Only whole models are kept: a fit that fails leaves an earlier one as it was.
-        if basis == "simplicial":
-            self._keep_mesh(self._fit_simplicial(X, outputs, weight))
-            return self
-        model = self._fit_sum(X, outputs, weight, total)
-        if basis == "auto" and (mesh := self._better_mesh(model, X, outputs, weight, total)) is not None:
+        with keeps_attributes(self):
+            X, y = validate_data(
+                self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, order="C", force_writeable=False
+            )
+            y = np.asarray(y, dtype=np.float64)
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            basis = self._check_options(X.shape[1])
+            outputs = y.reshape(len(y), -1)
+            _check_units(outputs)
+            powers = exponents(X[weight > 0])
+            X = np.ldexp(X, -powers)
+            samples = collect(X, outputs, weight)
+            mesh = model = None
+            if basis == "simplicial":
+                mesh = self._fit_simplicial(samples)
+            else:
+                model = self._fit_sum(samples, X, outputs, weight)
+                mesh = self._better_mesh(model, samples) if basis == "auto" else None
+        self._single, self._powers = y.ndim == 1, powers
+        if mesh is not None:
             self._keep_mesh(mesh)
-        else:
+        elif model is not None:
             self._keep_sum(model)
         return self
 
@@ -166,18 +170,16 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         Args:
             X: `[n_samples, n_features]`.
             return_std: also return the standard deviation of an observation there: noise and uncertainty of the
-                function, from the posterior (with nodes and penalties taken as given). Without the noise it is
-                `sqrt(std**2 - noise_variance_)`.
+                function, from the posterior (with nodes and penalties taken as given), so that 95 % of observations lie
+                within 1.96 of it. For few samples it is wider than the noise itself, as Student's quantiles are.
 
         Returns:
             `[n_samples]` or `[n_samples, n_outputs]`, as `y` had it; with `return_std` a pair of those.
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False, order="C")
-        if return_std and self.loss == "absolute":
-            raise ValueError("return_std needs loss='squared': the absolute loss states no variance.")
         if self._mesh is not None:
-            result = self._mesh.predict(X, return_std=return_std)
+            result = self._mesh.predict(np.ldexp(X, -self._powers), return_std=return_std)
             mean, std = result if return_std else (result, None)
             mean = _columns(mean)
             std = None if std is None else np.broadcast_to(_columns(std), mean.shape)
@@ -187,7 +189,8 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
                 mean += term.evaluate(X)
             std = None
             if return_std:
-                std = np.sqrt(self._model.posterior_variance(X) + self._model.noise_variance)
+                variance = self._model.posterior_variance(np.ldexp(X, -self._powers)) + self._model.noise_variance
+                std = np.sqrt(variance) * self._model.widening
         mean = mean[:, 0] if self._single else mean
         if std is None:
             return mean
@@ -229,13 +232,12 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         nodes, values = (tensor.numpy() for tensor in network_to_mesh(net))
         outputs = values.shape[1]
         zero = np.zeros(outputs)
-        term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))))
-        model = SumModel(
-            (term,), zero, term.edf, zero, (), Optimality.of(0.0, 0.0, "nothing was minimised"), _no_variance
-        )
+        term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0))
+        nothing = Optimality.of(0.0, 0.0, "nothing was minimised")
+        model = SumModel((term,), zero, term.edf, zero, (), nothing, _no_variance)
         result = cls(basis="additive", dof=len(nodes))
         result.n_features_in_ = 1
-        result._single = outputs == 1
+        result._single, result._powers = outputs == 1, np.zeros(1, dtype=int)
         result._keep_sum(model)
         return result
 
@@ -260,6 +262,21 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             X = validate_data(self, X, dtype=np.float64, reset=False)
         return draw(self, X, None if y is None else _columns(np.asarray(y, dtype=np.float64)), max_terms)
 
+    @property
+    def feature_importances_(self) -> Array:
+        """Shares of the variance of all terms, `[n_features]`."""
+        check_is_fitted(self)
+        if self._mesh is not None:
+            raise AttributeError(
+                "a mesh of simplices has no importances of single features; take permutation_importance."
+            )
+        return importances(self.terms_, self.n_features_in_)
+
+    def summary(self) -> str:
+        """A table of the terms: effective degrees of freedom, share of the variance, penalties."""
+        check_is_fitted(self)
+        return table(self)
+
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
@@ -267,106 +284,93 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
 
     def _check_options(self, d: int) -> str:
         """The basis asked for. Raises a `ValueError` for options out of range or in conflict."""
-        for name, kind in (("basis", Basis), ("nodes", Nodes), ("loss", Loss), ("scale", Scale)):
+        for name, kind in (("basis", Basis), ("nodes", Nodes), ("scale", Scale)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
-        if not _is_integer(self.max_nodes, 2):
+        if not is_integer(self.max_nodes, 2):
             raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.dof != "auto" and not _is_integer(self.dof, 2):
+        if self.dof != "auto" and not is_integer(self.dof, 2):
             raise ValueError(f"dof must be 'auto' or an integer of at least 2, got {self.dof!r}.")
         known = (
             self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else _is_penalty(self.smoothing)
         )
         if not known:
             raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
-        pairs = _plain(self.interactions)
-        if isinstance(pairs, (str, numbers.Number)):
-            if pairs != "auto" and not _is_integer(pairs, 0):
-                raise ValueError(f"interactions must be 'auto', a number of pairs or a list of pairs, got {pairs!r}.")
-        elif not all(
-            len(pair) == 2 and all(_is_integer(j, 0) and j < d for j in pair) and pair[0] != pair[1] for pair in pairs
-        ):
-            raise ValueError(f"interactions must be pairs of two different columns in [0, {d - 1}], got {pairs!r}.")
-        special = self.nodes != "smooth" or self.loss != "squared"
+        pairs = plain(self.interactions)
+        check_interactions(pairs, d)
+        special = self.nodes != "smooth"
+        if self.basis == "simplicial" and self.dof != "auto" and self.dof < _LEAST_MESH:
+            raise ValueError(f"dof must be at least {_LEAST_MESH} for basis='simplicial', got {self.dof!r}.")
         if self.basis == "simplicial" and special:
-            raise ValueError(
-                f"basis='simplicial' needs nodes='smooth' and loss='squared', got nodes={self.nodes!r}, "
-                f"loss={self.loss!r}."
-            )
-        if self.nodes != "smooth" and self.loss != "squared":
-            raise ValueError(f"loss='absolute' needs nodes='smooth', got nodes={self.nodes!r}.")
+            raise ValueError(f"basis='simplicial' needs nodes='smooth', got nodes={self.nodes!r}.")
         if self.nodes != "smooth" and not isinstance(pairs, str) and pairs:
             raise ValueError(f"interactions need nodes='smooth', got nodes={self.nodes!r}.")
         if self.basis == "simplicial" and not isinstance(pairs, str) and pairs:
             raise ValueError("a mesh of simplices has no interactions to choose; leave interactions='auto'.")
         simplicial = self.basis == "simplicial" or (self.basis == "auto" and 1 < d <= _MAX_SIMPLICIAL)
-        if self.smoothing == "gcv" and d > 1 and self.basis != "simplicial" and self.nodes == "smooth":
-            raise ValueError("smoothing='gcv' is for one feature or basis='simplicial'; sums of several need 'reml'.")
+        if self.smoothing == "gcv" and self.basis != "simplicial" and not special and d > 1:
+            raise ValueError("smoothing='gcv' is for one feature or basis='simplicial'; sums need 'reml' or a number.")
         if self.basis == "auto" and (special or not simplicial or pairs != "auto"):
             return "additive"
         return self.basis
 
-    def _fit_sum(self, X: Array, y: Array, weight: Array, total: float) -> SumModel:
+    def _fit_sum(self, samples: Samples, X: Array, y: Array, weight: Array) -> SumModel:
         n_nodes = None if self.dof == "auto" else int(self.dof)
         if self.nodes != "smooth":
             return moving_model(
-                X, y, weight, total,
+                samples, X, y, weight,
                 nodes=self.nodes, dof=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
             )  # fmt: skip
-        X, y, weight = in_order(X, y, weight)
-        options: dict[str, Any] = {
-            "n_nodes": n_nodes, "max_nodes": self.max_nodes, "scale": self.scale, "smoothing": self.smoothing,
-        }  # fmt: skip
-        if X.shape[1] > 1:
-            options["interactions"] = _plain(self.interactions)
-            options["random"] = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
+        if X.shape[1] == 1 and np.ptp(X) > 0:
+            given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
+            return fit_smooth(
+                Grouped.of(samples.X[:, 0], samples.y, samples.weight, samples.mass),
+                n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given,
+            ).model(samples)  # fmt: skip
         with _bar("smoothing", self.verbose) as report:
-            if X.shape[1] > 1:
-                options["report"] = report
-            if self.loss == "absolute":
-                return absolute_model(X, y, weight, total, report=report, options=options)
-            build = smooth_model if X.shape[1] == 1 else additive_model
-            return build(X, y, weight, total, **options)
+            return fit_additive(
+                samples,
+                n_nodes=n_nodes, interactions=plain(self.interactions), max_nodes=self.max_nodes, scale=self.scale,
+                smoothing=self.smoothing, report=report,
+                random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
+            ).model()  # fmt: skip
 
-    def _fit_simplicial(self, X: Array, y: Array, weight: Array) -> Any:
+    def _fit_simplicial(self, samples: Samples) -> Any:
         from .simplicial import fit_simplicial
 
+        most = self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes)
         return fit_simplicial(
-            X, y, weight,
-            scale=self.scale, smoothing=self.smoothing,
-            max_nodes=self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes),
-            random_state=self.random_state, verbose=bool(self.verbose),
+            samples.X, samples.y, samples.weight,
+            scale=self.scale, smoothing=self.smoothing, max_nodes=most, random_state=self.random_state,
+            verbose=bool(self.verbose),
         )  # fmt: skip
 
-    def _better_mesh(self, model: SumModel, X: Array, y: Array, weight: Array, total: float) -> Any:
-        """A fit on simplices, if the sum leaves structure and generalised cross-validation prefers the mesh."""
-        varying = [j for j in range(X.shape[1]) if np.ptp(X[:, j]) > 0]
-        if len(varying) < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES:
+    def _better_mesh(self, model: SumModel, samples: Samples) -> Any:
+        """A fit on simplices, if the sum found interactions and generalised cross-validation prefers the mesh."""
+        X, y, weight = samples.X, samples.y, samples.weight
+        varying = (np.ptp(X, axis=0) > 0).sum()
+        most = self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes)
+        if varying < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH:
             return None
-        mean = np.repeat(model.intercept[None], len(X), axis=0)
-        for term in model.terms:
-            mean += term.evaluate(X)
-        residual = y - mean
-        random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-        paired = any(len(term.features) > 1 for term in model.terms)
-        if not paired and not list(significant(rank_pairs(X, residual, weight, varying, random))):
+        if not any(len(term.features) > 1 for term in model.terms):
             return None
-        mesh = self._fit_simplicial(X, y, weight)
         spread = weight @ (y - weight @ y / weight.sum()) ** 2
         active = spread > 0
         if not active.any():
             return None
-        free = np.maximum(1 - model.edf / total, 1e-3)
-        score = float(((weight @ residual**2)[active] / spread[active] / free[active] ** 2).mean())
-        return mesh if mesh.criterion < score else None
+        mesh = self._fit_simplicial(samples)
+        rest = y - model.mean(X)
+        free = np.maximum(1 - model.edf / samples.total, 1e-3)
+        score = float(((weight @ rest**2)[active] / spread[active] / free[active] ** 2).mean())
+        return mesh if mesh.cross_validation < score else None
 
     def _keep_sum(self, model: SumModel) -> None:
         self._model, self._mesh = model, None
         self.basis_ = "additive"
-        self.terms_ = model.terms
-        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in model.terms]
+        self.terms_ = tuple(term.in_units(self._powers) for term in model.terms)
+        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in self.terms_]
         self.simplices_ = None
-        self.coef_ = [self._as_given(term.values) for term in model.terms]
+        self.values_ = [self._as_given(term.values) for term in model.terms]
         self.intercept_ = self._as_given(model.intercept)
         self.smoothing_ = [term.smoothing for term in model.terms]
         self.edf_ = self._as_given(model.edf)
@@ -378,8 +382,8 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         self._model, self._mesh = None, mesh
         self.basis_ = "simplicial"
         self.terms_ = ()
-        self.nodes_, self.simplices_ = mesh.nodes, mesh.simplices
-        self.coef_ = self._as_given(mesh.coefficients)
+        self.nodes_, self.simplices_ = np.ldexp(mesh.nodes, self._powers[mesh.columns]), mesh.simplices
+        self.values_ = self._as_given(mesh.coefficients)
         self.intercept_ = self._as_given(np.zeros(mesh.coefficients.shape[1]))
         self.smoothing_ = mesh.smoothing
         noise = np.broadcast_to(np.asarray(mesh.noise_variance, dtype=float), mesh.coefficients.shape[1:]).copy()
@@ -395,6 +399,15 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         return values[..., 0] if values.ndim > 1 else float(values[0])
 
 
+def _check_units(y: Array) -> None:
+    largest = float(np.abs(y).max())
+    if largest and not 1e-150 < largest < 1e150:
+        raise ValueError(
+            f"y must be between 1e-150 and 1e150, so that its variance is a number, got values up to {largest:.3g}; "
+            "take other units."
+        )
+
+
 def _no_variance(X: Array) -> Array:
     return np.zeros((len(X), 1))
 
@@ -402,17 +415,6 @@ def _no_variance(X: Array) -> Array:
 def _columns(values: Any) -> Array:
     values = np.asarray(values, dtype=np.float64)
     return values[:, None] if values.ndim == 1 else values
-
-
-def _plain(interactions: Any) -> Any:
-    """A string, a number, or a list of tuples; whole numbers of NumPy become Python's."""
-    if isinstance(interactions, (str, numbers.Number)):
-        return int(interactions) if isinstance(interactions, np.integer) else interactions
-    return [tuple(j.item() if isinstance(j, np.integer) else j for j in pair) for pair in interactions]
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
 
 
 def _is_penalty(value: Any) -> bool:

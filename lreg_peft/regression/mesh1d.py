@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Scale = Literal["quantile", "minmax"]
 
+#: Coordinate in which jumps of the slope are alike: this much of it is the share of samples below, the rest the range.
+QUANTILE_SHARE = 0.1
+
+_ROUNDING = 16 * np.finfo(np.float64).eps
+
 
 def place_nodes(x: Array, weight: Array, n_nodes: int, scale: Scale) -> Array:
     """Nodes for a feature: values that samples take, at equal steps of weight, or equal steps of the range.
@@ -45,10 +50,12 @@ def place_nodes(x: Array, weight: Array, n_nodes: int, scale: Scale) -> Array:
 
 
 def distinct(nodes: Array) -> Array:
-    """Ascending nodes without those too close to the one before for a slope between them to mean anything."""
-    span = nodes[-1] - nodes[0]
-    keep = np.concatenate(([True], np.diff(nodes) > 1e-9 * span))
-    result = nodes[keep]
+    """Ascending nodes without those too close to the one before for a slope between them to mean anything.
+
+    Close is meant relative to the rounding of the nodes, not to their range, in which one far value may set the scale.
+    """
+    gap = np.diff(nodes) > _ROUNDING * np.maximum(np.abs(nodes[:-1]), np.abs(nodes[1:]))
+    result = nodes[np.concatenate(([True], gap))]
     if len(result) > 1:
         result[-1] = nodes[-1]
     return result
@@ -90,17 +97,25 @@ def evaluate(x: Array, nodes: Array, values: Array) -> Array:
     return (1 - local) * values[element] + local * values[element + 1]
 
 
-def second_differences(nodes: Array, scale: Scale) -> Array:
+def second_differences(nodes: Array, level: Array | None) -> Array:
     """Rows that weigh the jumps of the slope at the interior nodes, `[k - 2, 3]` on nodes j - 1, j, j + 1.
 
-    "quantile": the jump itself, in slopes per mean element: where nodes are dense, as quantiles are where the samples
-    are, the function may bend more. "minmax": the jump over the root of the mean of the two elements, so that the sum
-    of squares approximates the integral of the squared second derivative, whatever the nodes. Both scaled so that
-    equal steps give the rows 1, -2, 1.
+    Args:
+        nodes: `[k]`.
+        level: `[k]`, the share of samples below, increasing. Jumps are then of slopes in a coordinate between the range
+            and that share: where nodes are dense, as quantiles are where the samples are, the function may bend more,
+            and a far value does not make a straight line of all others. None takes the jump over the root of the mean
+            of the two elements, so that the sum of squares approximates the integral of the squared second derivative.
+
+    Returns:
+        The rows; 1, -2, 1 for equal steps.
     """
     lengths = np.diff(nodes)
     typical = (nodes[-1] - nodes[0]) / len(lengths)
-    mean = (lengths[:-1] + lengths[1:]) / 2
-    factor = np.full(len(mean), typical) if scale == "quantile" else typical**1.5 / np.sqrt(mean)
+    if level is None:
+        factor = typical**1.5 / np.sqrt((lengths[:-1] + lengths[1:]) / 2)
+    else:
+        steps = QUANTILE_SHARE * np.diff(level) / lengths + (1 - QUANTILE_SHARE) / (nodes[-1] - nodes[0])
+        factor = 2 / (steps[:-1] + steps[1:]) / len(lengths)
     left, right = factor / lengths[:-1], factor / lengths[1:]
     return np.stack((left, -left - right, right), axis=1)

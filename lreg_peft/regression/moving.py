@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from .free_knots import fit_piecewise_linear
 from .mesh1d import Array, evaluate, find
-from .models import SumModel
 from .optimal import OptimalFit, exchanged, fit_optimal
-from .report import Optimality
+from .report import Optimality, SumModel, widening
+from .samples import Samples
 from .terms import FittedTerm
 
 Nodes = Literal["free", "optimal", "mrc"]
@@ -49,15 +49,15 @@ def _parameters(nodes: Array) -> float:
 
 
 def moving_model(
-    X: Array, y: Array, weight: Array, total: float, *, nodes: Nodes, dof: int | None, max_nodes: int, verbose: bool
+    samples: Samples, X: Array, y: Array, weight: Array, *, nodes: Nodes, dof: int | None, max_nodes: int, verbose: bool
 ) -> SumModel:
     """Fit functions of single features on `dof` nodes each.
 
     Args:
-        X: `[n, d]`.
+        samples: distinct rows with weights, for "optimal".
+        X: `[n, d]`, for the others all rows as they came.
         y: `[n, q]`.
-        weight: `[n]`, positive; equal ones unless `nodes` is "optimal".
-        total: number of samples that the weights stand for.
+        weight: `[n]`, equal where not zero, unless `nodes` is "optimal".
         nodes: how they are placed. "optimal" is for one feature and one output.
         dof: None chooses by generalised cross-validation.
         max_nodes: most nodes of all features together.
@@ -69,6 +69,11 @@ def moving_model(
     Raises:
         ValueError: for what `nodes` cannot do.
     """
+    if nodes == "optimal":
+        X, y, weight = samples.X, samples.y, samples.weight
+    else:
+        X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
+    total = samples.total if nodes == "optimal" else float(len(X))
     varying = np.flatnonzero(X.min(axis=0) < X.max(axis=0))
     if nodes == "optimal" and (X.shape[1] > 1 or y.shape[1] > 1):
         raise ValueError(
@@ -146,7 +151,16 @@ def _constant(y: Array, weight: Array, total: float) -> SumModel:
     squares = weight @ (y - mean) ** 2
     noise = squares / max(total - 1, 1.0)
     optimality = Optimality.of(float(squares.sum()), 0.0, "sum of squared residuals, over the constant")
-    return SumModel((), mean, np.ones(len(mean)), noise, (), optimality, _ConstantVariance(noise / total))
+    return SumModel(
+        (),
+        mean,
+        np.ones(len(mean)),
+        noise,
+        (),
+        optimality,
+        _ConstantVariance(noise / total),
+        widening(total - 1 + 0 * noise),
+    )
 
 
 @dataclass(frozen=True)
@@ -212,13 +226,12 @@ def _on_meshes(
     intercept = theta[-1].copy()
     terms: list[FittedTerm] = []
     for feature, mesh, table in zip(features, best.nodes, tables, strict=True):
-        if len(features) == 1:
-            table, intercept = table + intercept, np.zeros_like(intercept)
-        else:
-            mean = weight @ evaluate(X[:, len(terms)], mesh, table) / weight.sum()
-            table, intercept = table - mean, intercept + mean
+        value = evaluate(X[:, len(terms)], mesh, table)
+        mean = weight @ value / weight.sum()
+        variance = weight @ (value - mean) ** 2 / weight.sum()
+        table, intercept = table - mean, intercept + mean
         used = np.full(y.shape[1], edf if len(features) == 1 else dof - 1.0)
-        terms.append(FittedTerm((int(feature),), (mesh,), table, np.zeros((1, y.shape[1])), used))
+        terms.append(FittedTerm((int(feature),), (mesh,), table, np.zeros((1, y.shape[1])), used, variance))
     about = "sum of squared residuals, over the values at the nodes"
     return SumModel(
         tuple(terms),
@@ -228,4 +241,5 @@ def _on_meshes(
         history,
         best.optimality or Optimality.of(float(squares.sum()), gap, about),
         _GivenNodes(np.asarray(features), best.nodes, inverse, noise),
+        widening(np.full(y.shape[1], total - edf)),
     )

@@ -17,6 +17,7 @@ from torch import nn
 
 from .estimator import LagrangeRegressor
 from .mesh1d import Array
+from .scaling import keeps_attributes
 
 Form = Literal["composed", "additive"]
 
@@ -69,10 +70,11 @@ class MultigradeRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
         """
         grades = self._grades()
         # What a column may hold is up to the grades.
-        table, y = validate_data(self, X, y, dtype=None, ensure_all_finite=False, multi_output=True, y_numeric=True)
-        y = np.asarray(y, dtype=np.float64)
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, table, dtype=np.float64)
-        self._check_weights(grades, weight)
+        with keeps_attributes(self):
+            table, y = validate_data(self, X, y, dtype=None, ensure_all_finite=False, multi_output=True, y_numeric=True)
+            y = np.asarray(y, dtype=np.float64)
+            weight = None if sample_weight is None else _check_sample_weight(sample_weight, table, dtype=np.float64)
+            self._check_weights(grades, weight)
         total = np.zeros_like(y)
         fitted, losses = [], []
         for number, grade in enumerate(grades):
@@ -172,7 +174,8 @@ class MultigradeRegressor(MetaEstimatorMixin, RegressorMixin, BaseEstimator):
         """What a grade reads: `X` as it came, which may have names, or with the prediction so far behind it."""
         if number == 0 or self.form == "additive":
             return X
-        return np.concatenate((table, total.reshape(len(total), -1)), axis=1)
+        dates = table.dtype.kind in "mM"
+        return np.concatenate((table.astype(np.float64) if dates else table, total.reshape(len(total), -1)), axis=1)
 
 
 def _is_fixed(grade: Any) -> bool:

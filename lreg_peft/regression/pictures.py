@@ -70,7 +70,7 @@ def _draw_mesh(figure: "Figure", model: Any, X: Array | None) -> "Figure":
         raise ValueError(f"plot draws meshes of simplices in two dimensions only, got {nodes.shape[1]}.")
     axes: Any = figure.add_subplot()
     triangles = np.asarray(model.simplices_)
-    values = np.asarray(model.coef_).reshape(len(nodes), -1)[:, 0]
+    values = np.asarray(model.values_).reshape(len(nodes), -1)[:, 0]
     image: Any = axes.tripcolor(nodes[:, 0], nodes[:, 1], triangles, values, shading="gouraud", cmap="viridis")
     axes.triplot(nodes[:, 0], nodes[:, 1], triangles, color="white", linewidth=0.3)
     if X is not None:

@@ -1,8 +1,10 @@
 """Monotone maps of single input columns to [0, 1], where meshes live."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,6 +38,24 @@ class ColumnScale:
         return _map_columns(u, self.outputs, self.inputs)
 
 
+def exponents(x: np.ndarray) -> np.ndarray:
+    """Per column the power of two that its largest value is below: `[n_samples, d] -> [d]`."""
+    return np.frexp(np.abs(x).max(axis=0))[1]
+
+
+@contextmanager
+def keeps_attributes(estimator: Any) -> Iterator[None]:
+    """What an estimator knows of its features stays as it was if an error is raised inside."""
+    before = {name: value for name, value in vars(estimator).items() if name.endswith("_in_")}
+    try:
+        yield
+    except BaseException:
+        for name in ("n_features_in_", "feature_names_in_"):
+            vars(estimator).pop(name, None)
+        vars(estimator).update(before)
+        raise
+
+
 def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnScale:
     """The map for each column of `x` `[n_samples, d]`, all of which must hold at least two values.
 
@@ -47,13 +67,13 @@ def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnS
         if scale == "minmax":
             knots, levels = np.array([column.min(), column.max()]), np.array([0.0, 1.0])
         else:
-            knots, levels = _quantile_knots(column, weight)
+            knots, levels = quantile_knots(column, weight)
         inputs.append(knots)
         outputs.append(levels)
     return ColumnScale(tuple(inputs), tuple(outputs))
 
 
-def _quantile_knots(column: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def quantile_knots(column: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values and their share of the weight below them, ties counted half."""
     order = np.argsort(column, kind="stable")
     ordered = column[order]
@@ -68,7 +88,9 @@ def _quantile_knots(column: np.ndarray, weight: np.ndarray | None) -> tuple[np.n
     while True:
         chosen = np.unique(np.searchsorted(level, np.linspace(0, 1, n_elements + 1)).clip(0, len(values) - 1))
         # Values a rounding apart would make a slope without bound.
-        gaps = np.diff(values[chosen]) > 1e-12 * (values[-1] - values[0])
+        gaps = np.diff(values[chosen]) > 16 * np.finfo(float).eps * np.maximum(
+            np.abs(values[chosen][1:]), np.abs(values[chosen][:-1])
+        )
         chosen = np.concatenate((chosen[:1], chosen[1:-1][gaps[:-1] & gaps[1:]], chosen[-1:]))
         error = np.abs(np.interp(values, values[chosen], level[chosen]) - level).max()
         if error <= _KOLMOGOROV / math.sqrt(total) or n_elements >= _MAX_ELEMENTS:

@@ -2,7 +2,8 @@
 
 After Li, Cheng & Gu (2025), appendix A, with the coefficients at their global optimum on every mesh. What is ours: a
 roughness penalty on the jumps of the gradient, its weight by REML, marking by what a new node takes from the squared
-residual, and a stop by generalised cross-validation.
+residual, and a stop by the same restricted likelihood: generalised cross-validation keeps a mesh that interpolates
+noise now and then.
 """
 
 import math
@@ -17,8 +18,9 @@ from scipy import sparse
 from scipy.sparse.linalg import SuperLU
 from tqdm import tqdm
 
-from .penalized import Problem, Smoothing, SmoothingSearch, Solved, factorize, residual_squares
+from .penalized import COST, Problem, Smoothing, SmoothingSearch, Solved, evidence, factorize, residual_squares
 from .report import Optimality
+from .samples import collect
 from .scaling import ColumnScale, Scale, fit_scale
 from .simplices import (
     SimplicialMesh,
@@ -66,15 +68,13 @@ _FEW = 0.05
 # Share by which the criterion may rise in all.
 _RISE = 1e-3
 
-# Rows that repeat others exactly are copies up to this many of each, on average; a bootstrap makes 1.6.
-_COPIES = 4
-
 _CHUNK = 1 << 17  # rows handled at once
 
 
 @dataclass(frozen=True)
 class Round:
-    """One mesh of the refinement: number of nodes, log lambda, effective degrees of freedom, criterion."""
+    """One mesh of the refinement: number of nodes, log lambda, effective degrees of freedom, criterion (of REML, its
+    exponential per sample)."""
 
     n_nodes: int
     log_smoothing: float
@@ -99,7 +99,7 @@ class SimplicialFit:
         noise_variance: `[n_outputs]`, for a row of the mean weight.
         history: every mesh that was tried.
         optimality: certificate of the coefficients.
-        criterion: generalised cross-validation over the variance of y, mean over the outputs that vary.
+        cross_validation: generalised, over the variance of y, mean over the outputs that vary.
     """
 
     mesh: SimplicialMesh
@@ -113,7 +113,7 @@ class SimplicialFit:
     noise_variance: np.ndarray
     history: tuple[Round, ...]
     optimality: Optimality
-    criterion: float
+    cross_validation: float
     precision: sparse.csc_array = field(repr=False)
     _factor: SuperLU | None = field(default=None, repr=False)
 
@@ -239,18 +239,15 @@ def fit_simplicial(
 
     Minimises sum_i w_i |y_i - f(x_i)|^2 + lambda sum_F |F| / h_F [df/dn]_F^2 over the nodal values exactly, on each of
     a sequence of meshes; F are the facets, [df/dn]_F the jump of the gradient, |F| / h_F area over width. Refinement
-    bisects the longest edges whose midpoint as a node would take most from the squared residual; it ends when
-    generalised cross-validation no longer falls. Nodes that the samples do not speak for are then taken back.
-
-    If rows of equal inputs have equal outputs throughout (resampled data), repetitions count as a weight and not as
-    further samples, which would make any noise look like the function.
+    bisects the longest edges whose midpoint as a node would take most from the squared residual; it ends when the
+    criterion that chooses lambda no longer falls. Nodes that the samples do not speak for are then taken back.
 
     Memory beyond the inputs is about 300 bytes a sample; 10^6 samples of 2 inputs take about 10 s on one core.
 
     Args:
         x: `[n_samples, n_features]`; up to 4 columns may vary.
         y: `[n_samples]` or `[n_samples, n_outputs]`.
-        sample_weight: `[n_samples]`, not negative; a common factor has no effect, zero removes a row.
+        sample_weight: `[n_samples]`, not negative, see `collect`; zero removes a row.
         scale: "quantile" maps each column to [0, 1] by its quantiles, "minmax" linearly.
         smoothing: how lambda is chosen: "reml" (restricted maximum likelihood), "gcv" (generalised cross-validation),
             or lambda itself.
@@ -265,7 +262,8 @@ def fit_simplicial(
     """
     x, y, weight, single = _checked(x, y, sample_weight)
     _check_options(scale, smoothing, max_nodes)
-    x, y, weight = _merged(x, y, weight)
+    samples = collect(x, y, np.ones(len(x)) if weight is None else weight)
+    x, y, weight = samples.X, samples.y, samples.weight
     n_features = x.shape[1]
     columns = np.flatnonzero(x.max(0) > x.min(0))
     if len(columns) > MAX_DIMENSION:
@@ -279,7 +277,7 @@ def fit_simplicial(
     else:
         scaler = fit_scale(x[:, columns], weight, scale)
     d = len(columns)
-    total = float(len(x))
+    total = samples.total
     centre = np.average(y, axis=0, weights=weight)
     y = y - centre
     square = (y**2).sum(0) if weight is None else weight @ y**2
@@ -287,12 +285,12 @@ def fit_simplicial(
 
     mesh = _starting_mesh(d, total, max_nodes)
     points = torch.from_numpy(scaler.transform(x[:, columns]))
-    samples = _Samples(points, y, weight, *locate_in_mesh(points, mesh), total, square)
+    located = _Samples(points, y, weight, *locate_in_mesh(points, mesh), total, square)
     search = SmoothingSearch(smoothing, _seed(random_state))
     history: list[Round] = []
 
     def fitted(mesh: SimplicialMesh, polish: bool = False) -> _State:
-        state = _fit_on(mesh, samples, active, search, polish)
+        state = _fit_on(mesh, located, active, search, polish)
         history.append(Round(len(mesh.nodes), state.solved.log_smoothing, state.edf, state.criterion))
         return state
 
@@ -300,22 +298,22 @@ def fit_simplicial(
     stale, looked_from = 0, None
     with tqdm(total=max_nodes, initial=len(mesh.nodes), disable=not verbose, desc="nodes", unit="") as bar:
         while active.any() and len(state.mesh.nodes) < _FULL * max_nodes:
-            finer = _refined(state, samples, max_nodes) if stale < _PATIENCE else None
+            finer = _refined(state, located, max_nodes) if stale < _PATIENCE else None
             if finer is None and looked_from is not best:  # once from each mesh, or this would not end
                 stale, looked_from = 0, best
-                samples.cell, samples.local = locate_in_mesh(points, best.mesh)
-                finer = _looked_ahead(best, samples, max_nodes)
+                located.cell, located.local = locate_in_mesh(points, best.mesh)
+                finer = _looked_ahead(best, located, max_nodes)
             if finer is None:
                 break
-            samples.cell, samples.local = descend(finer.forest, samples.cell, samples.local)
+            located.cell, located.local = descend(finer.forest, located.cell, located.local)
             state = fitted(finer)
             bar.update(len(finer.nodes) - bar.n)
             stale = 0 if state.criterion < best.criterion * (1 - _BETTER) else stale + 1
             if state.criterion < best.criterion:
                 best = state
     if active.any():
-        best = _coarsened(best, samples, fitted)
-        samples.cell, samples.local = locate_in_mesh(points, best.mesh)
+        best = _coarsened(best, located, fitted)
+        located.cell, located.local = locate_in_mesh(points, best.mesh)
         best = fitted(best.mesh, polish=True)
     return _finished(best, history, scaler, columns, n_features, single, centre, total)
 
@@ -350,7 +348,7 @@ def _finished(
             gap / total,
             "(|y - Phi c|^2 + smoothing c^T K c) / samples, over the coefficients on the final mesh",
         ),
-        criterion=state.criterion,
+        cross_validation=_cross_validation(problem, state.residual_square, state.edf, 1.0),
         precision=solved.matrix,
     )
 
@@ -385,10 +383,19 @@ def _fit_on(
     problem = Problem(gram, moment, samples.square, rough, samples.total, mesh.nodes.shape[1] + 1, active)
     solved, edf = search.run(problem, polish=polish)
     squares = residual_squares(problem, solved)
-    free = max(1 - edf / samples.total, 1e-2)
-    relative = squares[active] / samples.square[active]
-    criterion = float(relative.mean() / free**2) if active.any() else 0.0
+    if not active.any():
+        criterion = 0.0
+    elif search.smoothing in ("gcv", 0) or not problem.rough.nnz:
+        criterion = _cross_validation(problem, squares, edf, COST if search.smoothing == "gcv" else 1.0)
+    else:
+        criterion = math.exp(evidence(problem, solved))
     return _State(mesh, solved, problem, squares, edf, criterion)
+
+
+def _cross_validation(problem: Problem, squares: np.ndarray, edf: float, cost: float) -> float:
+    """Generalised, over the variance of y, mean over the outputs that vary."""
+    relative = squares[problem.active] / problem.square[problem.active]
+    return float(relative.mean() / max(1 - cost * edf / problem.n_samples, 1e-2) ** 2) if len(relative) else 0.0
 
 
 def _normal_equations(mesh: SimplicialMesh, samples: _Samples) -> tuple[sparse.csc_array, np.ndarray]:
@@ -561,28 +568,7 @@ def _checked(
     if not np.isfinite(weight).all() or (weight < 0).any() or not (weight > 0).any():
         raise ValueError("sample_weight must be finite, not negative, and positive somewhere.")
     there = weight > 0
-    return x[there], y[there], weight[there] / weight[there].mean(), single
-
-
-def _merged(
-    x: np.ndarray, y: np.ndarray, weight: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Repeated rows as one of more weight, with weights of mean one.
-
-    Left as they are where equal inputs have unequal outputs, and where repetitions are so many that they are a design.
-    """
-    first = np.sort(x[:, 0])
-    if not (first[1:] == first[:-1]).any():
-        return x, y, weight
-    order = np.lexsort(x.T)
-    new = (x[order[1:]] != x[order[:-1]]).any(1)
-    if new.all() or (y[order[1:]] != y[order[:-1]]).any(1)[~new].any():
-        return x, y, weight
-    starts = np.concatenate(([0], np.flatnonzero(new) + 1))
-    if len(x) > _COPIES * len(starts):
-        return x, y, weight
-    merged = np.add.reduceat(np.ones(len(x)) if weight is None else weight[order], starts)
-    return x[order[starts]], y[order[starts]], merged / merged.mean()
+    return x[there], y[there], weight[there], single
 
 
 def _check_options(scale: str, smoothing: Smoothing | float, max_nodes: int) -> None:

@@ -13,10 +13,17 @@ from numpy.typing import NDArray
 
 from .banded import Pentadiagonal
 from .mesh1d import Array, Scale, evaluate, find, place_nodes, second_differences
+from .report import Optimality, SumModel, widening
+from .samples import Samples
+from .scaling import quantile_knots
+from .terms import FittedTerm
 
 # Values of lambda tried: from hardly any penalty, relative to the matrix of the data, to a straight line.
 _GRID = 40
 _LOW, _HIGH = -5.0, 10.0
+
+# Most effective degrees of freedom, of the observations: the rest tells the noise.
+_MOST_EDF = 0.8
 
 # A mesh on which the fit spends more than this share of the nodes is doubled.
 _CROWDED = 0.3
@@ -58,11 +65,26 @@ class Smooth:
         """`[n] -> [n, q]`."""
         return evaluate(x, self.nodes, self.values)
 
-    def posterior_variance(self, x: Array) -> Array:
-        """Variance of the function at `x`, without the noise; `[n] -> [n, q]`."""
+    def model(self, samples: Samples) -> SumModel:
+        """In the form that the estimator shows, the function with mean zero over the samples."""
+        fitted = self.predict(samples.X[:, 0])
+        intercept = samples.weight @ fitted / samples.total
+        variance = samples.weight @ (fitted - intercept) ** 2 / samples.total
+        term = FittedTerm((0,), (self.nodes,), self.values - intercept, self.smoothing[None], self.edf, variance)
+        about = (
+            "sum of squared residuals plus smoothing times the sum of squared slope jumps, over the values at the nodes"
+        )
+        return SumModel(
+            (term,), intercept, self.edf, self.noise_variance, self.history,
+            Optimality.of(float(self.objective.sum()), float(self.gap.sum()), about),
+            self.posterior_variance, widening(samples.total - self.edf),
+        )  # fmt: skip
+
+    def posterior_variance(self, X: Array) -> Array:
+        """Variance of the function at `X`, without the noise; `[n, 1] -> [n, q]`."""
         if len(self.nodes) == 1:
-            return np.repeat(self.variance, len(x), axis=0)
-        element, local = find(x, self.nodes)
+            return np.repeat(self.variance, len(X), axis=0)
+        element, local = find(X[:, 0], self.nodes)
         right = local[:, None]
         left = 1 - right
         return np.maximum(
@@ -80,28 +102,30 @@ class Grouped:
     Attributes:
         x: `[m]`, strictly increasing.
         weight: `[m]`, positive.
+        mass: `[m]`, how often a value is there, whatever its precision: where meshes need nodes.
         y: `[m, q]`, weighted means.
         within: `[q]`, weighted sum of squares around those means.
     """
 
     x: Array
     weight: Array
+    mass: Array
     y: Array
     within: Array
 
     @classmethod
-    def of(cls, x: Array, y: Array, weight: Array) -> "Grouped":
-        """Group `x` `[n]`, `y` `[n, q]`, `weight` `[n]`, all weights positive."""
+    def of(cls, x: Array, y: Array, weight: Array, mass: Array | None = None) -> "Grouped":
+        """Group `x` `[n]`, `y` `[n, q]`, `weight` and `mass` `[n]`, positive."""
         order = np.argsort(x, kind="stable")
-        x, y, weight = x[order], y[order], weight[order]
+        x, y, weight, mass = x[order], y[order], weight[order], (weight if mass is None else mass)[order]
         first = np.flatnonzero(np.concatenate(([True], np.diff(x) > 0)))
         if len(first) == len(x):
-            return cls(x, weight, y, np.zeros(y.shape[1]))
+            return cls(x, weight, mass, y, np.zeros(y.shape[1]))
         total = np.add.reduceat(weight, first)
         mean = np.add.reduceat(weight[:, None] * y, first) / total[:, None]
         group = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(x))))
         within = (weight[:, None] * (y - mean[group]) ** 2).sum(axis=0)
-        return cls(x[first], total, mean, within)
+        return cls(x[first], total, np.add.reduceat(mass, first), mean, within)
 
 
 def fit_smooth(
@@ -119,7 +143,7 @@ def fit_smooth(
         data: the samples.
         n_nodes: None takes 256 and doubles them while the fit uses most of them and the criterion gains.
         max_nodes: most nodes.
-        scale: see `place_nodes` and `second_differences`.
+        scale: see `place_nodes`; jumps of the slope are alike per sample ("quantile") or per length ("minmax").
         smoothing: "reml", "gcv" or lambda itself.
         total: number of samples that the weights stand for; None takes their sum.
 
@@ -127,14 +151,15 @@ def fit_smooth(
         The fit.
     """
     total = float(data.weight.sum()) if total is None else total
-    wanted = min(DEFAULT_NODES, max_nodes) if n_nodes is None else n_nodes
-    best = fit_on_nodes(data, place_nodes(data.x, data.weight, wanted, scale), scale, smoothing, total)
+    wanted = DEFAULT_NODES if n_nodes is None else n_nodes
+    wanted = min(wanted, max_nodes)
+    best = fit_on_nodes(data, place_nodes(data.x, data.mass, wanted, scale), scale, smoothing, total)
     history = [_entry(best)]
     # Half of the distinct samples at most: with as many nodes as samples, GCV cannot tell noise from signal.
     most = min(max_nodes, len(data.x) // 2)
     while n_nodes is None and wanted < most and best.edf.max() > _CROWDED * len(best.nodes):
         wanted = min(2 * wanted, most)
-        finer = fit_on_nodes(data, place_nodes(data.x, data.weight, wanted, scale), scale, smoothing, total)
+        finer = fit_on_nodes(data, place_nodes(data.x, data.mass, wanted, scale), scale, smoothing, total)
         history.append(_entry(finer))
         if isinstance(smoothing, str) and not finer.criterion.sum() < best.criterion.sum():
             break
@@ -233,7 +258,8 @@ def _normal_equations(data: Grouped, nodes: Array, y: Array, squares: Array, sca
         ],
         axis=1,
     )
-    rows = second_differences(nodes, scale)
+    level = np.interp(nodes, *quantile_knots(data.x, data.mass)) if scale == "quantile" else None
+    rows = second_differences(nodes, level)
     penalty = [np.zeros(k), np.zeros(k), np.zeros(k)]
     for a in range(3):
         penalty[0][a : k - 2 + a] += rows[:, a] ** 2
@@ -250,18 +276,24 @@ def _choose(normal: _Normal, rule: str) -> tuple[Array, Array]:
     exponent = np.linspace(_LOW, _HIGH, _GRID)
     lam = ratio * 10**exponent
     factor = normal.factor(lam)
-    score = _scores(normal, factor, lam, rule)  # [grid, q]
+    diagonal, first, _ = factor.inverse_band()
+    edf = _trace(normal, diagonal, first)
+    score = _scores(normal, factor, lam, rule, edf)  # [grid, q]
+    score[edf > max(_MOST_EDF * normal.total, 1.01 * edf.min())] = np.inf
     best = score.argmin(axis=0)
     inner = np.clip(best, 1, _GRID - 2)
     pick = np.arange(q)
     low, mid, high = score[inner - 1, pick], score[inner, pick], score[inner + 1, pick]
+    curved = (best == inner) & np.isfinite(low)
+    low = np.where(curved, low, mid)
     bend = low - 2 * mid + high
-    shift = np.where((best == inner) & (bend > 0), 0.5 * (low - high) / np.where(bend > 0, bend, 1.0), 0.0)
+    curved &= bend > 0
+    shift = np.where(curved, 0.5 * (low - high) / np.where(curved, bend, 1.0), 0.0)
     found = exponent[best] + np.clip(shift, -0.5, 0.5) * (exponent[1] - exponent[0])
     return ratio * 10**found, score[best, pick]
 
 
-def _scores(normal: _Normal, factor: Pentadiagonal, lam: Array, rule: str) -> Array:
+def _scores(normal: _Normal, factor: Pentadiagonal, lam: Array, rule: str, edf: Array) -> Array:
     k = len(normal.right)
     solved = factor.solve(normal.right[:, None, :])  # [k, grid, q]
     explained = (solved * normal.right[:, None, :]).sum(axis=0)  # [grid, q]
@@ -271,10 +303,9 @@ def _scores(normal: _Normal, factor: Pentadiagonal, lam: Array, rule: str) -> Ar
         degrees = max(normal.total - 2, 1.0)
         logs = factor.log_determinant() - (k - 2) * np.log(lam)
         return degrees * np.log(penalised) + logs[:, None]
-    edf = _trace(normal, *factor.inverse_band()[:2])[:, None]
     rough = lam[:, None] * _roughness(normal, solved)
     residual = np.maximum(normal.squares - explained - rough, floor)
-    spare = np.maximum(normal.total - edf, 1e-3 * normal.total)
+    spare = np.maximum(normal.total - edf[:, None], 1e-3 * normal.total)
     return normal.total * np.log(residual) - 2 * normal.total * np.log(spare)
 
 

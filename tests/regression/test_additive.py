@@ -1,54 +1,56 @@
 """Sums of functions of single features and of pairs: penalties, interactions, terms that vanish."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from data_sets import split
 from scipy import optimize
 
 from lreg_peft.regression import LagrangeRegressor
-from lreg_peft.regression.additive import fit_additive
-from lreg_peft.regression.design import Line, Pair, chunks, moments
-from lreg_peft.regression.interactions import rank_pairs, significant
-from lreg_peft.regression.variances import fit_variances
+from lreg_peft.regression.interactions import rank_pairs
+from lreg_peft.regression.moments import moments
+from lreg_peft.regression.ridge import fit_variances
+from lreg_peft.regression.samples import collect
+from lreg_peft.regression.terms import Line, Pair
 
 
 def line(x, weight, nodes):
-    return Line.over(0, x, weight, np.asarray(nodes))
+    return Line.over(0, x, weight, np.asarray(nodes), "quantile")
 
 
 class TestDesign:
-    def test_a_line_and_its_kinks_are_apart(self):
-        """Over the samples: mean zero, the straight part of unit variance, kinks orthogonal to it."""
+    def test_a_line_and_its_bends_are_apart(self):
+        """Over the samples: mean zero, the straight part of unit variance, bends orthogonal to it and to each other."""
         random = np.random.default_rng(0)
         x, weight = random.exponential(size=400), random.integers(1, 4, 400).astype(float)
         term = line(x, weight, [0, 0.2, 0.5, 1, 2, x.max()])
         columns = np.stack([np.interp(x, term.nodes, column) for column in term.basis.T], axis=1)
         gram = columns.T * weight @ columns / weight.sum()
         np.testing.assert_allclose(weight @ columns / weight.sum(), 0, atol=1e-12)
-        assert gram[0, 0] == pytest.approx(1) and np.abs(gram[0, 1:]).max() < 1e-12
-        assert np.diagonal(gram)[1:].mean() == pytest.approx(1)
-        # Each kink bends at its own node only.
-        slopes = np.diff(np.diff(term.basis[:, 1:], axis=0) / np.diff(term.nodes)[:, None], axis=0)
-        assert np.abs(slopes - np.diag(np.diagonal(slopes))).max() < 1e-10
+        np.testing.assert_allclose(gram, np.diag(term.power), atol=1e-10)
+        assert gram[0, 0] == pytest.approx(1) and np.trace(gram) == pytest.approx(2)
+        assert term.basis.shape == (6, 5) and np.linalg.matrix_rank(np.column_stack((term.basis, np.ones(6)))) == 6
 
     def test_moments_are_those_of_the_dense_design(self):
         random = np.random.default_rng(0)
-        X, y, weight = random.uniform(size=(300, 2)), random.standard_normal((300, 2)), random.uniform(1, 2, 300)
-        lines = [Line.over(j, X[:, j], weight, np.linspace(X[:, j].min(), X[:, j].max(), 5)) for j in range(2)]
-        terms = [*lines, Pair((lines[0], lines[1]))]
-        dense = np.concatenate([design.toarray() for _, design in chunks(terms, X)])
-        assert dense.shape == (300, 5 + 5 + 25)
-        np.testing.assert_allclose(dense.sum(axis=1), 3)
-        columns = np.concatenate(
-            [dense[:, a:b] @ t.basis for t, a, b in zip(terms, (0, 5, 10), (5, 10, 35), strict=True)], axis=1
-        )
+        samples = collect(random.uniform(size=(300, 2)), random.standard_normal((300, 2)), random.uniform(1, 2, 300))
+        X, weight = samples.X, samples.weight
+        nodes = [np.linspace(x.min(), x.max(), 5) for x in X.T]
+        lines = [Line.over(j, X[:, j], weight, nodes[j], "quantile") for j in range(2)]
+        terms = [*lines, Pair.of(*lines)]
+        columns = np.concatenate([term.columns(X) for term in terms], axis=1)
         centred = columns - weight @ columns / weight.sum()
-        found = moments(terms, X, y, weight)
-        np.testing.assert_allclose(found.gram, centred.T * weight @ centred, atol=1e-9)
-        np.testing.assert_allclose(found.product, centred.T * weight @ (y - found.y_mean), atol=1e-9)
-        assert sum(terms[2].groups) == terms[2].basis.shape[1] == 16
+        found = moments(terms, samples, moments(lines, samples))
+        gram, product, *_ = found.centred()
+        y = samples.y - weight @ samples.y / weight.sum()
+        np.testing.assert_allclose(gram, centred.T * weight @ centred, atol=1e-9)
+        np.testing.assert_allclose(product, centred.T * weight @ y, atol=1e-9)
+        assert sum(terms[2].groups) == terms[2].basis.shape[1] == columns.shape[1] - 8
+        # Errors on a fold from its moments are those at its samples.
+        theta = random.standard_normal((columns.shape[1], 2))
+        _, _, _, mean, y_mean = found.centred(without=1)
+        fold = samples.folds[1]
+        rest = samples.y[fold] - found.y_mean - y_mean - (columns[fold] - mean) @ theta
+        np.testing.assert_allclose(found.errors(1, theta, mean, y_mean), weight[fold] @ rest**2, rtol=1e-9)
 
 
 class TestVariances:
@@ -73,7 +75,6 @@ class TestVariances:
         best = optimize.minimize(criterion, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
         assert found.criterion == pytest.approx(criterion(np.log(found.penalties)), rel=1e-9)
         assert found.criterion - best.fun < 0.02  # iteration stops at gains of .01
-        assert all(b <= a for a, b in pairwise(found.history))
         matrix = design.T @ design + np.diag(np.repeat(found.penalties, 6))
         assert found.edf.sum() == pytest.approx(np.trace(np.linalg.solve(matrix, design.T @ design)))
         assert found.gap < 1e-12 * found.objective
@@ -100,9 +101,16 @@ class TestInteractions:
         random = np.random.default_rng(0)
         found = 0
         for _ in range(20):
-            X, rest = random.uniform(size=(500, 6)), random.standard_normal((500, 1))
-            found += len(list(significant(rank_pairs(X, rest, np.ones(500), list(range(6)), random))))
-        assert found <= 9  # four are expected: a fifth of the runs
+            samples = collect(random.uniform(size=(500, 6)), random.standard_normal((500, 1)), np.ones(500))
+            ranked = rank_pairs(samples, samples.y, list(range(6)), random)
+            found += sum(energy > 4 for energy, _ in ranked)
+        assert found <= 1  # of 300; as a normal deviate, .01 are expected
+        edf = []
+        for _ in range(5):
+            X, y = random.uniform(size=(300, 6)), random.standard_normal(300)
+            edf.append(LagrangeRegressor().fit(X, y).edf_)
+        # Straight lines alone have seven. By chance, cross-validation confirms pairs in two of the five.
+        assert np.mean(edf) < 8 and max(edf) < 13
 
     @pytest.mark.parametrize("form", ["product", "cells"])
     def test_the_right_pair_comes_first(self, form):
@@ -114,9 +122,9 @@ class TestInteractions:
             else np.sin(9 * X[:, 1]) * np.sin(9 * X[:, 4]) * 0.7
         )
         rest = signal + random.standard_normal(2000)
-        ranked = rank_pairs(X, rest[:, None], np.ones(2000), list(range(6)), random)
-        assert ranked[0][1] == (1, 4)
-        assert (1, 4) in list(significant(ranked))
+        samples = collect(X, rest[:, None], np.ones(2000))
+        ranked = rank_pairs(samples, samples.y, list(range(6)), random)
+        assert ranked[0][1] == (1, 4) and ranked[0][0] > 8 > ranked[1][0]
 
     def test_given_and_counted(self):
         X, y, X_test, y_test = split("Friedman-1")
@@ -138,15 +146,6 @@ class TestInteractions:
         far, border = np.full((1, 10), 9.0), X.max(axis=0)[None]
         np.testing.assert_allclose(pair.evaluate(far), pair.evaluate(border))
 
-    def test_the_same_function_by_terms_and_by_design(self):
-        X, y, X_test, _ = split("Friedman-1")
-        fit = fit_additive(
-            X, y[:, None], np.ones(len(y)), total=float(len(y)), random=np.random.default_rng(0), interactions="auto"
-        )
-        model = LagrangeRegressor(random_state=0).fit(X, y)
-        inside = np.clip(X_test, X.min(axis=0), X.max(axis=0))
-        np.testing.assert_allclose(model.predict(inside), fit.predict(inside)[:, 0], atol=1e-9)
-
 
 class TestMeshes:
     def test_are_refined_where_they_are_used(self):
@@ -154,10 +153,12 @@ class TestMeshes:
         X = np.column_stack((X, np.random.default_rng(0).uniform(size=len(X)), X[:, 0] > 0.1))
         model = LagrangeRegressor(interactions=0).fit(X, y)
         sizes = [len(nodes) for nodes in model.nodes_]
-        assert sizes[0] >= 64 and sizes[1] >= 64 and sizes[2] == 32 and sizes[3] == 2
+        # The feature without use may get more as well: the variance of its bends is pooled with those of the others.
+        assert sizes[0] >= 64 and sizes[1] >= 64 and sizes[3] == 2
+        assert model.feature_importances_[2] < 1e-4
         assert len(model.history_) >= 2
         criteria = [entry["criterion"] for entry in model.history_]
-        assert all(b < a for a, b in pairwise(criteria))
+        assert min(criteria) < criteria[0]  # the last ones may be of models that were not kept
 
     def test_max_nodes_is_kept(self):
         X, y, _, _ = split("Friedman-1")

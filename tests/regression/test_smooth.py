@@ -7,6 +7,7 @@ from scipy import optimize
 
 from lreg_peft.regression.banded import Pentadiagonal
 from lreg_peft.regression.mesh1d import evaluate, find, place_nodes, second_differences
+from lreg_peft.regression.scaling import quantile_knots
 from lreg_peft.regression.smooth import Grouped, fit_on_nodes, fit_smooth
 
 
@@ -59,17 +60,21 @@ class TestNodes:
 
     @pytest.mark.parametrize("scale", ["quantile", "minmax"])
     def test_lines_are_not_penalised_and_equal_steps_give_second_differences(self, scale):
-        nodes = np.sort(np.random.default_rng(0).uniform(size=9))
-        rows = second_differences(nodes, scale)
-        for j, row in enumerate(rows):
+        random = np.random.default_rng(0)
+        nodes = np.sort(random.uniform(size=9))
+        for j, row in enumerate(
+            second_differences(nodes, np.sort(random.uniform(size=9)) if scale == "quantile" else None)
+        ):
             assert abs(row @ (3 * nodes[j : j + 3] + 2)) < 1e-10 * np.abs(row).max()
-        np.testing.assert_allclose(second_differences(np.arange(6.0) * 7, scale), np.tile([1.0, -2.0, 1.0], (4, 1)))
+        even = np.linspace(0, 1, 6) if scale == "quantile" else None
+        np.testing.assert_allclose(second_differences(np.arange(6.0) * 7, even), np.tile([1.0, -2.0, 1.0], (4, 1)))
 
 
 def dense_pieces(data, nodes, scale):
     hats = np.stack([np.interp(data.x, nodes, row) for row in np.eye(len(nodes))], axis=1)
     rough = np.zeros((len(nodes) - 2, len(nodes)))
-    for j, row in enumerate(second_differences(nodes, scale)):
+    level = np.interp(nodes, *quantile_knots(data.x, data.mass)) if scale == "quantile" else None
+    for j, row in enumerate(second_differences(nodes, level)):
         rough[j, j : j + 3] = row
     return hats, rough
 
@@ -84,7 +89,7 @@ class TestChoice:
     def test_reml_is_the_likelihood_of_the_mixed_model(self):
         """log N(y; 0, lambda^-1 B D^+ D^+^T B^T + W^-1), the straight line integrated out, at its own minimum."""
         data = self.case()
-        nodes = place_nodes(data.x, data.weight, 12, "quantile")
+        nodes = place_nodes(data.x, data.mass, 12, "quantile")
         hats, rough = dense_pieces(data, nodes, "quantile")
         spread = hats @ np.linalg.pinv(rough)
         line = np.stack((np.ones(len(data.x)), data.x), axis=1)
@@ -105,7 +110,7 @@ class TestChoice:
 
     def test_gcv_and_degrees_of_freedom(self):
         data = self.case()
-        nodes = place_nodes(data.x, data.weight, 12, "quantile")
+        nodes = place_nodes(data.x, data.mass, 12, "quantile")
         hats, rough = dense_pieces(data, nodes, "quantile")
         gram = hats.T * data.weight @ hats
         total = data.weight.sum()

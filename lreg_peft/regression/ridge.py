@@ -16,7 +16,7 @@ from .mesh1d import Array
 
 _MAX_UPDATES = 100
 _TOLERANCE = 1e-2  # of twice the restricted log-likelihood
-_LONG_STEP = 2.0
+_LONG = 1.4
 _MAX_STEP = 6.0  # of the logarithm of a penalty, in one update
 
 # A group leaves when its penalty is so many times the mean power of its columns; a penalty is never so much less.
@@ -70,6 +70,8 @@ def fit_variances(
     *,
     start: Array | None = None,
     fixed: Array | None = None,
+    kinds: NDArray[np.int64] | None = None,
+    pools: Array | None = None,
     report: Callable[[], None] | None = None,
 ) -> Ridge:
     """Solve.
@@ -82,12 +84,14 @@ def fit_variances(
         total: number of samples.
         start: `[groups]` penalties to start from; NaN where the default shall be taken.
         fixed: `[groups]` penalties to use as they are.
+        kinds: `[groups]`, numbers; variances of one kind are related.
+        pools: `[groups]`, of so many coefficients with the mean variance of its kind a group's variance knows.
         report: called after every update.
 
     Returns:
         The optimum.
     """
-    sizes = np.asarray(groups)
+    sizes = np.asarray(groups, dtype=int)
     member = np.repeat(np.arange(len(sizes)), sizes)
     power = np.maximum(np.bincount(member, gram.diagonal(), len(sizes)) / sizes, 0.0)
     problem = _Problem(gram, product, squares, sizes, member, total)
@@ -102,28 +106,37 @@ def fit_variances(
     # A column without variance, of a feature without values to tell apart: it has no coefficient.
     log = np.where(power > 1e-14 * max(gram.diagonal().max(initial=0.0), np.finfo(float).tiny), log, np.inf)
     state = problem.at(log)
-    history, long = [state.criterion], True
-    for _ in range(_MAX_UPDATES):
+    history = [state.criterion]
+    kinds = np.zeros(len(sizes), dtype=int) if kinds is None else kinds
+    pools = np.zeros(len(sizes)) if pools is None else pools
+    for _ in range(_MAX_UPDATES if len(product) < 500 else _MAX_UPDATES // 4):
         with np.errstate(divide="ignore", invalid="ignore"):
-            step = np.log(state.noise * state.edf / state.power) - state.log
+            step = np.log(pooled_penalties(state.edf, state.power / state.noise, kinds, pools)) - state.log
         step = np.where(np.isfinite(state.log), np.clip(np.nan_to_num(step, nan=0.0), -_MAX_STEP, _MAX_STEP), 0.0)
-        factor = _LONG_STEP if long else 1.0
-        trial = problem.at(_kept(state.log + factor * step, low, high))
-        if long and trial.criterion > state.criterion:
-            long = False
-            trial = problem.at(_kept(state.log + step, low, high))
-        else:
-            long = True
-        gained = state.criterion - trial.criterion
-        if gained <= 0:
-            break
+        trial = problem.at(_kept(state.log + _LONG * step, low, high))
+        history.append(trial.criterion)
+        moved = (np.abs(np.where(np.isfinite(trial.log), step, 0.0)) * np.minimum(state.edf, 1.0)).max(initial=0.0)
         state = trial
-        history.append(state.criterion)
         if report is not None:
             report()
-        if gained < _TOLERANCE:
+        if moved < 0.05 or (abs(history[-1] - history[-2]) < _TOLERANCE and moved < 0.3):
             break
     return problem.result(state, history)
+
+
+def pooled_penalties(edf: Array, used: Array, kinds: NDArray[np.int64], pools: Array) -> Array:
+    """One update of Fellner, Schall, Wood and Fasiolo: penalties `[groups]`, the reciprocals of variances.
+
+    Args:
+        edf: `[groups]`.
+        used: `[groups]`, squares of the coefficients over the noise variance.
+        kinds: `[groups]`.
+        pools: `[groups]`, coefficients of the kind's mean variance that are added to a group's own.
+    """
+    mean = (np.bincount(kinds, used) / np.maximum(np.bincount(kinds, edf), 1e-6))[kinds]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Array = (edf + pools) / (used + pools * mean)
+    return np.clip(np.nan_to_num(result, nan=1e300, posinf=1e300), 1e-300, 1e300)
 
 
 def _kept(log: Array, low: Array, high: Array) -> Array:
@@ -149,10 +162,11 @@ class _Problem:
         if len(columns):
             matrix = self.gram[np.ix_(columns, columns)]
             matrix[np.diag_indices(len(columns))] += penalty
-            factor = _cholesky(matrix)
+            factor = cholesky(matrix)
             theta[columns] = linalg.cho_solve((factor, True), self.product[columns], check_finite=False)
             determinant = 2 * float(np.log(factor.diagonal()).sum())
-            inverse[columns] = linalg.lapack.dpotri(factor, lower=1)[0].diagonal()
+            root = linalg.lapack.dtrtri(factor, lower=1)[0]
+            inverse[columns] = np.einsum("ij,ij->j", root, root)
         power = np.bincount(self.member, theta**2, len(self.sizes)).astype(np.float64)
         with np.errstate(invalid="ignore"):
             used = self.sizes - np.exp(np.where(present, log, 0)) * np.bincount(self.member, inverse, len(self.sizes))
@@ -178,7 +192,7 @@ class _Problem:
         if len(columns):
             matrix = self.gram[np.ix_(columns, columns)]
             matrix[np.diag_indices(len(columns))] += penalty
-            factor = _cholesky(matrix.copy())
+            factor = cholesky(matrix.copy())
             for _ in range(2):
                 gradient = self.product[columns] - matrix @ state.theta[columns]
                 state.theta[columns] += linalg.cho_solve((factor, True), gradient, check_finite=False)
@@ -191,7 +205,7 @@ class _Problem:
         )
 
 
-def _cholesky(matrix: Array) -> Array:
+def cholesky(matrix: Array) -> Array:
     """The lower factor; columns that depend on others to rounding get a trace of their diagonal added."""
     jitter = 0.0
     diagonal = matrix.diagonal().copy()

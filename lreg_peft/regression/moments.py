@@ -1,0 +1,168 @@
+"""Sums over the samples, fold by fold: all that a penalised fit and its cross-validation look at."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from .mesh1d import Array, find
+from .samples import Samples
+from .terms import Line, Term
+
+_BLOCK = 1 << 21  # entries of the design held at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted sums over the samples of every fold, in the coefficients of the terms.
+
+    Attributes:
+        gram: `[folds, p, p]`.
+        product: `[folds, p, q]`, with the outputs, of which the mean over all samples has been taken.
+        sums: `[folds, p]`, of the columns.
+        y_sums: `[folds, q]`, of the centred outputs.
+        squares: `[folds, q]`, of the centred outputs.
+        weight: `[folds]`.
+        y_mean: `[q]`, what the outputs were centred with.
+    """
+
+    gram: Array
+    product: Array
+    sums: Array
+    y_sums: Array
+    squares: Array
+    weight: Array
+    y_mean: Array
+
+    def part(self, columns: NDArray[np.int64]) -> "Moments":
+        """Of some of the columns."""
+        gram = self.gram[:, columns[:, None], columns]
+        product, sums = self.product[:, columns], self.sums[:, columns]
+        return Moments(gram, product, sums, self.y_sums, self.squares, self.weight, self.y_mean)
+
+    def centred(self, without: int | None = None) -> tuple[Array, Array, Array, Array, Array]:
+        """Of all folds but one, with the means over them taken out.
+
+        Returns:
+            gram `[p, p]`, product `[p, q]`, squares `[q]`, and the means of columns `[p]` and outputs `[q]`.
+        """
+        kept = np.arange(len(self.weight)) != (-1 if without is None else without)
+        weight = self.weight[kept].sum()
+        # A sum over the first axis makes copies, one after the other does not.
+        gram = self.gram[kept][0] if kept.sum() == 1 else sum(self.gram[f] for f in np.flatnonzero(kept))
+        mean, y_mean = self.sums[kept].sum(axis=0) / weight, self.y_sums[kept].sum(axis=0) / weight
+        return (
+            gram - weight * np.outer(mean, mean),
+            self.product[kept].sum(axis=0) - weight * np.outer(mean, y_mean),
+            self.squares[kept].sum(axis=0) - weight * y_mean**2,
+            mean,
+            y_mean,
+        )
+
+    def errors(self, fold: int, theta: Array, mean: Array, y_mean: Array) -> Array:
+        """Squared errors `[q]` over the samples of a fold, of `theta` `[p, q]` fitted with means of other samples."""
+        shift = y_mean - mean @ theta  # [q], the intercept
+        image = self.gram[fold] @ theta
+        return (
+            self.squares[fold]
+            - 2 * (theta * self.product[fold]).sum(axis=0)
+            + (theta * image).sum(axis=0)
+            - 2 * shift * (self.y_sums[fold] - self.sums[fold] @ theta)
+            + self.weight[fold] * shift**2
+        )
+
+
+def blocks(terms: Sequence[Term], X: Array, rows: slice | None = None) -> Iterator[tuple[slice, Array]]:
+    """The columns of all terms side by side, some rows at a time."""
+    width = sum(sum(term.groups) for term in terms)
+    step = max(64, _BLOCK // max(width, 1))
+    begin, end = (0, len(X)) if rows is None else (rows.start, rows.stop)
+    for start in range(begin, end, step):
+        part = slice(start, min(start + step, end))
+        empty = np.zeros((part.stop - part.start, 0))
+        yield part, np.concatenate([empty, *(term.columns(X[part]) for term in terms)], axis=1)
+
+
+def moments(terms: Sequence[Term], samples: Samples, known: Moments | None = None) -> Moments:
+    """One pass over the samples.
+
+    Args:
+        terms: what the columns are of.
+        samples: the data.
+        known: the moments of the first of the terms.
+
+    Returns:
+        The sums.
+    """
+    y, weight = samples.y, samples.weight
+    p = sum(sum(term.groups) for term in terms)
+    old = 0 if known is None else known.gram.shape[1]
+    before = next(k for k in range(len(terms) + 1) if sum(sum(term.groups) for term in terms[:k]) == old)
+    width, old_width = (sum(map(_width, some)) for some in (terms, terms[:before]))
+    n_folds, step = len(samples.folds), max(64, _BLOCK // max(width, 1))
+    y_mean = weight @ y / weight.sum()
+    centred = y - y_mean
+    gram, product, sums = np.zeros((n_folds, p, p)), np.zeros((n_folds, p, y.shape[1])), np.zeros((n_folds, p))
+    for f, fold in enumerate(samples.folds):
+        new = np.zeros((width - old_width, width - old_width))
+        cross, right = np.zeros((old_width, width - old_width)), np.zeros((width, y.shape[1] + 1))
+        for start in range(fold.start, fold.stop, step):
+            part = slice(start, min(start + step, fold.stop))
+            root = np.sqrt(weight[part])[:, None]
+            columns = _sparse_columns(terms, samples.X[part], width) * root
+            late = columns[:, old_width:]
+            # Half of a symmetric product is half of the work.
+            if old_width < width:
+                new += linalg.blas.dsyrk(1.0, late.T)
+            if old_width:
+                cross += columns[:, :old_width].T @ late
+            right += columns.T @ (np.column_stack((centred[part], np.ones(len(root)))) * root)
+        new = np.triu(new)
+        gram[f, old:, old:] = _combined(terms[before:], _combined(terms[before:], new + np.triu(new, 1).T).T)
+        if known is not None:
+            gram[f, :old, :old] = known.gram[f]
+            gram[f, :old, old:] = _combined(terms[:before], _combined(terms[before:], cross.T).T)
+            gram[f, old:, :old] = gram[f, :old, old:].T
+        right = _combined(terms, right)
+        product[f], sums[f] = right[:, :-1], right[:, -1]
+    w = np.stack([weight[fold].sum() for fold in samples.folds])
+    y_sums = np.stack([weight[fold] @ centred[fold] for fold in samples.folds])
+    squares = np.stack([weight[fold] @ centred[fold] ** 2 for fold in samples.folds])
+    return Moments(gram, product, sums, y_sums, squares, w, y_mean)
+
+
+def _width(term: Term) -> int:
+    return term.size if isinstance(term, Line) else sum(term.groups)
+
+
+def _sparse_columns(terms: Sequence[Term], X: Array, width: int) -> Array:
+    """Hat functions for functions of one feature, which cost two entries a row; columns for the others."""
+    result, start = np.zeros((len(X), width)), 0
+    rows = np.arange(len(X))
+    for term in terms:
+        if isinstance(term, Line):
+            element, local = find(X[:, term.feature], term.nodes)
+            result[rows, start + element], result[rows, start + element + 1] = 1 - local, local
+        else:
+            result[:, start : start + _width(term)] = term.columns(X)
+        start += _width(term)
+    return result
+
+
+def _combined(terms: Sequence[Term], sums: Array) -> Array:
+    """From hat functions to coefficients, along the first axis."""
+    parts, start = [sums[:0]], 0
+    for term in terms:
+        block = sums[start : start + _width(term)]
+        parts.append(term.basis.T @ block if isinstance(term, Line) else block)
+        start += _width(term)
+    return np.concatenate(parts)
+
+
+def spans(terms: Sequence[Term]) -> list[slice]:
+    """The columns of each term."""
+    ends = np.cumsum([0] + [sum(term.groups) for term in terms])
+    return [slice(int(a), int(b)) for a, b in pairwise(ends)]

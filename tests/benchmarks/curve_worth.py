@@ -5,7 +5,8 @@
         --rates 0.0055 --budget 64536
 
 Tasks are those of `adaptation_tasks.py`: networks that know one function are adapted to another one; a sentence encoder
-classifies. Every variant has the gradient start, the same batches and the same steps. Of several --rates the first seed takes the best, by samples that are not reported on.
+classifies. Every variant has the gradient start, the same batches and the same steps. Of several --rates the first seed
+takes the best, by samples that are not reported on.
 
 Every adapter is then converted to a LoRA, without and with biases (`convert_to_lora`, 16 training batches, run by
 PEFT); of the two the better counts. The difference says how much of this adapter is curved. What a curve is worth to a

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     TrainerControl,
     TrainerState,
+    TrainingArguments,
     get_linear_schedule_with_warmup,
 )
 
@@ -45,9 +46,10 @@ def fit(
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     state, control = TrainerState(max_steps=steps), TrainerControl()
+    arguments = TrainingArguments("outputs", learning_rate=rate, report_to=[])
     model.train()
     if callback is not None:
-        callback.on_train_begin(None, state, control, model=model)
+        callback.on_train_begin(arguments, state, control, model=model)
     for step, batch in enumerate(itertools.islice(batches, steps), start=1):
         model(**batch)["loss"].backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -56,9 +58,9 @@ def fit(
         optimizer.zero_grad()
         state.global_step = step
         if callback is not None:
-            callback.on_step_end(None, state, control, model=model, optimizer=optimizer)
+            callback.on_step_end(arguments, state, control, model=model, optimizer=optimizer)
     if callback is not None:
-        callback.on_train_end(None, state, control)
+        callback.on_train_end(arguments, state, control)
     model.eval()
 
 

@@ -141,7 +141,7 @@ def train(task: Task, name: str, seed: int, rate: float, options: argparse.Names
     base = task.base()
     model = get_peft_model(base, configuration(task, base, variant, options.budget))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, method="gradient", show_progress=False)
+    initialize_lreg_weights(model, start, method="gradient", output_start=False, show_progress=False)
     shape(model, variant)
     callback = None
     if variant.moved != "no":

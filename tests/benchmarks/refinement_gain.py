@@ -36,7 +36,7 @@ def once(task: Task, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     base = task.base()
     model = get_peft_model(base, recommended_config(base, options.budget, task_type=task.task_type))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, output_start=isinstance(task), show_progress=False)
+    initialize_lreg_weights(model, start, output_start=False, show_progress=False)
     started = time.process_time()
     fit(model, task.batches(seed, options.batch_size), options.steps, options.rate)
     seconds = time.process_time() - started
@@ -49,7 +49,7 @@ def once(task: Task, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         refined,
         [batch for i, batch in enumerate(data) if i % 5 != 4],
         rank=options.ranks,
-        eval_dataloader=data[4::5],
+        eval_data=data[4::5],
         n_rounds=options.rounds,
         columns_at_once=options.columns_at_once,
         show_progress=False,

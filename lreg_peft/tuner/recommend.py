@@ -344,8 +344,9 @@ def _pattern(sites: list[_Site]) -> dict[str, int]:
     pattern = {re.escape(site.name): site.components for site in norms if site.components > 1}
     for (before, after), by_count in groups.items():
         for count, numbers in by_count.items():
-            if len(by_count) == 1 and count > 1:
+            if len(by_count) == 1 and count > 1 and after:
                 pattern[rf"\d+\.{re.escape(after)}"] = count
             elif count > 1:
-                pattern[rf"{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}"] = count
+                number = f"({'|'.join(numbers)})"
+                pattern[r"\.".join(filter(None, (re.escape(before), number, re.escape(after))))] = count
     return pattern

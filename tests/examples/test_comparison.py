@@ -167,6 +167,7 @@ ARCHITECTURES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:budget=.* pays for shortcuts:UserWarning")
 @pytest.mark.parametrize(("config", "task_type"), ARCHITECTURES, ids=lambda value: getattr(value, "model_type", value))
 def test_every_method_trains_what_is_counted_within_the_budget(config: PretrainedConfig, task_type: str) -> None:
     task = task_on(config, task_type)
@@ -378,9 +379,10 @@ def test_same_data_order_for_every_method(run: Callable[..., Any]) -> None:
             return collate
 
     run(["ft", "lora", "lreg"], task=Watched(), lr_trials=1)
-    # The last ones: a start from data comes first.
+    # The last ones: a start from data comes first. The fourth reading is that of the conversion to a LoRA.
     orders = {seed: [v[-4:] for k, v in seen.items() if k.endswith(f"seed {seed}")] for seed in (1, 2)}
-    assert [len(found) for found in orders.values()] == [3, 3]
+    assert [len(found) for found in orders.values()] == [4, 4]
+    orders = {seed: found[:3] for seed, found in orders.items()}
     assert all(order == found[0] for found in orders.values() for order in found)
     assert orders[1][0] != orders[2][0]
 

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 
 from lreg_peft import inspect_targets, recommended_config
@@ -166,3 +167,10 @@ def test_refuses_adapted_and_unknown_models():
         recommended_config(get_peft_model(tiny.gpt2(), recommended_config(tiny.gpt2(), init_weights=True)))
     with pytest.raises(ValueError, match="Linear has no linear layers in repeated blocks"):
         recommended_config(torch.nn.Linear(3, 3))
+
+
+def test_layers_that_are_named_by_a_number_alone():
+    network = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+    targets = inspect_targets(network, recommended_config(network, budget=1700))
+    assert [target.name for target in targets] == ["0", "2", "4"]
+    assert 1600 < sum(target.trainable_parameters for target in targets) <= 1700

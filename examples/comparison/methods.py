@@ -225,9 +225,11 @@ def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
 
 
 def _recommended(model: PreTrainedModel, fit: Fit, **options: bool) -> LRegConfig:
-    return recommended_config(
-        model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save, **options
-    )
+    with warnings.catch_warnings():  # sizes are tried from the smallest on
+        warnings.filterwarnings("ignore", message="budget=.* for none inside the network")
+        return recommended_config(
+            model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save, **options
+        )
 
 
 def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:

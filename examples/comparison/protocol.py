@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -421,6 +421,8 @@ def run_comparison(task: Task, options: ComparisonArguments, run: RunArguments, 
     folder = Path(run.output_dir)
     make_folder(folder)
     methods = select_methods(options.methods, task.task_type, task.empty_model())
+    if task.task_type == "MASKED_LM":  # its output head is a block, beside which no LoRA can stand
+        methods = [replace(method, as_lora=False) for method in methods]
     if run.push_to_hub and not any(method.size_name for method in methods):
         raise UserError(
             "--push_to_hub sends the best adapter, and none of the chosen methods has one; add lora or lreg."

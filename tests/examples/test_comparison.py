@@ -167,7 +167,6 @@ ARCHITECTURES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:budget=.* pays for shortcuts:UserWarning")
 @pytest.mark.parametrize(("config", "task_type"), ARCHITECTURES, ids=lambda value: getattr(value, "model_type", value))
 def test_every_method_trains_what_is_counted_within_the_budget(config: PretrainedConfig, task_type: str) -> None:
     task = task_on(config, task_type)

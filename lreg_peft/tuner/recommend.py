@@ -347,6 +347,6 @@ def _pattern(sites: list[_Site]) -> dict[str, int]:
             if len(by_count) == 1 and count > 1 and after:
                 pattern[rf"\d+\.{re.escape(after)}"] = count
             elif count > 1:
-                parts = re.escape(before), f"({'|'.join(numbers)})", re.escape(after)
-                pattern[r"\.".join(part for part in parts if part)] = count
+                names = re.escape(before), f"({'|'.join(numbers)})", re.escape(after)
+                pattern[r"\.".join(name for name in names if name)] = count
     return pattern

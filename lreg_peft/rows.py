@@ -7,6 +7,7 @@ output; nothing knows of shortcuts.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .core.distributed import rank_and_world
+from .core.solve.cross_entropy import solve_cross_entropy
+from .core.solve.least_squares import solve_least_squares
+from .core.solve.problem import Solution
 from .modules import accepts, eval_mode
 
 IGNORE_INDEX = -100
@@ -274,6 +278,15 @@ def row_loss(loss_kind: LossKind, logits: Tensor, targets: Tensor) -> Tensor:
     if loss_kind == "binary_cross_entropy":
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     return F.mse_loss(logits, targets.to(logits.dtype))
+
+
+def solver_of(loss_kind: LossKind, out_features: int) -> Callable[..., Solution]:
+    """The convex solver of `row_loss`: solvers sum over outputs and halve squares, models average over outputs."""
+    if loss_kind == "squared_error":
+        return partial(solve_least_squares, scale=2 / out_features)
+    if loss_kind == "binary_cross_entropy":
+        return partial(solve_cross_entropy, targets="labels", scale=1 / out_features)
+    return solve_cross_entropy
 
 
 def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> Pairing:

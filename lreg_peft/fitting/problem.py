@@ -1,7 +1,7 @@
 """The convex problem of a shortcut on a model's output: its rows, its optimum, and what is reported of it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import Certificate, Chunk, Solution, solve_cross_entropy, solve_least_squares
+from ..core import Certificate, Chunk
 from ..core.distributed import (
     AllProcesses,
     gather_objects,
@@ -24,9 +24,8 @@ from ..core.distributed import (
 from ..core.solve.problem import Report, check_options, rows_at_once
 from ..modules import eval_mode
 from ..plotting import new_figure
-from ..rows import BatchData, LossKind, Rows, batches_of
+from ..rows import BatchData, LossKind, Rows, batches_of, solver_of
 from ..tuner.hooks import reminder
-from ..tuner.moves import Tentative
 from .output_layer import OutputLayer, find_output_layer
 
 if TYPE_CHECKING:
@@ -231,13 +230,8 @@ class FitProblem:
 
     def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
         """The optimum on the present mesh, from the present weights; the model stays as it is."""
-        # The solvers sum over outputs, and halve squares; models average over outputs.
-        if self.loss_kind == "squared_error":
-            solve: Callable[..., Solution] = partial(solve_least_squares, scale=2 / self.out_features)
-        elif self.loss_kind == "binary_cross_entropy":
-            solve = partial(solve_cross_entropy, targets="labels", scale=1 / self.out_features)
-        else:
-            solve = solve_cross_entropy
+        assert self.loss_kind is not None  # there are rows
+        solve = solver_of(self.loss_kind, self.out_features)
         with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.output.model):
             solution = solve(
                 self.chunks,
@@ -262,12 +256,9 @@ class FitProblem:
 
     @torch.no_grad()
     def write(self, table: Tensor) -> None:
-        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place, on all processes or
-        on none."""
-        with Tentative(self.layer.lreg_coefficients[self.adapter].parameters()) as trial:
-            with together():
-                self.layer.set_table(self.adapter, table)
-            trial.keep()
+        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place."""
+        with together():
+            self.layer.set_table(self.adapter, table)
 
     def _remark_on_precision(self) -> str:
         dtype = self._place.dtype

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.distributed import from_main, gather_objects, rank_and_world, together
-from ..core.solve.cross_entropy import solve_cross_entropy
-from ..core.solve.least_squares import solve_least_squares
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
 from ..rows import (
@@ -40,6 +38,7 @@ from ..rows import (
     model_inputs,
     row_loss,
     rows_per_sample,
+    solver_of,
 )
 from ..tuner.layer import LRegLayer, layers_with_adapter
 from ..tuner.layout import first_tensor
@@ -302,7 +301,7 @@ class HeadRows(AbstractContextManager["HeadRows"]):
         with together():
             problem = _Problem(self._head, pairing.loss_kind, *map(torch.cat, zip(*rows, strict=True)))
             choice = problem.choose()
-        before, n = problem.loss(), len(problem.targets)
+        before, n = problem.before, len(problem.targets)
         heldout, ridge = from_main(choice)  # processors of different kinds may round differently
         if ridge is None:
             return HeadStart(before, before, before, None, 0.0, n)
@@ -381,6 +380,8 @@ class _Problem:
             )
         self.kind, self.logits = kind, logits.double()
         self.targets = targets.double() if targets.is_floating_point() else targets
+        #: Mean loss with the head as it is.
+        self.before = row_loss(self.kind, self.logits, self.targets).item()
         self._halves = halves
         with torch.no_grad():
             self._design = head.design(features).double().cpu()
@@ -397,10 +398,8 @@ class _Problem:
         u, singular, self._axes = torch.linalg.svd(basis, full_matrices=False)
         self._basis = u * singular
 
-    def loss(self, change: Tensor | None = None) -> float:
+    def loss(self, change: Tensor) -> float:
         """Mean loss, with weights changed as `LinearHead.add` takes it."""
-        if change is None:
-            return row_loss(self.kind, self.logits, self.targets).item()
         moved = self._design @ change[: self._design.shape[1]]
         if self._has_constant:
             moved = moved + change[-1]
@@ -410,7 +409,7 @@ class _Problem:
         """The loss of what each half says on the other one, and the ridge at which it is lowest; None leaves the head
         as it is."""
         first, second = (self._halves == half for half in (0, 1))
-        before = self.loss()
+        before = self.before
         if not first.any() or not second.any():
             return before, None
         if self.kind == "cross_entropy" and bool((self.targets == self.targets[0]).all()):
@@ -442,12 +441,6 @@ class _Problem:
 
     def _solve(self, ridge: float, which: Tensor, start: Tensor) -> Solution:
         chunk = Chunk(self._basis[which], self.targets[which], self.logits[which])
-        tolerance = _TOLERANCE * max(self.loss(), 1.0) if self.kind == "squared_error" else _TOLERANCE
-        width = self.logits.shape[1]
-        if self.kind == "squared_error":  # models average over outputs, and the solvers sum
-            return solve_least_squares(lambda: [chunk], start, ridge=ridge, scale=2 / width, tolerance=tolerance)
-        if self.kind == "binary_cross_entropy":
-            solve = partial(solve_cross_entropy, targets="labels", scale=1 / width)
-        else:
-            solve = partial(solve_cross_entropy)
+        tolerance = _TOLERANCE * max(self.before, 1.0) if self.kind == "squared_error" else _TOLERANCE
+        solve = solver_of(self.kind, self.logits.shape[1])
         return solve(lambda: [chunk], start, ridge=ridge, tolerance=tolerance)

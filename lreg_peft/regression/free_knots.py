@@ -11,8 +11,9 @@ The mesh update published by Li, Cheng & Gu (2025), alternating with refits, is 
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ from ..core.adapt.move import adapt_mesh
 from ..core.mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
 FitStrategy = Literal["exchange", "mrc", "none"]
+
+
+class _HasLoss(Protocol):
+    @property
+    def loss(self) -> float: ...
+
+
+Fit = TypeVar("Fit", bound=_HasLoss)
+Model = TypeVar("Model")
 
 # The mesh that is thinned has this many times the elements of the final one, as far as samples support it.
 _FINER = 4
@@ -228,25 +238,51 @@ def _cost(fit: _Solved) -> Tensor:
 
 def _slides(x: Tensor, y: Tensor, fit: _Solved, ridge: float) -> tuple[_Solved, list[float]]:
     """Damped Gauss-Newton steps on all interior nodes at once; every step lowers the loss."""
-    losses: list[float] = []
+
+    def attempt(fit: _Solved, model: tuple[Tensor, Tensor], damping: float) -> _Solved:
+        return _solve(x, y, _slid(fit.nodes, *model, damping), ridge)
+
+    best, losses = fit, []
+    for later in damped_descent(fit, _node_model, attempt, _MAX_SLIDES, _MAX_DAMPINGS, _MIN_PROGRESS):
+        best = later
+        losses.append(later.loss)
+    return best, losses
+
+
+def damped_descent(
+    fit: Fit,
+    model: Callable[[Fit], Model],
+    attempt: Callable[[Fit, Model, float], Fit],
+    n_steps: int,
+    n_dampings: int,
+    min_progress: float,
+) -> Iterator[Fit]:
+    """Fits whose loss falls, each by a damped step from the one before.
+
+    Args:
+        fit: where to begin; it has a `loss`.
+        model: what steps from a fit are computed from.
+        attempt: the fit after a step, from a fit, its model and a damping.
+        n_steps: most steps.
+        n_dampings: most dampings that are tried for one.
+        min_progress: the step that lowers the loss by less than this share is the last one.
+    """
     damping = 1e-2
-    for _ in range(_MAX_SLIDES):
-        curvature, descent = _node_model(fit)
-        for _ in range(_MAX_DAMPINGS):
-            nodes = _slid(fit.nodes, curvature, descent, damping)
-            trial = _solve(x, y, nodes, ridge)
+    for _ in range(n_steps):
+        about = model(fit)
+        for _ in range(n_dampings):
+            trial = attempt(fit, about, damping)
             if trial.loss < fit.loss:
                 break
             damping *= _DAMPING_FACTOR
         else:
-            break
+            return
         progress = 1 - trial.loss / fit.loss
         fit = trial
-        losses.append(fit.loss)
+        yield fit
         damping /= _DAMPING_FACTOR
-        if progress < _MIN_PROGRESS:
-            break
-    return fit, losses
+        if progress < min_progress:
+            return
 
 
 def _node_model(fit: _Solved) -> tuple[Tensor, Tensor]:

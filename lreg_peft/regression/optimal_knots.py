@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.mesh import MIN_RELATIVE_ELEMENT
+from .free_knots import damped_descent
 
 _CANDIDATES = 160
 _COARSE = 40
@@ -33,7 +34,6 @@ _REFERENCES = (0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)
 _MAX_SLIDES = 60
 _MIN_PROGRESS = 1e-5
 _MAX_DAMPINGS = 5
-_DAMPING_FACTOR = 8.0
 _MAX_SHIFT = 0.45  # of the element a node slides into
 _RIDGE = 1e-12  # relative, where values are not determined by samples
 
@@ -421,26 +421,20 @@ def _undominated(pieces: _Parabolas, limit: Tensor, bounds: tuple[float, float])
 
 def _slide(data: _Data, fit: _Fitted) -> _Fitted:
     """Damped Gauss-Newton steps on the interior nodes; every step lowers the loss."""
-    damping = 1e-2
-    for _ in range(_MAX_SLIDES if len(fit.nodes) > 2 else 0):
-        curvature, descent = _node_model(fit)
+
+    def attempt(fit: _Fitted, model: tuple[Tensor, Tensor], damping: float) -> _Fitted:
+        curvature, descent = model
         diagonal = curvature.diagonal()
         floor = 1e-12 * diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
-        for _ in range(_MAX_DAMPINGS):
-            damped = curvature + torch.diag(damping * diagonal.clamp_min(0) + floor)
-            step = torch.linalg.solve_ex(damped, descent).result.nan_to_num(0.0)
-            trial = data.fit(_slid(fit.nodes, step))
-            if trial.loss < fit.loss:
-                break
-            damping *= _DAMPING_FACTOR
-        else:
-            break
-        progress = 1 - trial.loss / fit.loss
-        fit = trial
-        damping /= _DAMPING_FACTOR
-        if progress < _MIN_PROGRESS:
-            break
-    return fit
+        damped = curvature + torch.diag(damping * diagonal.clamp_min(0) + floor)
+        step = torch.linalg.solve_ex(damped, descent).result.nan_to_num(0.0)
+        return data.fit(_slid(fit.nodes, step))
+
+    n_steps = _MAX_SLIDES if len(fit.nodes) > 2 else 0
+    best = fit
+    for later in damped_descent(fit, _node_model, attempt, n_steps, _MAX_DAMPINGS, _MIN_PROGRESS):
+        best = later
+    return best
 
 
 def _node_model(fit: _Fitted) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .fitting.linearize import refine_linearized
     from .plotting import plot_meshes
     from .regression import LagrangeRegressor as LagrangeRegressor
-    from .training.calibration import calibrate_output
+    from .training.calibration import match_token_frequencies
     from .training.callback import LRegCallback
     from .training.initialization import initialize_lreg_weights
-    from .training.mesh_update import follow_meshes, update_meshes
+    from .training.mesh_update import copy_meshes, update_meshes
     from .training.parameter_groups import parameter_groups
     from .training.statistics import track_statistics
     from .tuner.grades import add_grade, load_grades
@@ -46,10 +46,10 @@ _LAZY = {
     "fitting.linearize": ("refine_linearized",),
     "plotting": ("plot_meshes",),
     "regression": ("LagrangeRegressor",),
-    "training.calibration": ("calibrate_output",),
+    "training.calibration": ("match_token_frequencies",),
     "training.callback": ("LRegCallback",),
     "training.initialization": ("initialize_lreg_weights",),
-    "training.mesh_update": ("follow_meshes", "update_meshes"),
+    "training.mesh_update": ("copy_meshes", "update_meshes"),
     "training.parameter_groups": ("parameter_groups",),
     "training.statistics": ("track_statistics",),
     "tuner.grades": ("add_grade", "load_grades"),
@@ -68,11 +68,11 @@ __all__ = [
     "LRegModel",
     "add_grade",
     "cache_features",
-    "calibrate_output",
+    "match_token_frequencies",
     "convert_to_lora",
     "curvature_penalty",
     "fit_coefficients",
-    "follow_meshes",
+    "copy_meshes",
     "initialize_lreg_weights",
     "inspect_targets",
     "load_grades",

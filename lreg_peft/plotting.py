@@ -39,8 +39,8 @@ class MeshSnapshot:
     """The meshes of one module at one time, on the CPU.
 
     Attributes:
-        nodes: `[components, dof]`.
-        coefficients: `[components, dof, out_features]`, the values at the nodes.
+        nodes: `[components, n_nodes]`.
+        coefficients: `[components, n_nodes, out_features]`, the values at the nodes.
         coords: `[samples, components]`, or None if no data were given.
     """
 
@@ -183,7 +183,7 @@ def _draw(
     label: str,
     lift: float,
 ) -> None:
-    nodes, values = mesh.nodes[component], mesh.coefficients[component]  # [dof], [dof, out_features]
+    nodes, values = mesh.nodes[component], mesh.coefficients[component]  # [n_nodes], [n_nodes, out_features]
     if channels is None:
         slope = torch.linalg.vector_norm(values.diff(dim=0), dim=-1) / nodes.diff()
         panel.stairs(slope, nodes, color=colour, label=f"slope {label}", baseline=None)

@@ -19,7 +19,7 @@ STEPS, EVERY, BATCH, FEATURES = 60, 5, 64, 3
 def model():
     torch.manual_seed(0)
     layer = LRegLayer(nn.Linear(FEATURES, 2), FEATURES, 2)
-    layer.update_layer("default", 2, 8, LRegConfig(preset="paper", n_components=2, dof=8))
+    layer.update_layer("default", 2, 8, LRegConfig(preset="paper", n_components=2, n_nodes=8))
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
     return layer.train()

@@ -19,7 +19,7 @@ from lreg_peft import LRegConfig, core
 
 def adapted() -> nn.Module:
     torch.manual_seed(1)
-    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=3))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", n_nodes=3))
 
 
 MODEL = adapted()
@@ -34,10 +34,10 @@ CHUNKS = lambda: [core.Chunk(ROWS, torch.tensor([0, 1, 0, 1, 1]))]  # noqa: E731
 RIGHT: dict[str, dict] = {
     "cache_features": {"model": MODEL, "data": BATCHES, "path": "never"},
     "add_grade": {"model": MODEL},
-    "calibrate_output": {"model": MODEL, "data": BATCHES},
+    "match_token_frequencies": {"model": MODEL, "data": BATCHES},
     "fit_coefficients": {"model": MODEL, "data": BATCHES},
     "convert_to_lora": {"model": MODEL, "data": BATCHES},
-    "follow_meshes": {"copy": MODEL, "model": MODEL},
+    "copy_meshes": {"copy": MODEL, "model": MODEL},
     "initialize_lreg_weights": {"model": MODEL, "data": BATCHES},
     "inspect_targets": {"model": MODEL, "config": LRegConfig(preset="paper")},
     "load_grades": {"model": MODEL, "path": "never"},
@@ -59,10 +59,10 @@ RIGHT: dict[str, dict] = {
     "initial_projection": {"n_components": 2, "in_features": 3},
     "interpolate": {"nodes_old": NODES, "nodes_new": NODES, "values": torch.ones(2, 3, 4)},
     "locate": {"coords": COORDS, "nodes": NODES},
-    "quantile_nodes": {"samples": COORDS, "dof": 3},
+    "quantile_nodes": {"samples": COORDS, "n_nodes": 3},
     "solve_cross_entropy": {"chunks": CHUNKS, "start": torch.zeros(3, 2), "ridge": 0.1},
     "solve_least_squares": {"chunks": CHUNKS, "start": torch.zeros(3, 2)},
-    "uniform_nodes": {"n_components": 2, "dof": 3},
+    "uniform_nodes": {"n_components": 2, "n_nodes": 3},
 }
 
 
@@ -102,8 +102,8 @@ OUT_OF_RANGE = [
     ("fit_coefficients", "adapter_name", "other"),
     ("fit_coefficients", "max_moves", -1),
     ("fit_coefficients", "strategy", "none"),
-    ("calibrate_output", "n_batches", 0),
-    ("calibrate_output", "adapter_name", "other"),
+    ("match_token_frequencies", "n_batches", 0),
+    ("match_token_frequencies", "adapter_name", "other"),
     ("initialize_lreg_weights", "method", "random"),
     ("initialize_lreg_weights", "n_batches", 0),
     ("initialize_lreg_weights", "max_samples", -3),
@@ -151,7 +151,7 @@ OUT_OF_RANGE = [
     ("initial_projection", "in_features", -1),
     ("interpolate", "values", torch.ones(2, 4)),
     ("locate", "coords", COORDS * torch.nan),
-    ("quantile_nodes", "dof", 1),
+    ("quantile_nodes", "n_nodes", 1),
     ("quantile_nodes", "samples", COORDS * torch.inf),
     ("solve_cross_entropy", "ridge", 0.0),
     ("solve_cross_entropy", "ridge", -1.0),
@@ -164,7 +164,7 @@ OUT_OF_RANGE = [
     ("solve_least_squares", "ridge", -1.0),
     ("solve_least_squares", "scale", -1.0),
     ("solve_least_squares", "max_passes", 1),
-    ("uniform_nodes", "dof", 1),
+    ("uniform_nodes", "n_nodes", 1),
     ("uniform_nodes", "n_components", 0),
     ("uniform_nodes", "low", 1.0),
     ("uniform_nodes", "dtype", torch.float16),
@@ -183,19 +183,19 @@ def test_values_out_of_range(name, argument, value, before):
 
 
 def test_nodes_that_their_precision_does_not_tell_apart():
-    with pytest.raises(ValueError, match=r"dof=5 nodes between low=100000000\.0 and high=100000001\.0"):
+    with pytest.raises(ValueError, match=r"^5 nodes between low=100000000\.0 and high=100000001\.0"):
         core.uniform_nodes(1, 5, low=1e8, high=1e8 + 1)
     assert (core.uniform_nodes(1, 5, low=1e8, high=1e8 + 1, dtype=torch.float64).diff() > 0).all()
 
 
-_COUNTS = {"n_components": 1, "dof": 2}
+_COUNTS = {"n_components": 1, "n_nodes": 2}
 _FLAGS = ("train_projection", "backbone_eval", "fused_loss", "inference_mode", "linear_term")
 CONFIGURATIONS = [
     *((name, value) for name in _COUNTS for value in ("2", 2.0, True, [2], torch.ones(2), math.nan)),
     *((name, lowest - 1) for name, lowest in _COUNTS.items()),
     *((name, -3) for name in _COUNTS),
     *((name, value) for name in _FLAGS for value in (1, 0, "yes", None, [True], 0.5)),
-    *(("head", value) for value in ("fulll", "", None, 1, ["full"], {"full": 1})),
+    *(("weighting", value) for value in ("fulll", "", None, 1, ["full"], {"full": 1})),
     *(("target_modules", value) for value in (3, True, {"a": 1}, [1], [""], "", "(", 2.5, ["a", None])),
     *(("exclude_modules", value) for value in (3, [None], "", "(", {"a": 1})),
     *(("layers_to_transform", value) for value in (True, "a", [], [True], [1.5], -1, [-1], 0.5, {"a": 1}, ["0"])),
@@ -203,7 +203,7 @@ CONFIGURATIONS = [
     *(("modules_to_save", value) for value in ("head", 3, [1], [""], {"a": 1})),
     *(
         (name, value)
-        for name in ("component_pattern", "dof_pattern")
+        for name in ("component_pattern", "node_pattern")
         for value in (3, "x", [1], None, {"(": 3}, {1: 3}, {"": 3}, {"a": 0}, {"a": "3"}, {"a": 2.5}, {"a": True})
     ),
     *(
@@ -212,7 +212,7 @@ CONFIGURATIONS = [
     ),
     *(("init_weights", value) for value in ("svd", None, 1, 0, 2.5, ["pca"], "")),
     *(("curvature_weight", value) for value in ("1", None, True, -1.0, math.nan, math.inf, [1.0])),
-    *(("curvature_weight", value) for value in (0.5,)),  # dof 2 has no interior node
+    *(("curvature_weight", value) for value in (0.5,)),  # n_nodes 2 has no interior node
     *(("previous_grades", value) for value in ("a", 3, [1], [""], ["a", "a"], {"a": 1})),
     *(("grade_form", value) for value in ("nested", None, 3, "composed", ["additive"])),
     *(("profile_mean", value) for value in ("1", None, math.nan, True, 2.0)),

@@ -46,10 +46,12 @@ def frozen() -> int:
     return flops(gpt2(), backward=False) - 2 * BATCH * HIDDEN * VOCABULARY
 
 
-@pytest.mark.parametrize(("head", "d", "dof", "k"), [("full", 2, 8, 16), ("full", 2, 2, 4), ("factored", 3, 64, 3)])
-def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(head, d, dof, k):
+@pytest.mark.parametrize(
+    ("weighting", "d", "n_nodes", "k"), [("full", 2, 8, 16), ("full", 2, 2, 4), ("factored", 3, 64, 3)]
+)
+def test_a_shortcut_at_the_head_costs_the_frozen_forward_and_three_thin_products(weighting, d, n_nodes, k):
     model = get_peft_model(
-        gpt2(), LRegConfig(preset="paper", n_components=d, dof=dof, head=head, fused_loss=True)
+        gpt2(), LRegConfig(preset="paper", n_components=d, n_nodes=n_nodes, weighting=weighting, fused_loss=True)
     ).train()
     projection = 2 * 2 * N * HIDDEN * d  # forward and the gradient of P; the features get none
     assert flops(model) == frozen() + 3 * 2 * N * k * VOCABULARY + projection
@@ -71,7 +73,9 @@ def test_query_and_key_shortcuts_cost_no_more_than_lora_there():
         ("lora", LoraConfig(task_type="SEQ_CLS", target_modules=["query", "key"], r=8)),
         (
             "lreg",
-            LRegConfig(task_type="SEQ_CLS", target_modules=["query", "key"], head="factored", n_components=8, dof=32),
+            LRegConfig(
+                task_type="SEQ_CLS", target_modules=["query", "key"], weighting="factored", n_components=8, n_nodes=32
+            ),
         ),
     ):
         counts[name] = flops(get_peft_model(RobertaForSequenceClassification(config).eval(), adapter).train(), batch)
@@ -107,10 +111,12 @@ def test_a_fine_mesh_is_not_multiplied_by():
             return type("Output", (), {"loss": self.linear(x).sum()})
 
     counts = {
-        dof: flops(
-            get_peft_model(Layer(), LRegConfig(target_modules=["linear"], head="factored", n_components=4, dof=dof)),
+        n_nodes: flops(
+            get_peft_model(
+                Layer(), LRegConfig(target_modules=["linear"], weighting="factored", n_components=4, n_nodes=n_nodes)
+            ),
             {"x": torch.randn(50, HIDDEN), "labels": torch.zeros(1)},
         )
-        for dof in (64, 1024)
+        for n_nodes in (64, 1024)
     }
     assert counts[64] == counts[1024]

@@ -61,12 +61,12 @@ def test_what_gives_no_batches_is_refused(data, advice):
 @pytest.mark.parametrize("kind", DATA_SETS)
 def test_every_function_that_reads_data_takes_a_data_set(kind):
     data, quiet = DATA_SETS[kind](), {"show_progress": False}
-    model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], dof=3))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_nodes=3))
     lreg_peft.initialize_lreg_weights(model, data, **quiet)
     fit = lreg_peft.fit_coefficients(model, data, ridge=1e-2, **quiet)
     assert fit.n_rows == 12 * 5 and fit.status == "converged"
     _, _, report = lreg_peft.convert_to_lora(model, data, max_rise=1.0, **quiet)
     assert report.loss_before > 0
-    assert lreg_peft.calibrate_output(model, data, **quiet).loss_before > 0
+    assert lreg_peft.match_token_frequencies(model, data, **quiet).loss_before > 0
     assert lreg_peft.refine_linearized(model, data, rank=2, **quiet).loss_before > 0
     assert lreg_peft.plot_meshes(model, data=data).axes

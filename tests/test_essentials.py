@@ -55,7 +55,7 @@ def test_head_with_the_fused_loss(tmp_path):
     """Equal loss and gradients with logits and without, and a training that gets somewhere."""
     fused, usual = (
         get_peft_model(
-            gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, dof=4, fused_loss=choice)
+            gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, n_nodes=4, fused_loss=choice)
         ).train()
         for choice in (True, False)
     )
@@ -78,7 +78,7 @@ def test_head_with_the_fused_loss(tmp_path):
 
 
 def test_blocks_with_a_start_from_gradients_and_moving_meshes(tmp_path):
-    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], dof=6, init_weights="gradient")
+    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_nodes=6, init_weights="gradient")
     model = get_peft_model(gpt2(), config)
     before = outputs(model)
     initialize_lreg_weights(model, batches())
@@ -94,7 +94,7 @@ def test_blocks_with_a_start_from_gradients_and_moving_meshes(tmp_path):
 
 
 def test_save_and_load(tmp_path):
-    model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp", "lm_head"], dof=5))
+    model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp", "lm_head"], n_nodes=5))
     shake(model)
     model.save_pretrained(tmp_path)
     assert "import lreg_peft" in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def test_save_and_load(tmp_path):
 
 def test_adapters_of_transformers(tmp_path):
     model = gpt2()
-    model.add_adapter(LRegConfig(target_modules=["mlp"], dof=5))
+    model.add_adapter(LRegConfig(target_modules=["mlp"], n_nodes=5))
     shake(model)
     model.save_pretrained(tmp_path)
     loaded = gpt2()
@@ -113,7 +113,7 @@ def test_adapters_of_transformers(tmp_path):
 
 def test_fit_from_a_cache(tmp_path):
     """The cache gives a Trainer the losses that the samples give, and a fit the optimum of the same objective."""
-    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, dof=4)
+    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, n_nodes=4)
     torch.manual_seed(1)
     model = get_peft_model(gpt2(), config).train()
     cache = cache_features(model, samples(), tmp_path / "cache", batch_size=4, dtype=torch.float32, show_progress=False)

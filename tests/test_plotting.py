@@ -15,7 +15,7 @@ PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h
 
 
 def adapted():
-    model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, dof=5))
+    model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, n_nodes=5))
     shake(model)
     return model
 

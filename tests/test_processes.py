@@ -25,9 +25,9 @@ from lreg_peft import (
     LRegConfig,
     LRegLayer,
     cache_features,
-    calibrate_output,
     fit_coefficients,
     initialize_lreg_weights,
+    match_token_frequencies,
     track_statistics,
     update_meshes,
 )
@@ -41,12 +41,12 @@ class Failure(Exception):
 
 def at_head(seed: int = 1, **options) -> nn.Module:
     torch.manual_seed(seed)
-    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=3, **options))
+    return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", n_nodes=3, **options))
 
 
 def inside(seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    return get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["c_attn", "mlp"], dof=4))
+    return get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["c_attn", "mlp"], n_nodes=4))
 
 
 def batches(rank: int, n: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -129,7 +129,7 @@ def scenarios(rank: int, folder: Path):
         initialize_lreg_weights(model, batches(rank) if data is None else data, **quiet, **options)
 
     def output(model, data=None, **options):
-        calibrate_output(model, skewed(rank) if data is None else data, **quiet, **options)
+        match_token_frequencies(model, skewed(rank) if data is None else data, **quiet, **options)
 
     def fit(model, data=None, **options):
         fit_coefficients(model, batches(rank) if data is None else data, **quiet, **options)

@@ -117,11 +117,11 @@ IMAGE_MODELS = {
     "beit": (_ENCODER, 8),
 }
 #: Options for every form of the coefficients.
-HEADS = {
-    "full": {"head": "full"},
-    "reduced": {"head": "reduced"},
-    "factored": {"head": "factored"},
-    "factored+linear": {"head": "factored", "linear_term": True},
+WEIGHTINGS = {
+    "full": {"weighting": "full"},
+    "reduced": {"weighting": "reduced"},
+    "factored": {"weighting": "factored"},
+    "factored+linear": {"weighting": "factored", "linear_term": True},
 }
 AUTO_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,

@@ -102,11 +102,11 @@ def mesh() -> plt.Figure:
     random = np.random.default_rng(0)
     x = np.sort(1 / random.uniform(1, 50, size=1000))[:, None]
     t = np.sin(1 / x[:, 0]) + 0.05 * random.normal(size=1000)
-    options = {"dof": 24, "smoothing": 1e-8}
+    options = {"n_nodes": 24, "smoothing": 1e-8}
     fits = {
         "evenly spaced": LagrangeRegressor(scale="minmax", **options),
         "at quantiles": LagrangeRegressor(**options),
-        "moved by the fit": LagrangeRegressor(nodes="free", dof=24),
+        "moved by the fit": LagrangeRegressor(nodes="free", n_nodes=24),
     }
     figure, panels = plt.subplots(1, 3, figsize=(9, 2.5), sharey=True, layout="constrained")
     grid = np.geomspace(x.min(), 1, 2000)

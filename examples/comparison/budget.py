@@ -25,13 +25,13 @@ class Sizes:
 
     Args:
         task: gives empty models and their new modules.
-        dof: of `--dof`; None lets every method have its own.
+        n_nodes: of `--n_nodes`; None lets every method have its own.
         steps: training steps of every method.
     """
 
-    def __init__(self, task: Any, dof: int | None, steps: int | None = None) -> None:
+    def __init__(self, task: Any, n_nodes: int | None, steps: int | None = None) -> None:
         self._task = task
-        self._dof = dof
+        self._n_nodes = n_nodes
         self._steps = steps
         self._counts: dict[tuple[str, str, int | None], int] = {}
         self._placements: dict[str, str] = {}
@@ -42,11 +42,11 @@ class Sizes:
 
     def fit(self, method: Method, size: int | None) -> Fit:
         """How a method is attached with a size."""
-        dof = 2 if method.dof is None else (self._dof or method.dof)
+        n_nodes = 2 if method.n_nodes is None else (self._n_nodes or method.n_nodes)
         return Fit(
             self._task.task_type,
             size or 1,
-            dof,
+            n_nodes,
             self._task.new_modules,
             self.placement(method),
             self._task.longest_sample,

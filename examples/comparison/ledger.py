@@ -18,7 +18,7 @@ class Run:
     Attributes:
         method: its name.
         size: rank or number of components, None without one.
-        dof: nodes per component, None without a mesh.
+        n_nodes: nodes per component, None without a mesh.
         learning_rate: its peak.
         seed: of data order and start.
         tuning: all metrics on the tuning split.
@@ -37,7 +37,7 @@ class Run:
 
     method: str
     size: int | None
-    dof: int | None
+    n_nodes: int | None
     learning_rate: float
     seed: int
     tuning: dict[str, float]
@@ -56,15 +56,15 @@ class Run:
     @property
     def key(self) -> str:
         """What makes it this run and no other, under the settings of the ledger."""
-        return run_key(self.method, self.size, self.dof, self.learning_rate, self.seed, self.placement)
+        return run_key(self.method, self.size, self.n_nodes, self.learning_rate, self.seed, self.placement)
 
 
 def run_key(
-    method: str, size: int | None, dof: int | None, learning_rate: float, seed: int, placement: str | None = None
+    method: str, size: int | None, n_nodes: int | None, learning_rate: float, seed: int, placement: str | None = None
 ) -> str:
     """The key of a run, finished or not."""
     place = f" placement={placement}" if placement else ""
-    return f"{method} size={size} dof={dof}{place} learning_rate={learning_rate:g} seed={seed}"
+    return f"{method} size={size} n_nodes={n_nodes}{place} learning_rate={learning_rate:g} seed={seed}"
 
 
 class Ledger:

@@ -26,7 +26,7 @@ class Fit:
     Attributes:
         task_type: CAUSAL_LM, MASKED_LM, SEQ_CLS or IMAGE_CLS.
         size: rank or number of components; ignored by methods without one.
-        dof: nodes per component of LReg.
+        n_nodes: nodes per component of LReg.
         new_modules: modules without pretrained weights (a classification head), trained in full by every method.
         placement: one of the method's placements; ignored by methods that have none.
         longest: tokens of the longest sample, None where that is not known.
@@ -35,7 +35,7 @@ class Fit:
 
     task_type: str
     size: int = 1
-    dof: int = 2
+    n_nodes: int = 2
     new_modules: tuple[str, ...] = ()
     placement: str = ""
     longest: int | None = None
@@ -81,7 +81,7 @@ class Method:
         attach: (model, fit) -> the model to train, with exactly the method's parameters requiring gradients.
         rates: centres of its learning-rate grids.
         size_name: what scales its parameter count, or None if the count is what it is.
-        dof: nodes per component unless `--dof` says otherwise; None for methods without a mesh.
+        n_nodes: nodes per component unless `--n_nodes` says otherwise; None for methods without a mesh.
         start: "gradient" if the adapter wants to see data before training; "gradient and output" if also the shortcut
             on a language model's head, or a new head, starts from them.
         tasks: the task types it exists for.
@@ -106,7 +106,7 @@ class Method:
     attach: Callable[[PreTrainedModel, Fit], nn.Module]
     rates: Rates
     size_name: str | None = None
-    dof: int | None = None
+    n_nodes: int | None = None
     start: Literal["gradient", "gradient and output"] | None = None
     tasks: tuple[str, ...] = EVERYWHERE
     needs_block: bool = False

@@ -34,7 +34,7 @@ from comparison.placements import fresh_head_names, layer_sizes, linear_layers
 from comparison.site import ALL_PLACEMENTS, LINEAR, Site
 from comparison.training import share_of
 from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig, calibrate_output, recommended_config
+from lreg_peft import LRegConfig, match_token_frequencies, recommended_config
 from lreg_peft.modules import unwrap
 from lreg_peft.training.head_start import start_head
 from lreg_peft.tuner.hooks.output_head import wrapped_head
@@ -84,14 +84,14 @@ def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
     assert isinstance(model, PreTrainedModel)
     name = output_head_name(model) or ""
     # A head that has a constant: the same at every position.
-    config = LRegConfig(target_modules=[name], head="reduced", n_components=1, dof=2)
+    config = LRegConfig(target_modules=[name], weighting="reduced", n_components=1, n_nodes=2)
     own, n_batches = share_of(batches)
     with warnings.catch_warnings():
         # The model may have an adapter of its own; this is a copy.
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         adapted = get_peft_model(copy.deepcopy(model), config)
-    calibrate_output(adapted, own, n_batches=n_batches, show_progress=False)
+    match_token_frequencies(adapted, own, n_batches=n_batches, show_progress=False)
     shortcut: Any = adapted.get_base_model().get_submodule(name)
     with torch.no_grad():
         features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
@@ -205,7 +205,7 @@ def finish_lreg(model: nn.Module, batches: Batches) -> None:
     """What the output shortcut has not learned of label frequencies, in closed form; without one nothing is done."""
     if wrapped_head(unwrap(model)) is not None:
         own, n_batches = share_of(batches)
-        calibrate_output(model, own, n_batches=n_batches, show_progress=False)
+        match_token_frequencies(model, own, n_batches=n_batches, show_progress=False)
 
 
 def attach_lreg_inside(model: PreTrainedModel, fit: Fit) -> nn.Module:
@@ -228,14 +228,19 @@ def _recommended(model: PreTrainedModel, fit: Fit, **options: bool) -> LRegConfi
     with warnings.catch_warnings():  # sizes are tried from the smallest on
         warnings.filterwarnings("ignore", message="budget=.* for none inside the network")
         return recommended_config(
-            model, fit.size, task_type=_peft_task(fit), dof=fit.dof, modules_to_save=fit.modules_to_save, **options
+            model,
+            fit.size,
+            task_type=_peft_task(fit),
+            n_nodes=fit.n_nodes,
+            modules_to_save=fit.modules_to_save,
+            **options,
         )
 
 
 def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:
     """From a single component on the smallest linear layer on."""
     shapes = Site(linear_instead_of_conv1d(model), replace(fit, placement=LINEAR)).shapes
-    return range(min(map(sum, shapes)) + 1 + fit.dof, 1 << 40)
+    return range(min(map(sum, shapes)) + 1 + fit.n_nodes, 1 << 40)
 
 
 def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
@@ -243,7 +248,7 @@ def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
         task_type=_peft_task(fit),
         preset="paper",
         n_components=fit.size,
-        dof=fit.dof,
+        n_nodes=fit.n_nodes,
         modules_to_save=fit.modules_to_save,
         **options,  # type: ignore[arg-type]
     )
@@ -266,7 +271,7 @@ LREG = Method(
     attach_lreg,
     Rates(2e-2, 3e-2, 3e-3, 3e-3),
     "parameters",
-    dof=8,
+    n_nodes=8,
     start="gradient and output",
     sizes=lreg_budgets,
     fills_budget=True,
@@ -330,7 +335,7 @@ METHODS = {
             attach_lreg_default,
             Rates(3e-2, 2e-2, 1e-3, 1e-3),
             "n_components",
-            dof=2,
+            n_nodes=2,
             tasks=LANGUAGE_MODELS,
         ),
         Method(
@@ -339,7 +344,7 @@ METHODS = {
             attach_lreg_mlp,
             Rates(3e-2, 2e-2, 3e-3, 3e-3),
             "n_components",
-            dof=2,
+            n_nodes=2,
             tasks=LANGUAGE_MODELS,
             needs_block=True,
         ),
@@ -349,7 +354,7 @@ METHODS = {
             attach_lreg_default,
             Rates(3e-3, 3e-3, 3e-3, 1e-2),
             "n_components",
-            dof=6,
+            n_nodes=6,
             tasks=CLASSIFICATION,
         ),
         LREG,

@@ -39,7 +39,7 @@ class ComparisonArguments:
         "adapter of the most expensive method if that is more. A new classification head is not counted.",
     )
     sizes: list[str] = option([], "Sizes instead of the budget, for single methods: NAME=SIZE ...")
-    dof: int | None = option(
+    n_nodes: int | None = option(
         None,
         "Nodes per component for all LReg methods (default: 2 at the head and MLP, 6 on query and key, 8 in lreg).",
     )
@@ -166,7 +166,7 @@ def check(comparison: ComparisonArguments, run: RunArguments) -> None:
     """Refuse values that cannot be, alone or together."""
     require_at_least(
         budget=(comparison.budget, 1),
-        dof=(comparison.dof, 2),
+        n_nodes=(comparison.n_nodes, 2),
         steps=(comparison.steps, 1),
         batch_size=(comparison.batch_size, 1),
         gradient_accumulation_steps=(comparison.gradient_accumulation_steps, 1),

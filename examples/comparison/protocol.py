@@ -243,10 +243,10 @@ class Protocol:
 
     def _find(self, method: Method, size: int | None, rate: float, seed: int) -> Run | None:
         placement = self.sizes.placement(method)
-        return self.ledger.find(run_key(method.name, size, self._dof(method, size), rate, seed, placement))
+        return self.ledger.find(run_key(method.name, size, self._n_nodes(method, size), rate, seed, placement))
 
-    def _dof(self, method: Method, size: int | None) -> int | None:
-        return None if method.dof is None else self.sizes.fit(method, size).dof
+    def _n_nodes(self, method: Method, size: int | None) -> int | None:
+        return None if method.n_nodes is None else self.sizes.fit(method, size).n_nodes
 
     def _score(self, run: Run) -> float:
         return self._task.metric.score(run.tuning[self._task.metric.name])
@@ -312,7 +312,7 @@ class Protocol:
         run = Run(
             method=method.name,
             size=size,
-            dof=self._dof(method, size),
+            n_nodes=self._n_nodes(method, size),
             learning_rate=rate,
             seed=seed,
             tuning=figures or task.evaluate(model, "tuning"),
@@ -371,7 +371,7 @@ class Protocol:
             adapter_parameters=self.sizes.count(method, size),
             head_parameters=self.sizes.new_parameters,
             size={} if method.size_name is None or size is None else {method.size_name: size},
-            dof=self._dof(method, size),
+            n_nodes=self._n_nodes(method, size),
             adapter_bytes=adapter_bytes,
             units_per_second=units_per_step / median(run.step_seconds for run in [*trials, *runs[1:]]),
             training_seconds=mean(run.seconds for run in runs),
@@ -393,7 +393,7 @@ def open_protocol(
     make_folder(folder)
     shared = without_places({**task.settings(), **{name: getattr(options, name) for name in SHARED}})
     ledger = Ledger(folder, shared, PartialState().is_main_process)
-    protocol = Protocol(task, options, folder, Sizes(task, options.dof, options.steps), ledger)
+    protocol = Protocol(task, options, folder, Sizes(task, options.n_nodes, options.steps), ledger)
     protocol.shared = shared
     protocol.settings = TrainSettings(
         batch_size=options.batch_size or 1,

@@ -24,7 +24,7 @@ class Row:
         head_parameters: trainable parameters of new modules, equal for all methods.
         test: metric -> one figure per seed.
         size: rank or number of components, with its name.
-        dof: nodes per component.
+        n_nodes: nodes per component.
         adapter_bytes: of the saved weights.
         units_per_second: tokens or samples, from the median step.
         training_seconds: of one run at the chosen learning rate, mean over seeds.
@@ -42,7 +42,7 @@ class Row:
     adapter_parameters: int = 0
     head_parameters: int = 0
     size: dict[str, int] = field(default_factory=dict)
-    dof: int | None = None
+    n_nodes: int | None = None
     adapter_bytes: int = 0
     units_per_second: float | None = None
     training_seconds: float | None = None

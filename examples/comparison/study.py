@@ -196,7 +196,7 @@ def _row(cell: Cell, method: Method, size: int | None, found: Search, tested: li
         summary=method.summary,
         placement=found.best.placement or "",
         size={} if method.size_name is None or size is None else {method.size_name: size},
-        dof=found.best.dof,
+        n_nodes=found.best.n_nodes,
         trainable=found.best.trainable or 0,
         learning_rate=found.best.learning_rate,
         at_grid_edge=found.at_edge,

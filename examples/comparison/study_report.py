@@ -23,7 +23,7 @@ class StudyRow:
         method, summary: its name, and what it is.
         placement: where it is, "" for methods with one place only.
         size: rank or whatever it is sized by, with its name.
-        dof: nodes per component of LReg.
+        n_nodes: nodes per component of LReg.
         trainable: parameters that were trained, new modules included.
         learning_rate: the chosen one.
         at_grid_edge: whether a wider grid might do better.
@@ -41,7 +41,7 @@ class StudyRow:
     summary: str
     placement: str
     size: dict[str, int]
-    dof: int | None
+    n_nodes: int | None
     trainable: int
     learning_rate: float
     at_grid_edge: bool

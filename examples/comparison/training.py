@@ -374,7 +374,7 @@ def start_from_data(
     start = output and (wrapped_head(model.get_base_model()) is not None or None)  # type: ignore[operator]
     own, n_batches = share_of(batches_to_start_from(samples, collator, seed, n_samples))
     initialize_lreg_weights(
-        model, own, method="gradient", n_batches=n_batches, seed=seed, output_start=start, show_progress=False
+        model, own, method="gradient", n_batches=n_batches, seed=seed, start_head=start, show_progress=False
     )
 
 

@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", help="CSV with the columns of the task and `label`; goes with --test_file")
     parser.add_argument("--test_file", help="the same, to report on")
     parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--n_nodes", type=int, default=8, help="nodes per component")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16, help="samples in a step, over all processes")
     parser.add_argument("--max_length", type=int, default=48, help="tokens kept of a sample")
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     # Factored shortcuts with a linear term on all linear layers of the encoder, twice the components on the attention;
     # the new classifier is trained in full.
     # As in the paper, the frozen model trains without its dropout.
-    config = recommended_config(model, args.budget, task_type="SEQ_CLS", dof=args.dof, backbone_eval=True)
+    config = recommended_config(model, args.budget, task_type="SEQ_CLS", n_nodes=args.n_nodes, backbone_eval=True)
     model = get_peft_model(model, config).to(accelerator.device)
     # Projections along the directions that lower the loss most, meshes at quantiles. From the same passes the new head
     # begins at its optimum on the features of the frozen model, as far as halves of these samples agree on it.

@@ -16,7 +16,7 @@ import torch
 
 from lreg_peft.core import evaluate, hat_basis, quantile_nodes
 
-DOF = 7
+N_NODES = 7
 
 
 def draw(output: Path) -> None:
@@ -24,17 +24,17 @@ def draw(output: Path) -> None:
     torch.manual_seed(0)
     projected = torch.cat((torch.randn(1400, 1) * 0.7 - 1.5, torch.randn(600, 1) * 0.5 + 1.6))
     coords = torch.sigmoid(projected)
-    nodes = quantile_nodes(coords, DOF)
+    nodes = quantile_nodes(coords, N_NODES)
     u = torch.linspace(0, 1, 801).unsqueeze(1)
     basis = hat_basis(u, nodes)[:, 0]
-    coefficients = torch.tensor([0.1, 0.5, 0.2, -0.4, -0.1, 0.6, 0.3]).view(1, DOF, 1)
+    coefficients = torch.tensor([0.1, 0.5, 0.2, -0.4, -0.1, 0.6, 0.3]).view(1, N_NODES, 1)
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 2.9), sharex=True)
-    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.9, DOF))
+    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.9, N_NODES))
     panels[0].hist(coords.squeeze(1).numpy(), bins=50, color="#b8c4d6")
     panels[0].set_title("1. coordinates  u = sigmoid(P x + b)", fontsize=10)
     panels[0].set_yticks([])
-    for j in range(DOF):
+    for j in range(N_NODES):
         panels[1].plot(u, basis[:, j], color=colours[j], linewidth=1.8)
     panels[1].set_title("2. hat basis  $\\psi_j(u)$ on an adaptive mesh", fontsize=10)
     panels[2].plot(u, evaluate(u, nodes, coefficients), color="#1f4e8c", linewidth=2)

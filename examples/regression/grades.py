@@ -38,17 +38,17 @@ def splits(seed: int) -> Iterator[tuple[str, Split]]:
             yield f"{data.name}, a fold", data.split(seed)
 
 
-def refined(split: Split, dof: int) -> tuple[float, float, float, str]:
+def refined(split: Split, n_nodes: int) -> tuple[float, float, float, str]:
     """Test R^2 of a regressor, after refinement of its network, and with moving nodes; what the refinement says."""
-    start = LagrangeRegressor(dof=dof, smoothing=1e-8).fit(split.x, split.y)
+    start = LagrangeRegressor(n_nodes=n_nodes, smoothing=1e-8).fit(split.x, split.y)
     torch.manual_seed(0)  # of the adapter's directions
-    model = get_peft_model(start.to_torch(), LRegConfig(target_modules=["0", "2"], n_components=1, dof=4))
+    model = get_peft_model(start.to_torch(), LRegConfig(target_modules=["0", "2"], n_components=1, n_nodes=4))
     x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)[:, None]
     parts = [{"input": x[i::5], "labels": y[i::5]} for i in range(5)]
     result = refine_linearized(model, parts[:4], eval_data=parts[4:], n_rounds=5, show_progress=False)
     with torch.no_grad():
         found: Array = model(torch.from_numpy(split.x_test))[:, 0].numpy()
-    free = LagrangeRegressor(dof=dof, nodes="free").fit(split.x, split.y)
+    free = LagrangeRegressor(n_nodes=n_nodes, nodes="free").fit(split.x, split.y)
     return (
         start.score(split.x_test, split.y_test),
         r2_score(split.y_test, found),
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the samples")
-    parser.add_argument("--dof", type=int, default=24, help="nodes of the regressor that is refined")
+    parser.add_argument("--n_nodes", type=int, default=24, help="nodes of the regressor that is refined")
     options = parser.parse_args(arguments)
-    seeds, dof = options.seeds, options.dof
+    seeds, n_nodes = options.seeds, options.n_nodes
     print("| target | seed | first grade | second grade | CPU seconds |\n|---|---:|---:|---:|---:|")
     for seed in seeds:
         for name, split in splits(seed):
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = time.process_time() - start
             first, second = (r2_score(split.y_test, stage) for stage in model.staged_predict(split.x_test))
             print(f"| {name} | {seed} | {first:.4f} | {second:.4f} | {seconds:.2f} |", flush=True)
-    print(f"\n| set, {dof} nodes | at quantiles | network refined | nodes='free' | |\n|---|---:|---:|---:|---|")
+    print(f"\n| set, {n_nodes} nodes | at quantiles | network refined | nodes='free' | |\n|---|---:|---:|---:|---|")
     for name in ("A1", "B1"):
-        before, after, free, status = refined(synthetic(name).split(seeds[0]), dof)
+        before, after, free, status = refined(synthetic(name).split(seeds[0]), n_nodes)
         print(f"| {name} | {before:.4f} | {after:.4f} | {free:.4f} | {status} |")
 
 

@@ -61,7 +61,7 @@ def optima() -> Optima:
     start = np.array([0, 0.06, 0.12, 0.2, 0.28, 0.34, 0.45, 0.85, 1.0])
     local = descend(x, y, start)
     moved = exchange(x, y, local)
-    model = LagrangeRegressor(nodes="optimal", dof=len(start)).fit(x[:, None], y)
+    model = LagrangeRegressor(nodes="optimal", n_nodes=len(start)).fit(x[:, None], y)
     best = np.asarray(model.nodes_[0])
     return Optima(x, y, local, moved, best, (loss(x, y, local), loss(x, y, moved), loss(x, y, best)))
 
@@ -226,20 +226,20 @@ def figure_c3(folder: Path) -> None:
     y = np.sin(1 / x[:, 0])
     figure, axes = plt.subplots(2, 3, figsize=(13, 5.6), layout="constrained", sharex=True, sharey=True)
     grid = np.geomspace(x.min(), x.max(), 2000)
-    for column, dof in enumerate((16, 32, 64)):
+    for column, n_nodes in enumerate((16, 32, 64)):
         choices: tuple[tuple[str, dict[str, Any]], ...] = (
             ("equal steps", {"scale": "minmax", "smoothing": 1e-12}),
             ("moved nodes", {"nodes": "free"}),
         )
         for row, (label, options) in enumerate(choices):
-            model = LagrangeRegressor(dof=dof, **options).fit(x[:5000], y[:5000])
+            model = LagrangeRegressor(n_nodes=n_nodes, **options).fit(x[:5000], y[:5000])
             panel = axes[row, column]
             panel.semilogx(grid, np.sin(1 / grid), color=_TRUTH, linewidth=3, alpha=0.3)
             panel.semilogx(grid, model.predict(grid[:, None]), color=_OWN, linewidth=1)
             panel.plot(model.nodes_[0], model.values_[0] + model.intercept_, "o", color=_OWN, markersize=3)
             logarithmic(panel)
             panel.set_ylim(-1.5, 1.5)
-            panel.set_title(f"{dof} nodes, {label}: test R^2 {model.score(x[5000:], y[5000:]):.4f}", fontsize=9)
+            panel.set_title(f"{n_nodes} nodes, {label}: test R^2 {model.score(x[5000:], y[5000:]):.4f}", fontsize=9)
     save(figure, folder, "figure_c3")
 
 
@@ -299,7 +299,7 @@ def slopes() -> dict[str, tuple[list[int], list[float], float]]:
         x, new = random.uniform(size=(20_000, d)), random.uniform(size=(4_000, d))
         nodes, errors = [], []
         for size in sizes:
-            options: dict[str, Any] = {"dof": size, "smoothing": 1e-12} if d == 1 else {
+            options: dict[str, Any] = {"n_nodes": size, "smoothing": 1e-12} if d == 1 else {
                 "basis": "simplicial", "max_nodes": size, "scale": "minmax",
             }  # fmt: skip
             model = LagrangeRegressor(random_state=0, **options).fit(x, _wave(x))

@@ -38,7 +38,7 @@ from versions import installed_versions
 
 from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder
 
-DOF = 16
+N_NODES = 16
 
 
 @dataclass
@@ -111,7 +111,7 @@ class LeastSquares:
     """Hat functions on equal steps and least squares on the labels: what the paper's text gives of its construction."""
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "LeastSquares":
-        self.encoder = LagrangeEncoder(dof=DOF, scale="minmax").fit(x)
+        self.encoder = LagrangeEncoder(n_nodes=N_NODES, scale="minmax").fit(x)
         basis = self.encoder.transform(x)
         normal = (basis.T @ basis).toarray()
         normal.flat[:: len(normal) + 1] += 1e-6 * len(x)
@@ -127,7 +127,7 @@ def compare(counts: Counts, progress: bool) -> list[Row]:
     n_classes, n_words = counts.table.shape[1], len(counts.table)
     leaking, honest = (proportions(counts.train, counts.table, own) for own in (None, counts.y_train))
     test = proportions(counts.test, counts.table)
-    values, linear = DOF * n_classes**2, n_classes * (n_classes + 1)
+    values, linear = N_NODES * n_classes**2, n_classes * (n_classes + 1)
     table = n_words * n_classes
     weights = n_words * n_classes
 
@@ -136,9 +136,9 @@ def compare(counts: Counts, progress: bool) -> list[Row]:
 
     jobs: list[tuple[str, Any, Any, Any, int, int]] = [
         ("LReg, equal steps, least squares (the paper's kind)", LeastSquares(), leaking, test, values, table),
-        ("LReg, quantiles, cross-entropy", LagrangeClassifier(dof=DOF), leaking, test, values, table),
+        ("LReg, quantiles, cross-entropy", LagrangeClassifier(n_nodes=N_NODES), leaking, test, values, table),
         ("logistic regression", logistic(), leaking, test, linear, table),
-        ("LReg, leave-one-out proportions", LagrangeClassifier(dof=DOF), honest, test, values, table),
+        ("LReg, leave-one-out proportions", LagrangeClassifier(n_nodes=N_NODES), honest, test, values, table),
         ("logistic regression, leave-one-out proportions", logistic(), honest, test, linear, table),
         ("naive Bayes on words", MultinomialNB(), counts.train, counts.test, n_classes, weights),
         (

@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, help="height and width (default: what the model was made for)")
     parser.add_argument("--target_modules", nargs="+", help="default: the paper's placement for the model")
     parser.add_argument("--n_components", type=int, default=8)
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--n_nodes", type=int, default=8, help="nodes per component")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--base_steps", type=int, default=200, help="of the offline ResNet")
     parser.add_argument("--batch_size", type=int, default=32, help="images in a step, over all processes")
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         preset="paper",
         target_modules=args.target_modules,
         n_components=args.n_components,
-        dof=args.dof,
+        n_nodes=args.n_nodes,
         init_weights="gradient",
         modules_to_save=["classifier"] if has_new_head else None,
     )

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", help="UTF-8 text to adapt to; goes with --test_file")
     parser.add_argument("--test_file", help="UTF-8 text for the perplexity")
     parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
-    parser.add_argument("--dof", type=int, default=8, help="nodes per component")
+    parser.add_argument("--n_nodes", type=int, default=8, help="nodes per component")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step, over all processes")
     parser.add_argument("--block_size", type=int, default=128, help="tokens")
@@ -59,7 +59,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, get_linear_schedule_with_warmup
 
-from lreg_peft import calibrate_output, initialize_lreg_weights, recommended_config
+from lreg_peft import initialize_lreg_weights, match_token_frequencies, recommended_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of what the examples share
 from offline_base import offline_base
@@ -119,11 +119,11 @@ def main(args: argparse.Namespace) -> None:
 
     # Factored shortcuts with a linear term on all linear layers, the last norm and the head, most on the attention.
     # As in the paper, the frozen model trains without its dropout.
-    config = recommended_config(model, args.budget, task_type="CAUSAL_LM", dof=args.dof, backbone_eval=True)
+    config = recommended_config(model, args.budget, task_type="CAUSAL_LM", n_nodes=args.n_nodes, backbone_eval=True)
     model = get_peft_model(model, config)
     # Projections along the directions that lower the loss most, meshes at quantiles, and at the head the shift in how
     # often each token comes.
-    initialize_lreg_weights(model, train_loader, output_start=True, show_progress=show)
+    initialize_lreg_weights(model, train_loader, start_head=True, show_progress=show)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, weight_decay=0.0)
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
 
     # What so few steps have not learned of how often each token comes has a closed form.
-    calibrate_output(model, train_loader, show_progress=show)
+    match_token_frequencies(model, train_loader, show_progress=show)
     after = perplexity(model, test_loader, accelerator)
     n_trained, folder = sum(parameter.numel() for parameter in trainable), output_dir / "adapter"
     accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)

@@ -8,7 +8,7 @@ reference in `pydoc_data.topics`. Other ways to run it:
 
     run_wikitext.py --smoke                                                         everything, very small (CI)
     run_wikitext.py --methods lora lreg --seeds 42 43 44                            some methods, several seeds
-    run_wikitext.py --budget 20000 --dof 4                                          another parameter budget
+    run_wikitext.py --budget 20000 --n_nodes 4                                          another parameter budget
     run_wikitext.py --train_file a.txt --test_file c.txt [--validation_file b.txt]  your text
     run_wikitext.py --model_name_or_path gpt2 [--preset paper]                      model and WikiText from the hub
     run_wikitext.py configs/paper-gpt2.yaml --seeds 1                               options from a file, and others

@@ -18,11 +18,11 @@ def hat_basis(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> Tensor
 
     Args:
         coords: `[..., components]`; values outside the mesh are clamped to its ends.
-        nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
+        nodes: `[components, n_nodes]`, strictly increasing, `n_nodes >= 2`.
         validate: see `locate`.
 
     Returns:
-        `[..., components, dof]`, fp32 (fp64 if an input is), differentiable in `coords`.
+        `[..., components, n_nodes]`, fp32 (fp64 if an input is), differentiable in `coords`.
 
     Raises:
         ValueError: for invalid nodes, NaN coordinates, or differing component counts.
@@ -39,12 +39,12 @@ def evaluate(coords: Tensor, nodes: Tensor, coefficients: Tensor, *, validate: b
     """Sum one piecewise-linear function per component.
 
     y = sum_ij psi_ij(coords_i) coefficients_ij (Li, Cheng & Gu 2025, sec. 2.6-2.7). Only the two nodes around each
-    coordinate contribute, so the cost does not grow with dof. Equivalent to `hat_basis` contracted with `coefficients`.
+    coordinate contribute, so that n_nodes costs nothing. Equivalent to `hat_basis` contracted with `coefficients`.
 
     Args:
         coords: `[..., components]`; values outside the mesh are clamped to its ends.
-        nodes: `[components, dof]`, strictly increasing, `dof >= 2`.
-        coefficients: `[components, dof, out_features]`.
+        nodes: `[components, n_nodes]`, strictly increasing, `n_nodes >= 2`.
+        coefficients: `[components, n_nodes, out_features]`.
         validate: see `locate`.
 
     Returns:
@@ -58,13 +58,13 @@ def evaluate(coords: Tensor, nodes: Tensor, coefficients: Tensor, *, validate: b
         check_coords(coords, nodes)
         if coefficients.ndim != 3 or coefficients.shape[:2] != nodes.shape:
             raise ValueError(
-                f"coefficients must have shape [components, dof, out_features] with the components and dof of nodes, "
+                f"coefficients must have shape [components, n_nodes, out_features] as nodes has, "
                 f"got coefficients {tuple(coefficients.shape)} and nodes {tuple(nodes.shape)}."
             )
-    components, dof, out_features = coefficients.shape
+    components, n_nodes, out_features = coefficients.shape
     element, local = locate(coords, nodes, validate=False)
-    rows, weights = active_nodes(element, local.to(coefficients.dtype), dof)  # [..., 2 components]
-    table = coefficients.reshape(components * dof, out_features)
+    rows, weights = active_nodes(element, local.to(coefficients.dtype), n_nodes)  # [..., 2 components]
+    table = coefficients.reshape(components * n_nodes, out_features)
     total = F.embedding_bag(
         rows.reshape(-1, 2 * components), table, per_sample_weights=weights.reshape(-1, 2 * components), mode="sum"
     )
@@ -72,12 +72,12 @@ def evaluate(coords: Tensor, nodes: Tensor, coefficients: Tensor, *, validate: b
 
 
 def evaluate_profile(coords: Tensor, nodes: Tensor, profile: Tensor) -> Tensor:
-    """One scalar piecewise-linear function per component, at a cost that does not grow with dof.
+    """One scalar piecewise-linear function per component, at a cost that does not grow with n_nodes.
 
     Args:
         coords: `[..., components]`; values outside the mesh are clamped to its ends.
-        nodes: `[components, dof]`, valid.
-        profile: values at the nodes, `[components, dof]`.
+        nodes: `[components, n_nodes]`, valid.
+        profile: values at the nodes, `[components, n_nodes]`.
 
     Returns:
         `[..., components]`, fp32 (fp64 if an input is), differentiable in `coords` and `profile`.
@@ -100,22 +100,22 @@ def curvature_penalty(nodes: Tensor, coefficients: Tensor) -> Tensor:
     Algorithm 1); the weights that follow the node positions keep straight lines unpenalised on every mesh.
 
     Args:
-        nodes: `[components, dof]`.
-        coefficients: `[components, dof, out_features]`.
+        nodes: `[components, n_nodes]`.
+        coefficients: `[components, n_nodes, out_features]`.
 
     Returns:
-        A scalar in the dtype of `coefficients`; exactly zero for dof 2, which has no interior node.
+        A scalar in the dtype of `coefficients`; exactly zero for n_nodes 2, which has no interior node.
 
     Raises:
         ValueError: if `coefficients` does not start with the shape of `nodes`.
     """
     if coefficients.ndim != 3 or coefficients.shape[:2] != nodes.shape:
         raise ValueError(
-            f"coefficients must have shape [components, dof, out_features] with the components and dof of nodes, got "
+            f"coefficients must have shape [components, n_nodes, out_features] as nodes has, got "
             f"coefficients {tuple(coefficients.shape)} and nodes {tuple(nodes.shape)}."
         )
     if nodes.shape[1] == 2:
         return coefficients.sum() * 0  # keeps the graph, so that a caller may always call backward()
-    share = (nodes[:, 1:-1] - nodes[:, :-2]) / (nodes[:, 2:] - nodes[:, :-2])  # [components, dof - 2]
+    share = (nodes[:, 1:-1] - nodes[:, :-2]) / (nodes[:, 2:] - nodes[:, :-2])  # [components, n_nodes - 2]
     line = torch.lerp(coefficients[:, :-2], coefficients[:, 2:], share.unsqueeze(-1).to(coefficients.dtype))
     return (coefficients[:, 1:-1] - line).abs().mean()

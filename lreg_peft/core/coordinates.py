@@ -60,17 +60,17 @@ def initial_projection(
 
 
 def standard_profile(nodes: Tensor, mean: float = 1.0) -> Tensor:
-    """Scalar functions for the factored head to start from: affine in u, variance 1 for uniform u.
+    """Scalar functions for the factored weighting to start from: affine in u, variance 1 for uniform u.
 
     With a mean of zero the output vector would first learn what varies with u alone. A change of domain asks for a
     constant shift above all, and with a mean of one the same vector starts on both.
 
     Args:
-        nodes: `[components, dof]` on [0, 1].
+        nodes: `[components, n_nodes]` on [0, 1].
         mean: for uniform u.
 
     Returns:
-        `[components, dof]`, the values at the nodes.
+        `[components, n_nodes]`, the values at the nodes.
     """
     return mean + math.sqrt(12) * (nodes - 0.5)
 
@@ -110,7 +110,7 @@ def all_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
-def standardised_start(samples: Tensor, axes: Tensor, n_components: int, dof: int) -> tuple[Tensor, Tensor, Tensor]:
+def standardised_start(samples: Tensor, axes: Tensor, n_components: int, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Projection, bias and mesh along given axes: logistic scaling, and nodes at the quantiles.
 
     Row i of P is the i-th axis over the standard deviation of the samples along it, times `LOGISTIC_NORMAL_SCALE`, and
@@ -122,10 +122,10 @@ def standardised_start(samples: Tensor, axes: Tensor, n_components: int, dof: in
         axes: `[k, in_features]`, orthonormal. Components beyond k, and those along which the samples do not vary, get
             random directions.
         n_components: components.
-        dof: nodes per component.
+        n_nodes: nodes per component.
 
     Returns:
-        projection `[n_components, in_features]`, bias `[n_components]`, nodes `[n_components, dof]`; fp32 (fp64 for
+        projection `[n_components, in_features]`, bias `[n_components]`, nodes `[n_components, n_nodes]`; fp32 (fp64 for
         fp64 samples). Equal inputs give equal results.
 
     Raises:
@@ -146,4 +146,4 @@ def standardised_start(samples: Tensor, axes: Tensor, n_components: int, dof: in
         drawn[: len(axes)] = torch.where(varies.unsqueeze(1), projection, drawn[: len(axes)])
         projection = drawn
     bias = -projection @ mean
-    return projection, bias, quantile_nodes(project(samples, projection, bias), dof)
+    return projection, bias, quantile_nodes(project(samples, projection, bias), n_nodes)

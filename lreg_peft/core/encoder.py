@@ -1,7 +1,7 @@
 """The learned curve between the two linear maps of a shortcut: z -> u = sigmoid(z) -> design.
 
 A shortcut is `y = f(x) + B(curve(A(x)))`. This module is the curve. It turns latent coordinates z into the *design*:
-the numbers that the rows of the *table* (the weight of B, transposed) are multiplied by. Three heads differ in it:
+the numbers that the rows of the *table* (the weight of B, transposed) are multiplied by. Three weightings differ in it:
 
     full      the hat functions psi_ij(u_i) of every component (Li, Cheng & Gu 2025, sections 2.6-2.7), K = d n
     reduced   the same functions without the d - 1 redundant constants, K = d (n - 1) + 1
@@ -19,14 +19,14 @@ from .basis import evaluate_profile, under_transform
 from .coordinates import LOGISTIC_NORMAL_SCALE, standard_profile
 from .mesh import check_nodes, coordinate_dtype, uniform_nodes
 
-HeadKind = Literal["full", "reduced", "factored"]
-HEAD_KINDS: tuple[str, ...] = get_args(HeadKind)
+Weighting = Literal["full", "reduced", "factored"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 # A profile that is smaller on average carries no constant.
 _SMALLEST_MEAN = 0.1
-# Largest dof at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
+# Largest n_nodes at which all elements of a mesh are evaluated for every coordinate. That is a handful of elementwise
 # operations; beyond it looking up the element costs less (measured on one CPU core and by the number of launches).
-_MAX_DENSE_DOF = 32
+_MAX_DENSE_NODES = 32
 # Up to so many components everything is kept for the backward pass that it would make again: 2 n numbers for each,
 # which is little beside the features of a layer. With more components that memory counts.
 _MOST_KEPT = 8
@@ -45,17 +45,17 @@ class LagrangeEncoder(nn.Module):
 
     Args:
         n_components: d, the number of coordinates, each with a mesh of its own.
-        dof: n, nodes of a mesh.
-        head: "full", "reduced" or "factored", see the head of this file.
-        linear_term: add z / 1.702 to the profiles of a factored head.
+        n_nodes: n, nodes of a mesh.
+        weighting: "full", "reduced" or "factored", see the head of this file.
+        linear_term: add z / 1.702 to the profiles of a factored weighting.
         profile_mean: mean of the profiles at the start; without a linear term they have variance 1 for uniform u.
-        nodes: `[n_components, dof]`; None takes uniform meshes on [0, 1].
+        nodes: `[n_components, n_nodes]`; None takes uniform meshes on [0, 1].
 
     Attributes:
-        nodes: `[n_components, dof]`, a buffer that stays in fp32 (or fp64) whatever the module is cast to: in half
+        nodes: `[n_components, n_nodes]`, a buffer that stays in fp32 (or fp64) whatever the module is cast to: in half
             precision neighbouring nodes collide. To be changed by `set_nodes`, in place or by assignment, but not
             through `nodes.data`, which hides changes from autograd and from this module alike.
-        weight: the profiles at the nodes, `[n_components, dof]`; None unless the head is factored.
+        weight: the profiles at the nodes, `[n_components, n_nodes]`; None unless the weighting is factored.
     """
 
     nodes: Tensor
@@ -64,27 +64,27 @@ class LagrangeEncoder(nn.Module):
     def __init__(
         self,
         n_components: int,
-        dof: int,
-        head: HeadKind = "full",
+        n_nodes: int,
+        weighting: Weighting = "full",
         *,
         linear_term: bool = False,
         profile_mean: float = 1.0,
         nodes: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.n_components, self.dof, self.head = n_components, dof, head
+        self.n_components, self.n_nodes, self.weighting = n_components, n_nodes, weighting
         self.linear_term, self.profile_mean = linear_term, profile_mean
         #: Factor of z in the design.
         self.slope = 1 / LOGISTIC_NORMAL_SCALE if linear_term else 0.0
-        self.register_buffer("nodes", uniform_nodes(n_components, dof) if nodes is None else nodes.detach().clone())
-        self.register_parameter("weight", nn.Parameter(self._start()) if head == "factored" else None)
+        self.register_buffer("nodes", uniform_nodes(n_components, n_nodes) if nodes is None else nodes.detach().clone())
+        self.register_parameter("weight", nn.Parameter(self._start()) if weighting == "factored" else None)
         # What was made of the nodes: these, their state then, and the result.
         self._kept: tuple[Tensor, tuple[Any, ...], Mesh] | None = None
 
     @property
     def n_functions(self) -> int:
         """K, the width of the design."""
-        return n_functions(self.head, self.n_components, self.dof)
+        return n_functions(self.weighting, self.n_components, self.n_nodes)
 
     def _start(self) -> Tensor:
         if self.linear_term:  # what varies with z is the linear term's at first
@@ -93,7 +93,7 @@ class LagrangeEncoder(nn.Module):
 
     @torch.no_grad()
     def set_nodes(self, nodes: Tensor) -> None:
-        """Put another mesh `[n_components, dof]` in place, with profiles as at the start on it.
+        """Put another mesh `[n_components, n_nodes]` in place, with profiles as at the start on it.
 
         Raises:
             ValueError: if it is not a valid mesh.
@@ -116,12 +116,12 @@ class LagrangeEncoder(nn.Module):
         if profile is not None:
             return profile_values(latent, mesh, profile, self.slope)
         basis = latent_basis(latent, mesh)  # [..., d, n]
-        if self.head == "full":
+        if self.weighting == "full":
             return basis.flatten(-2)
         return torch.cat((basis[..., 1:].flatten(-2), basis.new_ones(*basis.shape[:-2], 1)), dim=-1)
 
     def basis(self, latent: Tensor) -> Tensor:
-        """All hat functions, whatever the head: z `[..., d]` -> `[..., d n]`."""
+        """All hat functions, whatever the weighting: z `[..., d]` -> `[..., d n]`."""
         return latent_basis(latent, self.mesh(latent.dtype)).flatten(-2)
 
     def mesh(self, dtype: torch.dtype) -> "Mesh":
@@ -145,20 +145,20 @@ class LagrangeEncoder(nn.Module):
         """The weight on the mesh, its gradient or moments, with one entry per node: `[d, n, C]`.
 
         Args:
-            values: of the shape of `weight` for a factored head (C is 1 then), else of the weight of B, `[C, K]`.
+            values: of the shape of `weight` for a factored weighting (C is 1 then), else of the weight of B, `[C, K]`.
         """
         if self.weight is not None:
             return values.unsqueeze(-1)
-        if self.head == "full":
-            return values.T.unflatten(0, (self.n_components, self.dof))
-        nodal = values.T[:-1].unflatten(0, (self.n_components, self.dof - 1))
+        if self.weighting == "full":
+            return values.T.unflatten(0, (self.n_components, self.n_nodes))
+        nodal = values.T[:-1].unflatten(0, (self.n_components, self.n_nodes - 1))
         return F.pad(nodal, (0, 0, 1, 0))  # zero at the first node
 
     def from_nodes(self, nodal: Tensor, like: Tensor) -> Tensor:
-        """The opposite of `to_nodes`; the constant of a reduced head is that of `like`."""
+        """The opposite of `to_nodes`; the constant of a reduced weighting is that of `like`."""
         if self.weight is not None:
             return nodal.squeeze(-1)
-        if self.head == "full":
+        if self.weighting == "full":
             return nodal.flatten(0, 1).T
         return torch.cat((nodal[:, 1:].flatten(0, 1).T, like[:, -1:]), dim=1)
 
@@ -171,7 +171,7 @@ class LagrangeEncoder(nn.Module):
         if self.weight is not None:
             return self.weight.unsqueeze(-1) * weight.T.unsqueeze(1)
         nodal = self.to_nodes(weight)
-        if self.head == "full":
+        if self.weighting == "full":
             return nodal
         constant = F.pad(weight[:, -1].view(1, 1, -1), (0, 0, 0, 0, 0, self.n_components - 1))
         return nodal + constant  # the first component carries it
@@ -184,8 +184,8 @@ class LagrangeEncoder(nn.Module):
             first[0] = torch.where(mean.abs() > _SMALLEST_MEAN, 1 / mean, 0.0)  # zero if there is none to speak of
             return first
         constant = self.nodes.new_zeros(self.n_functions)
-        if self.head == "full":
-            constant[: self.dof] = 1  # the basis of the first component sums to one
+        if self.weighting == "full":
+            constant[: self.n_nodes] = 1  # the basis of the first component sums to one
         else:
             constant[-1] = 1
         return constant
@@ -204,10 +204,10 @@ class LagrangeEncoder(nn.Module):
         ahead = _ahead(latent.sigmoid(), mesh)
         if self.weight is not None:
             return design_gradient * _slopes_here(self.weight.diff() / mesh.inner, ahead)
-        if self.head == "reduced":
-            by_node = F.pad(design_gradient[:, :-1].unflatten(-1, (-1, self.dof - 1)), (1, 0))
+        if self.weighting == "reduced":
+            by_node = F.pad(design_gradient[:, :-1].unflatten(-1, (-1, self.n_nodes - 1)), (1, 0))
         else:
-            by_node = design_gradient.unflatten(-1, (-1, self.dof))
+            by_node = design_gradient.unflatten(-1, (-1, self.n_nodes))
         return _slopes_here(by_node.diff() / mesh.inner, ahead)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LagrangeEncoder":
@@ -223,18 +223,20 @@ class LagrangeEncoder(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, as `print(model)` shows them."""
         linear = ", linear_term=True" if self.linear_term else ""
-        return f"n_components={self.n_components}, dof={self.dof}, head={self.head!r}{linear}"
+        return f"n_components={self.n_components}, n_nodes={self.n_nodes}, weighting={self.weighting!r}{linear}"
 
 
-def n_functions(head: str, n_components: int, dof: int) -> int:
-    """K, the number of functions in the design of a head."""
-    return {"full": n_components * dof, "reduced": n_components * (dof - 1) + 1, "factored": n_components}[head]
+def n_functions(weighting: str, n_components: int, n_nodes: int) -> int:
+    """K, the number of functions in the design of a weighting."""
+    return {"full": n_components * n_nodes, "reduced": n_components * (n_nodes - 1) + 1, "factored": n_components}[
+        weighting
+    ]
 
 
-def shortcut_parameters(head: str, n_components: int, dof: int, in_features: int, out_features: int) -> int:
-    """Parameters of a shortcut: A `[d, in_features]` with its bias, the profiles of a factored head, and B."""
-    profile = n_components * dof if head == "factored" else 0
-    return (in_features + 1) * n_components + profile + n_functions(head, n_components, dof) * out_features
+def shortcut_parameters(weighting: str, n_components: int, n_nodes: int, in_features: int, out_features: int) -> int:
+    """Parameters of a shortcut: A `[d, in_features]` with its bias, the profiles of a factored weighting, and B."""
+    profile = n_components * n_nodes if weighting == "factored" else 0
+    return (in_features + 1) * n_components + profile + n_functions(weighting, n_components, n_nodes) * out_features
 
 
 class Mesh(NamedTuple):
@@ -307,7 +309,7 @@ def profile_values(latent: Tensor, mesh: Mesh, profile: Tensor, slope: float = 0
         `[..., d]`, differentiable in `latent` and `profile`, twice. The derivative at a node is that of the element to
         its right.
     """
-    if mesh.nodes.size(-1) > _MAX_DENSE_DOF and not under_transform():
+    if mesh.nodes.size(-1) > _MAX_DENSE_NODES and not under_transform():
         value = evaluate_profile(latent.sigmoid(), mesh.nodes, profile)
         return torch.add(value, latent, alpha=slope) if slope else value
     if _wants_single_operations():

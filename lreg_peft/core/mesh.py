@@ -1,6 +1,6 @@
 """One-dimensional meshes: construction, validation and element location.
 
-A *mesh* is a tensor of nodes `[components, dof]`, one strictly increasing row per component. Everything here works in
+A *mesh* is a tensor of nodes `[components, n_nodes]`, a strictly increasing row per component. Everything here works in
 fp32 or fp64: neighbouring nodes of an adapted mesh are often closer than a bf16 or fp16 ulp.
 """
 
@@ -13,8 +13,8 @@ from .checks import number
 #: leaves a local coordinate inside such an element about 2**-24 / 1e-5 = 0.6 % of rounding error.
 MIN_RELATIVE_ELEMENT = 1e-5
 
-# Up to this many nodes comparing with every interior node beats a binary search (measured on CPU: 4x at dof 2-4).
-_MAX_COMPARE_DOF = 8
+# Up to this many nodes comparing with every interior node beats a binary search (measured on CPU: 4x at n_nodes 2-4).
+_MAX_COMPARE_NODES = 8
 
 
 def coordinate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -26,16 +26,16 @@ def check_nodes(nodes: Tensor) -> None:
     """Raise a `ValueError` that shows the offending values unless `nodes` is a valid mesh.
 
     Args:
-        nodes: expected `[components, dof]`, floating, finite, `dof >= 2`, every row strictly increasing.
+        nodes: expected `[components, n_nodes]`, floating, finite, `n_nodes >= 2`, every row strictly increasing.
     """
     if nodes.ndim != 2:
-        raise ValueError(f"nodes must have shape [components, dof], got {tuple(nodes.shape)}.")
+        raise ValueError(f"nodes must have shape [components, n_nodes], got {tuple(nodes.shape)}.")
     if not nodes.is_floating_point():
         raise ValueError(f"nodes must be floating point, got {nodes.dtype}.")
-    components, dof = nodes.shape
-    if components < 1 or dof < 2:
+    components, n_nodes = nodes.shape
+    if components < 1 or n_nodes < 2:
         raise ValueError(
-            f"nodes must hold at least 1 component of at least 2 nodes, got components={components}, dof={dof}."
+            f"nodes must hold at least 1 component of at least 2 nodes, got components={components}, n_nodes={n_nodes}."
         )
     if nodes.device.type == "meta":
         return
@@ -53,7 +53,7 @@ def check_nodes(nodes: Tensor) -> None:
 
 
 def check_coords(coords: Tensor, nodes: Tensor) -> None:
-    """Raise a `ValueError` unless `coords` `[..., components]` fits `nodes` `[components, dof]` and has no NaN."""
+    """Raise a `ValueError` unless `coords` `[..., components]` fits `nodes` `[components, n_nodes]` and has no NaN."""
     if coords.ndim < 1 or coords.shape[-1] != nodes.shape[0]:
         raise ValueError(
             f"coords must have shape [..., components] with as many components as nodes, got coords "
@@ -68,7 +68,7 @@ def check_coords(coords: Tensor, nodes: Tensor) -> None:
 
 def uniform_nodes(
     n_components: int,
-    dof: int,
+    n_nodes: int,
     *,
     low: float = 0.0,
     high: float = 1.0,
@@ -78,30 +78,32 @@ def uniform_nodes(
     """Equally spaced nodes on `[low, high]`, the same for every component.
 
     Returns:
-        `[n_components, dof]` in `dtype` (fp32 or fp64); the first node is exactly `low`, the last exactly `high`.
+        `[n_components, n_nodes]` in `dtype` (fp32 or fp64); the first node is exactly `low`, the last exactly `high`.
 
     Raises:
-        ValueError: if `dof < 2`, `n_components < 1`, `low >= high`, `dtype` is neither fp32 nor fp64, or its precision
+        ValueError: if `n_nodes < 2`, `n_components < 1`, `low >= high`, `dtype` is neither fp32 nor fp64, or precision
             does not tell the nodes apart.
     """
     number("low", low)
     number("high", high)
-    if dof < 2 or n_components < 1:
-        raise ValueError(f"a mesh needs n_components >= 1 and dof >= 2, got n_components={n_components}, dof={dof}.")
+    if n_nodes < 2 or n_components < 1:
+        raise ValueError(
+            f"a mesh needs n_components >= 1 and n_nodes >= 2, got n_components={n_components}, n_nodes={n_nodes}."
+        )
     if not low < high:
         raise ValueError(f"low must be below high, got low={low}, high={high}.")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64: nodes are kept in float32 or float64, got {dtype}.")
-    nodes = torch.linspace(low, high, dof, dtype=dtype, device=device)
+    nodes = torch.linspace(low, high, n_nodes, dtype=dtype, device=device)
     if nodes.device.type != "meta" and not (nodes.diff() > 0).all():
         raise ValueError(
-            f"dof={dof} nodes between low={low} and high={high} are not all distinct in {dtype}: take fewer, widen the "
+            f"{n_nodes} nodes between low={low} and high={high} are not all distinct in {dtype}: take fewer, widen the "
             "range or take float64."
         )
-    return nodes.expand(n_components, dof).clone()
+    return nodes.expand(n_components, n_nodes).clone()
 
 
-def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: float | None = 1.0) -> Tensor:
+def quantile_nodes(samples: Tensor, n_nodes: int, *, low: float | None = 0.0, high: float | None = 1.0) -> Tensor:
     """Nodes at the empirical quantiles of `samples`, so that every element holds the same share of them.
 
     Elements shorter than `MIN_RELATIVE_ELEMENT` of the mesh (repeated samples) are widened to that, at the expense
@@ -109,18 +111,18 @@ def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: 
 
     Args:
         samples: `[n_samples, components]`, finite; outside `[low, high]` they are clamped to it.
-        dof: nodes per component, at least 2.
+        n_nodes: nodes per component, at least 2.
         low: first node; None takes each component's smallest sample.
         high: last node; None takes each component's largest sample.
 
     Returns:
-        `[components, dof]`, fp64 for fp64 samples and fp32 otherwise.
+        `[components, n_nodes]`, fp64 for fp64 samples and fp32 otherwise.
 
     Raises:
-        ValueError: for an empty, non-finite or wrongly shaped `samples`, `dof < 2`, or an empty range.
+        ValueError: for an empty, non-finite or wrongly shaped `samples`, `n_nodes < 2`, or an empty range.
     """
-    if dof < 2:
-        raise ValueError(f"a mesh needs dof >= 2, got dof={dof}.")
+    if n_nodes < 2:
+        raise ValueError(f"a mesh needs n_nodes >= 2, got n_nodes={n_nodes}.")
     if samples.ndim != 2 or samples.shape[0] < 1 or samples.shape[1] < 1:
         raise ValueError(f"samples must have shape [n_samples >= 1, components >= 1], got {tuple(samples.shape)}.")
     if not samples.is_floating_point():
@@ -138,11 +140,11 @@ def quantile_nodes(samples: Tensor, dof: int, *, low: float | None = 0.0, high: 
             f"the mesh of component {i} would span [{first[i].item()}, {last[i].item()}]; its ends must differ."
         )
     ordered = ordered.clamp(first, last)
-    position = torch.linspace(0, ordered.shape[0] - 1, dof, dtype=torch.float64, device=ordered.device)
+    position = torch.linspace(0, ordered.shape[0] - 1, n_nodes, dtype=torch.float64, device=ordered.device)
     below = position.floor().long()
     above = position.ceil().long()
-    share = (position - below).unsqueeze(-1)  # [dof, 1]
-    nodes = torch.lerp(ordered[below], ordered[above], share).T.clone()  # [components, dof]
+    share = (position - below).unsqueeze(-1)  # [n_nodes, 1]
+    nodes = torch.lerp(ordered[below], ordered[above], share).T.clone()  # [components, n_nodes]
     nodes[:, 0], nodes[:, -1] = first, last
     return separate_nodes(nodes).to(dtype)
 
@@ -154,11 +156,11 @@ def separate_nodes(nodes: Tensor, min_relative_element: float = MIN_RELATIVE_ELE
     what they have above it. A mesh whose elements are all long enough comes back unchanged.
 
     Args:
-        nodes: `[components, dof]`, non-decreasing rows with distinct ends.
-        min_relative_element: smallest element over mesh length; lowered to `1 / (2 (dof - 1))` when that is smaller.
+        nodes: `[components, n_nodes]`, non-decreasing rows with distinct ends.
+        min_relative_element: smallest element over mesh length; `1 / (2 (n_nodes - 1))` where that is smaller.
 
     Returns:
-        `[components, dof]`, strictly increasing, the dtype of `nodes`.
+        `[components, n_nodes]`, strictly increasing, the dtype of `nodes`.
     """
     first, last = nodes[:, :1], nodes[:, -1:]
     floor = min(min_relative_element, 0.5 / (nodes.shape[1] - 1))
@@ -180,11 +182,11 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
 
     Args:
         coords: `[..., components]`.
-        nodes: `[components, dof]`, strictly increasing.
+        nodes: `[components, n_nodes]`, strictly increasing.
         validate: check shapes and values first; the check synchronises a GPU, so inner loops switch it off.
 
     Returns:
-        element: int64 `[..., components]` in `[0, dof - 2]`.
+        element: int64 `[..., components]` in `[0, n_nodes - 2]`.
         local: `[..., components]` in `[0, 1]`, fp32 (fp64 if an input is), differentiable in `coords`.
 
     Raises:
@@ -195,9 +197,9 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
         check_coords(coords, nodes)
     dtype = coordinate_dtype(coords, nodes)
     coords, nodes = coords.to(dtype), nodes.to(dtype)
-    inner = nodes[:, 1:-1]  # [components, dof - 2]
+    inner = nodes[:, 1:-1]  # [components, n_nodes - 2]
     with torch.no_grad():
-        if nodes.shape[1] <= _MAX_COMPARE_DOF:
+        if nodes.shape[1] <= _MAX_COMPARE_NODES:
             element = (coords.unsqueeze(-1) >= inner).sum(dim=-1)
         else:
             by_component = coords.movedim(-1, 0)  # [components, ...]
@@ -209,19 +211,19 @@ def locate(coords: Tensor, nodes: Tensor, *, validate: bool = True) -> tuple[Ten
     return element, local
 
 
-def active_nodes(element: Tensor, local: Tensor, dof: int) -> tuple[Tensor, Tensor]:
+def active_nodes(element: Tensor, local: Tensor, n_nodes: int) -> tuple[Tensor, Tensor]:
     """Which coefficients a row reads, and with which weights: two per component; on simplices there are d + 1.
 
     Args:
         element: int64 `[..., components]`, from `locate`.
         local: `[..., components]`, from `locate`.
-        dof: nodes per component.
+        n_nodes: nodes per component.
 
     Returns:
-        rows: int64 `[..., 2 * components]`, rows of the table `[components * dof, ...]` of all components.
+        rows: int64 `[..., 2 * components]`, rows of the table `[components * n_nodes, ...]` of all components.
         weights: `[..., 2 * components]`, the dtype of `local`; those of a component sum to one.
     """
-    first = element + torch.arange(element.shape[-1], device=element.device) * dof
+    first = element + torch.arange(element.shape[-1], device=element.device) * n_nodes
     return torch.stack((first, first + 1), dim=-1).flatten(-2), torch.stack((1 - local, local), dim=-1).flatten(-2)
 
 

@@ -98,7 +98,7 @@ def convert_to_lora(
         n_batches: batches to fit on.
         ridge: of the fit, relative to the mean square of the inputs.
         rank: largest rank of a module, or the share of the squared singular values to keep, as in PEFT. None keeps one
-            for each component of factored heads, and what is not negligible of the others.
+            for each component of factored weighting, and what is not negligible of the others.
         uniform_rank: fill all modules up to the largest rank with zeros, for servers that know no `rank_pattern`.
         max_rise: relative rise of the loss above which to warn.
         show_progress: show a progress bar.

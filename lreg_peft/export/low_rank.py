@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..tuner.layer import LRegLayer
 
-# Share of the squared singular values that heads with more functions than components keep if no rank is given.
+# Share of the squared singular values that weightings with more functions than components keep if no rank is given.
 _ENERGY = 1 - 1e-6
 
 Bias = Literal["none", "lora"]
@@ -117,7 +117,7 @@ class Site:
             raise ValueError(f"no input reached {self.name!r}: give batches that run the whole model.")
         gram, cross, moments = self.sums[: m + 1, : m + 1], self.sums[: m + 1, m + 1 :], self.sums[m + 1 :, m + 1 :]
         self.sums = None
-        tables, slopes, heads = [], [], set()
+        tables, slopes, weightings = [], [], set()
         for shortcut in filter(None, (self.norm, self.own)):
             table = shortcut.table()
             if shortcut is self.norm:
@@ -125,7 +125,7 @@ class Site:
             tables.append(table.double().cpu())
             is_own = shortcut is self.own and not self.kernel
             slopes.append(shortcut.slopes(m) if is_own else torch.zeros(len(table), m, dtype=torch.float64))
-            heads |= {shortcut.layer.parts(name)[1].head for name in shortcut.adapters}
+            weightings |= {shortcut.layer.parts(name)[1].weighting for name in shortcut.adapters}
         self._judge(gram, cross, moments, tables)
         table, slope = torch.cat(tables), torch.cat(slopes)
         size = m + (bias == "lora")
@@ -134,7 +134,7 @@ class Site:
         left = cross - gram[:, :m] @ slope.T  # a linear term stays as it is, and the fit is of the rest
         found = torch.linalg.solve(gram[:size, :size] + damping.diag(), left[:size])
         constant = found[-1] @ table if bias == "lora" else None
-        if rank is None and heads != {"factored"}:
+        if rank is None and weightings != {"factored"}:
             rank = _ENERGY
         a, b = _reduce(slope + found[:m].T, table.T, rank)
         return LowRank(a, b, constant, self.kernel)

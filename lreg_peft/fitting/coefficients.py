@@ -33,7 +33,7 @@ def fit_coefficients(
     tolerance: float = 1e-6,
     max_passes: int = 500,
     max_moves: int = 0,
-    strategy: Strategy = "exchange",
+    strategy: Strategy = "relocate",
     n_refine: int | None = None,
     adapter_name: str | None = None,
     show_progress: bool = True,
@@ -41,8 +41,8 @@ def fit_coefficients(
     """Put the linear weights of a shortcut on a model's output to the global optimum of the training loss.
 
     With projection and mesh fixed, the shortcut is linear in the rest of its weights: the coefficients of the full
-    head, coefficients and constant of the reduced head, the output vectors of the factored head (whose profiles stay as
-    they are, and are part of what is held fixed). The model's loss is convex in them, and
+    weighting, coefficients and constant of the reduced one, the output vectors of the factored one (whose profiles stay
+    as they are, and are part of what is held fixed). The model's loss is convex in them, and
 
         P = mean loss over all labels + ridge / 2 * (sum of the squared weights)
 
@@ -69,7 +69,7 @@ def fit_coefficients(
         tolerance: gap at which to stop, in the units of the loss.
         max_passes: most reads of the rows in each fit; at least 3.
         max_moves: most moves of the mesh to try. 0 leaves the mesh as it is.
-        strategy: of moves: "exchange" or "mrc", see `core.adapt_mesh`; both look at the sum of squared residuals in
+        strategy: of moves: "relocate" or "paper", see `core.adapt_mesh`; both look at the sum of squared residuals in
             every element, where the paper counts hits.
         n_refine: elements to split per component and move, see `core.adapt_mesh`.
         adapter_name: which adapter; None takes the active one.
@@ -144,7 +144,7 @@ def _move_meshes(
             continue
         n_refused += 1
         size /= 2
-        if strategy == "mrc" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
+        if strategy == "paper" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
             break
     return replace(
         fits[-1],
@@ -171,25 +171,25 @@ def _changed(site: Site) -> Tentative:
 def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int | None, size: float) -> AdaptedMesh:
     """A move, from one pass over the residuals at the optimum of the present mesh."""
     nodes = site.nodes
-    components, dof = nodes.shape
+    components, n_nodes = nodes.shape
     scale = site.layer.scaling[site.adapter]
-    coefficients = scale * site.layer.nodal_coefficients(site.adapter).detach()  # [components, dof, out]
+    coefficients = scale * site.layer.nodal_coefficients(site.adapter).detach()  # [components, n_nodes, out]
     table = site.layer.table(site.adapter).detach()
-    # Slope of every element in every output, one row per element: [components * (dof - 1), out].
+    # Slope of every element in every output, one row per element: [components * (n_nodes - 1), out].
     slopes = (coefficients.diff(dim=1) / nodes.diff(dim=1).unsqueeze(-1)).flatten(0, 1)
-    first = torch.arange(components, device=nodes.device) * (dof - 1)
-    sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (dof - 1, 3 * (dof - 1), dof)]
+    first = torch.arange(components, device=nodes.device) * (n_nodes - 1)
+    sums = [nodes.new_zeros(components, m, dtype=torch.float64) for m in (n_nodes - 1, 3 * (n_nodes - 1), n_nodes)]
     with together(), eval_mode(problem.output.model):
         for coords, chunk in problem.coords_and_chunks():
             residual = _residual(problem.loss_kind, chunk, _outputs(chunk, table))  # [n, out]
             element, local = locate(coords, nodes, validate=False)  # [n, components]
             energy = residual.square().sum(dim=1, keepdim=True)
             in_coords = (residual @ slopes.T.to(residual.dtype)).gather(1, element + first)
-            sums[0] += element_sums(element, energy, dof - 1)
-            sums[1] += element_moments(element, local, dof - 1).flatten(1)
-            sums[2] += node_gradient(element, local, in_coords, dof - 1)
+            sums[0] += element_sums(element, energy, n_nodes - 1)
+            sums[1] += element_moments(element, local, n_nodes - 1).flatten(1)
+            sums[2] += node_gradient(element, local, in_coords, n_nodes - 1)
     energy, moments, gradient = (problem.processes.total(tensor) for tensor in sums)
-    exchange = strategy == "exchange"
+    relocating = strategy == "relocate"
     with together():
         mesh = adapt_mesh(
             nodes,
@@ -197,8 +197,8 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             energy,
             strategy=strategy,
             n_refine=n_refine,
-            moments=moments.view(components, dof - 1, 3) if exchange else None,
-            node_gradient=gradient if exchange else None,
+            moments=moments.view(components, n_nodes - 1, 3) if relocating else None,
+            node_gradient=gradient if relocating else None,
             size=size,
         )
     return agreed(mesh)

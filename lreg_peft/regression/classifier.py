@@ -38,7 +38,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
     is convex, and `optimality_` holds the proof of the optimum.
 
     Args:
-        dof: nodes per feature; "auto" takes up to 32, fewer for many features.
+        n_nodes: nodes per feature; "auto" takes up to 32, fewer for many features.
         interactions: pairs of features that act together: "auto" looks for them, an integer takes so many (0: none), a
             list of pairs of column numbers those.
         max_nodes: most nodes of the model.
@@ -72,7 +72,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        dof: int | Literal["auto"] = "auto",
+        n_nodes: int | Literal["auto"] = "auto",
         interactions: int | Sequence[tuple[int, int]] | Literal["auto"] = "auto",
         max_nodes: int = 4000,
         scale: Scale = "quantile",
@@ -80,7 +80,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         tolerance: float = 1e-6,
         random_state: Any = None,
     ):
-        self.dof = dof
+        self.n_nodes = n_nodes
         self.interactions = interactions
         self.max_nodes = max_nodes
         self.scale = scale
@@ -161,8 +161,8 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         return result
 
     def _check_options(self) -> None:
-        if self.dof != "auto" and not is_integer(self.dof, 2):
-            raise ValueError(f"dof must be 'auto' or an integer of at least 2, got {self.dof!r}.")
+        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
+            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
         if not is_integer(self.max_nodes, 2):
             raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
         if self.scale not in ("quantile", "minmax"):
@@ -178,7 +178,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
         part = _part(samples, random)
         varying = [j for j in range(samples.X.shape[1]) if np.ptp(part.X[:, j]) > 0]
-        n_nodes = None if self.dof == "auto" else int(self.dof)
+        n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         wanted = mesh_sizes(varying, samples.X.shape[1], n_nodes, self.max_nodes)
         build = Builder(part, self.scale, _PAIR_RANK)
         tolerance, history = float(self.tolerance), []
@@ -197,7 +197,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
             )
             return fit
 
-        rank = None if self.dof != "auto" else int(np.clip(_COLUMNS // max(len(varying), 1), *_RANK))
+        rank = None if self.n_nodes != "auto" else int(np.clip(_COLUMNS // max(len(varying), 1), *_RANK))
         fit = solve([build.line(j, wanted[j], rank) for j in varying], None)
         if len(varying) > 1:
             fit = with_pairs(fit, build, part, plain(self.interactions), self.max_nodes, random, solve)

@@ -24,12 +24,12 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
     one at their own node, zero at the others, and sum to one; outside the mesh its border counts.
 
     Args:
-        dof: nodes per feature, at least 2; fewer where a feature takes fewer values.
+        n_nodes: nodes per feature, at least 2; fewer where a feature takes fewer values.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
         sparse_output: CSR matrix or array.
 
     Attributes:
-        nodes_: a list with `[k]` per feature, k <= dof.
+        nodes_: a list with `[k]` per feature, k <= n_nodes.
         n_features_in_: number of features.
         n_features_out_: number of hat functions.
         feature_names_in_: names of the features, if `X` had names.
@@ -39,8 +39,8 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
     n_features_in_: int
     n_features_out_: int
 
-    def __init__(self, dof: int = 16, scale: Scale = "quantile", sparse_output: bool = True):
-        self.dof = dof
+    def __init__(self, n_nodes: int = 16, scale: Scale = "quantile", sparse_output: bool = True):
+        self.n_nodes = n_nodes
         self.scale = scale
         self.sparse_output = sparse_output
 
@@ -60,8 +60,8 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
         """
         if self.scale not in ("quantile", "minmax"):
             raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
-        if isinstance(self.dof, bool) or not isinstance(self.dof, (int, np.integer)) or self.dof < 2:
-            raise ValueError(f"dof must be an integer of at least 2, got {self.dof!r}.")
+        if isinstance(self.n_nodes, bool) or not isinstance(self.n_nodes, (int, np.integer)) or self.n_nodes < 2:
+            raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}.")
         with keeps_attributes(self):
             X = validate_data(self, X, dtype=np.float64)
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -69,7 +69,7 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
         self.nodes_ = []
         for column in X.T:
             order = np.argsort(column, kind="stable")
-            self.nodes_.append(place_nodes(column[order], weight[order], int(self.dof), self.scale))
+            self.nodes_.append(place_nodes(column[order], weight[order], int(self.n_nodes), self.scale))
         self.n_features_out_ = sum(map(len, self.nodes_))
         return self
 

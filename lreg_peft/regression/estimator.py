@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Basis = Literal["auto", "additive", "simplicial"]
-Nodes = Literal["smooth", "free", "optimal", "mrc"]
+Nodes = Literal["smooth", "free", "optimal", "paper"]
 Smoothing = Literal["reml", "gcv"]
 
 # Up to so many features "auto" considers simplices.
@@ -47,15 +47,15 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     Args:
         basis: "additive" is that sum; "simplicial" the mesh. "auto" takes the sum, and for two or three features the
             mesh instead if the sum leaves interactions in the residual and cross-validation prefers the mesh.
-        dof: nodes per feature, or on simplices of the whole mesh; "auto" refines where the fit uses its nodes, and
+        n_nodes: nodes per feature, or on simplices of the whole mesh; "auto" refines where the fit uses its nodes, and
             cross-validates the number for the other choices of `nodes`.
         interactions: pairs of features that act together: "auto" tests all, an integer takes so many (0: none), a list
             of pairs of column numbers those. Only for "additive" with `nodes="smooth"`.
         max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
-        nodes: "smooth" as above; "free" moves `dof` nodes to where they serve best; "optimal" finds the best of all
-            choices of `dof` nodes from a grid of quantiles, then slides them (one feature, one output); "mrc" is the
-            published mesh refinement-coarsening.
+        nodes: "smooth" as above; "free" moves `n_nodes` nodes to where they serve best; "optimal" finds the best
+            `n_nodes` nodes of a grid of quantiles, then slides them (one feature, one output); "paper" is the published
+            mesh refinement-coarsening.
         smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
         random_state: for subsamples of large data.
         verbose: show progress bars.
@@ -105,7 +105,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     def __init__(
         self,
         basis: Basis = "auto",
-        dof: int | Literal["auto"] = "auto",
+        n_nodes: int | Literal["auto"] = "auto",
         interactions: int | Sequence[tuple[int, int]] | Literal["auto"] = "auto",
         max_nodes: int = 4000,
         scale: Scale = "quantile",
@@ -115,7 +115,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         verbose: bool = False,
     ):
         self.basis = basis
-        self.dof = dof
+        self.n_nodes = n_nodes
         self.interactions = interactions
         self.max_nodes = max_nodes
         self.scale = scale
@@ -235,7 +235,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0))
         nothing = Optimality.of(0.0, 0.0, "nothing was minimised")
         model = SumModel((term,), zero, term.edf, zero, (), nothing, _no_variance)
-        result = cls(basis="additive", dof=len(nodes))
+        result = cls(basis="additive", n_nodes=len(nodes))
         result.n_features_in_ = 1
         result._single, result._powers = outputs == 1, np.zeros(1, dtype=int)
         result._keep_sum(model)
@@ -289,8 +289,8 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
         if not is_integer(self.max_nodes, 2):
             raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.dof != "auto" and not is_integer(self.dof, 2):
-            raise ValueError(f"dof must be 'auto' or an integer of at least 2, got {self.dof!r}.")
+        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
+            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
         known = (
             self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else _is_penalty(self.smoothing)
         )
@@ -299,8 +299,8 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         pairs = plain(self.interactions)
         check_interactions(pairs, d)
         special = self.nodes != "smooth"
-        if self.basis == "simplicial" and self.dof != "auto" and self.dof < _LEAST_MESH:
-            raise ValueError(f"dof must be at least {_LEAST_MESH} for basis='simplicial', got {self.dof!r}.")
+        if self.basis == "simplicial" and self.n_nodes != "auto" and self.n_nodes < _LEAST_MESH:
+            raise ValueError(f"n_nodes must be at least {_LEAST_MESH} for basis='simplicial', got {self.n_nodes!r}.")
         if self.basis == "simplicial" and special:
             raise ValueError(f"basis='simplicial' needs nodes='smooth', got nodes={self.nodes!r}.")
         if self.nodes != "smooth" and not isinstance(pairs, str) and pairs:
@@ -315,11 +315,11 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         return self.basis
 
     def _fit_sum(self, samples: Samples, X: Array, y: Array, weight: Array) -> SumModel:
-        n_nodes = None if self.dof == "auto" else int(self.dof)
+        n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         if self.nodes != "smooth":
             return moving_model(
                 samples, X, y, weight,
-                nodes=self.nodes, dof=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
+                nodes=self.nodes, n_nodes=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
             )  # fmt: skip
         if X.shape[1] == 1 and np.ptp(X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
@@ -338,7 +338,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     def _fit_simplicial(self, samples: Samples) -> Any:
         from .simplicial import fit_simplicial
 
-        most = self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes)
+        most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
         return fit_simplicial(
             samples.X, samples.y, samples.weight,
             scale=self.scale, smoothing=self.smoothing, max_nodes=most, random_state=self.random_state,
@@ -349,7 +349,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         """A fit on simplices, if the sum found interactions and generalised cross-validation prefers the mesh."""
         X, y, weight = samples.X, samples.y, samples.weight
         varying = (np.ptp(X, axis=0) > 0).sum()
-        most = self.max_nodes if self.dof == "auto" else min(int(self.dof), self.max_nodes)
+        most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
         if varying < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH:
             return None
         if not any(len(term.features) > 1 for term in model.terms):

@@ -7,7 +7,7 @@ Coefficients are solved for exactly on every mesh (all of it convex); nodes are 
    Golub & Pereyra 1973, with the Jacobian of Kaufman 1975);
 3. single nodes move from where they are worth least to the element that gains most, and step 2 follows.
 
-The mesh update published by Li, Cheng & Gu (2025), alternating with refits, is available as `strategy="mrc"`.
+The mesh update published by Li, Cheng & Gu (2025), alternating with refits, is available as `strategy="paper"`.
 """
 
 import math
@@ -18,12 +18,12 @@ from typing import Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from ..core.adapt.exchange import MAX_SHIFT, remove
 from ..core.adapt.indicators import element_sums, removal_cost
 from ..core.adapt.move import adapt_mesh
+from ..core.adapt.relocate import MAX_SHIFT, remove
 from ..core.mesh import MIN_RELATIVE_ELEMENT, active_nodes, check_nodes, coordinate_dtype, locate, quantile_nodes
 
-FitStrategy = Literal["exchange", "mrc", "none"]
+FitStrategy = Literal["relocate", "paper", "none"]
 
 
 class _HasLoss(Protocol):
@@ -55,10 +55,10 @@ class PiecewiseLinearFit:
     """A fitted sum of piecewise-linear functions; evaluate it with `core.evaluate(x, nodes, coefficients)`.
 
     Attributes:
-        nodes: `[components, dof]`.
-        coefficients: `[components, dof, out_features]`.
+        nodes: `[components, n_nodes]`.
+        coefficients: `[components, n_nodes, out_features]`.
         losses: the loss of the starting mesh, then after every move: mean squared residual plus the ridge term. With
-            "exchange" only kept moves are listed, so that it never rises; with "mrc" every update is.
+            "relocate" only kept moves are listed, so that it never rises; with "paper" every update is.
         loss: of the returned fit.
     """
 
@@ -73,14 +73,14 @@ class _Solved:
     """The least-squares fit on one mesh, and what its derivatives in the nodes need. All fp64.
 
     "Halves" are the pieces of the hat functions inside single elements, `1 - local` and `local`: E = 2 components
-    (dof - 1) of them. A hat function is the sum of the halves on both sides of its node.
+    (n_nodes - 1) of them. A hat function is the sum of the halves on both sides of its node.
     """
 
-    nodes: Tensor  # [components, dof]
-    coefficients: Tensor  # [components, dof, out]
+    nodes: Tensor  # [components, n_nodes]
+    coefficients: Tensor  # [components, n_nodes, out]
     loss: float
     gram: Tensor  # [E, E], products of halves, mean over samples
-    factor: Tensor  # Cholesky factor of the normal matrix, [components * dof, components * dof]
+    factor: Tensor  # Cholesky factor of the normal matrix, [components * n_nodes, components * n_nodes]
     rest: Tensor  # [E, out], products of halves and residual, mean over samples
     residual: Tensor  # [n_samples, out]
     element: Tensor  # [n_samples, components]
@@ -90,36 +90,36 @@ class _Solved:
 def fit_piecewise_linear(
     x: Tensor,
     y: Tensor,
-    dof: int,
+    n_nodes: int,
     *,
-    strategy: FitStrategy = "exchange",
+    strategy: FitStrategy = "relocate",
     start: Tensor | None = None,
     n_rounds: int = 20,
     ridge: float = 1e-10,
     knot_cost: float = 3.0,
     n_hard_samples: int | None = None,
 ) -> PiecewiseLinearFit:
-    """Fit y = sum_i f_i(x_i), every f_i continuous and piecewise linear on `dof` nodes, by least squares.
+    """Fit y = sum_i f_i(x_i), every f_i continuous and piecewise linear on `n_nodes` nodes, by least squares.
 
     Minimises mean |y - f(x)|^2 + ridge * |c|^2 / out_features over the coefficients exactly, and over the nodes as
     `strategy` says. Computed in fp64 through dense normal equations: a refit costs O(n_samples components^2 +
-    (components dof)^3), and a fit takes from ten to a few hundred of them.
+    (components n_nodes)^3), and a fit takes from ten to a few hundred of them.
 
     Args:
         x: `[n_samples, components]`.
         y: `[n_samples]` or `[n_samples, out_features]`.
-        dof: nodes per component, at least 2.
-        strategy: "exchange" moves nodes as the head of this file says, keeping a move only if the loss falls; "mrc"
+        n_nodes: nodes per component, at least 2.
+        strategy: "relocate" moves nodes as the head of this file says, keeping a move only if the loss falls; "paper"
             applies the published update `n_rounds` times, unconditionally, and returns the best mesh it met; "none"
             keeps the starting mesh.
-        start: `[components, dof]`, the starting mesh; None takes the quantiles of `x`.
-        n_rounds: most exchanges of single nodes, or updates for "mrc".
+        start: `[components, n_nodes]`, the starting mesh; None takes the quantiles of `x`.
+        n_rounds: most exchanges of single nodes, or updates for "paper".
         ridge: positive if there are several components, whose constants are interchangeable, or elements without
             samples.
         knot_cost: how many parameters an interior node placed by the data counts for, its coefficient included, when
-            generalised cross-validation decides between the moved mesh and the start ("exchange" only). Friedman
+            generalised cross-validation decides between the moved mesh and the start ("relocate" only). Friedman
             (1991, "Multivariate adaptive regression splines", sec. 3.6) recommends 3. 1 always takes the moved mesh.
-        n_hard_samples: samples counted as hard by "mrc"; None takes a tenth of them.
+        n_hard_samples: samples counted as hard by "paper"; None takes a tenth of them.
 
     Returns:
         A `PiecewiseLinearFit`; nodes and coefficients fp64 for fp64 `x`, else fp32.
@@ -148,20 +148,22 @@ def fit_piecewise_linear(
         raise ValueError(f"n_hard_samples must lie in [1, n_samples], got {n_hard} for {len(x)} samples.")
     dtype = coordinate_dtype(x)
     x, y = x.double(), y.double()
-    nodes = quantile_nodes(x, dof, low=None, high=None) if start is None else start.double()
+    nodes = quantile_nodes(x, n_nodes, low=None, high=None) if start is None else start.double()
     check_nodes(nodes)
-    if nodes.shape != (x.shape[1], dof):
-        raise ValueError(f"start must have shape [components, dof] = {(x.shape[1], dof)}, got {tuple(nodes.shape)}.")
+    if nodes.shape != (x.shape[1], n_nodes):
+        raise ValueError(
+            f"start must have shape [components, n_nodes] = {(x.shape[1], n_nodes)}, got {tuple(nodes.shape)}."
+        )
 
     first = _solve(x, y, nodes, ridge)
     if first.loss == math.inf:
         raise ValueError(
-            f"the normal equations of components={x.shape[1]}, dof={dof} are singular with ridge={ridge}; raise ridge "
-            "or lower dof."
+            f"the normal equations of components={x.shape[1]}, n_nodes={n_nodes} are singular with ridge={ridge}; "
+            "raise it or lower n_nodes."
         )
-    if strategy == "none" or dof == 2:
+    if strategy == "none" or n_nodes == 2:
         best, losses = first, [first.loss]
-    elif strategy == "mrc":
+    elif strategy == "paper":
         best, losses = _published(x, y, first, ridge, n_rounds, n_hard)
     else:
         best, losses = _exchanges(x, y, first, ridge, n_rounds)
@@ -173,13 +175,13 @@ def fit_piecewise_linear(
 def _published(
     x: Tensor, y: Tensor, first: _Solved, ridge: float, n_rounds: int, n_hard: int
 ) -> tuple[_Solved, list[float]]:
-    """Alternate refits and `"mrc"` updates; the best mesh met and the loss on each."""
+    """Alternate refits and `"paper"` updates; the best mesh met and the loss on each."""
     best = fit = first
     losses = [first.loss]
     for _ in range(n_rounds):
         hard = fit.residual.square().sum(dim=1).topk(n_hard).indices
         hits = element_sums(fit.element[hard], x.new_ones(()), fit.nodes.shape[1] - 1)
-        nodes = adapt_mesh(fit.nodes, fit.coefficients, hits, strategy="mrc").nodes
+        nodes = adapt_mesh(fit.nodes, fit.coefficients, hits, strategy="paper").nodes
         fit = _solve(x, y, nodes, ridge)
         if fit.loss == math.inf:
             break
@@ -212,16 +214,16 @@ def _thinned(x: Tensor, y: Tensor, first: _Solved, ridge: float) -> _Solved:
 
     `first` if samples support no finer mesh; a fit of infinite loss if they do not determine its coefficients.
     """
-    dof = first.nodes.shape[1]
-    n_fine = min(_FINER * (dof - 1), len(x) // _SAMPLES_PER_ELEMENT) + 1
-    if n_fine <= dof:
+    n_nodes = first.nodes.shape[1]
+    n_fine = min(_FINER * (n_nodes - 1), len(x) // _SAMPLES_PER_ELEMENT) + 1
+    if n_fine <= n_nodes:
         return first
     low, high = first.nodes[:, :1], first.nodes[:, -1:]  # [components, 1]
     unit = quantile_nodes((x - low.T) / (high - low).T, n_fine)
     nodes = torch.cat((low, (low + (high - low) * unit)[:, 1:-1], high), dim=1)
     fit = _solve(x, y, nodes, ridge)
-    while fit.nodes.shape[1] > dof and fit.loss < math.inf:
-        surplus = fit.nodes.shape[1] - dof
+    while fit.nodes.shape[1] > n_nodes and fit.loss < math.inf:
+        surplus = fit.nodes.shape[1] - n_nodes
         # Half of the surplus at a time: about log2(surplus) refits, and the last nodes to go are chosen singly.
         fit = _solve(x, y, remove(fit.nodes, _cost(fit), (surplus + 1) // 2), ridge)
     return fit
@@ -229,8 +231,8 @@ def _thinned(x: Tensor, y: Tensor, first: _Solved, ridge: float) -> _Solved:
 
 def _cost(fit: _Solved) -> Tensor:
     """`removal_cost`, from the diagonal blocks of the Gram matrix of the halves."""
-    components, dof = fit.nodes.shape
-    pairs = torch.arange(components * (dof - 1) * 2, device=fit.nodes.device).view(components, dof - 1, 2)
+    components, n_nodes = fit.nodes.shape
+    pairs = torch.arange(components * (n_nodes - 1) * 2, device=fit.nodes.device).view(components, n_nodes - 1, 2)
     left, right = pairs.unbind(-1)
     moments = torch.stack((fit.gram[left, left], fit.gram[left, right], fit.gram[right, right]), dim=-1)
     return removal_cost(fit.nodes, fit.coefficients, moments)
@@ -292,14 +294,14 @@ def _node_model(fit: _Solved) -> tuple[Tensor, Tensor]:
     of all samples, G = Phi^T Phi and T the map from nodal values to halves, the Jacobian of output o is
     -Phi diag(s_o) T, and eliminating the coefficients projects it: G becomes G - G T H^-1 T^T G.
     """
-    components, dof = fit.nodes.shape
-    slope = fit.coefficients.diff(dim=1) / fit.nodes.diff(dim=1).unsqueeze(-1)  # [components, dof - 1, out]
+    components, n_nodes = fit.nodes.shape
+    slope = fit.coefficients.diff(dim=1) / fit.nodes.diff(dim=1).unsqueeze(-1)  # [components, n_nodes - 1, out]
     slope = slope.repeat_interleave(2, dim=1).flatten(0, 1)  # [E, out]: one per half
-    tied = _glue(fit.gram, components)  # T^T G, [components * dof, E]
+    tied = _glue(fit.gram, components)  # T^T G, [components * n_nodes, E]
     projected = fit.gram - tied.T @ torch.cholesky_solve(tied, fit.factor)
     curvature = _glue(_glue(projected * (slope @ slope.T), components).T, components)
     descent = -_glue((slope * fit.rest).sum(dim=1, keepdim=True), components).squeeze(1)
-    inner = torch.arange(components * dof, device=fit.nodes.device).view(components, dof)[:, 1:-1].flatten()
+    inner = torch.arange(components * n_nodes, device=fit.nodes.device).view(components, n_nodes)[:, 1:-1].flatten()
     return curvature[inner][:, inner], descent[inner]
 
 
@@ -317,21 +319,21 @@ def _slid(nodes: Tensor, curvature: Tensor, descent: Tensor, damping: float) -> 
 
 def _exchange_one(x: Tensor, y: Tensor, fit: _Solved, ridge: float) -> _Solved | None:
     """Move one node to the middle of another element and slide; None if no promising pair lowers the loss."""
-    dof = fit.nodes.shape[1]
-    cost = _cost(fit)  # [components, dof - 2]
+    n_nodes = fit.nodes.shape[1]
+    cost = _cost(fit)  # [components, n_nodes - 2]
     # The gain of a new hat function in the middle of an element, everything else fixed: (b.r)^2 / b.b.
     bump = 1 - (2 * fit.local - 1).abs()  # [n_samples, components]
-    power = element_sums(fit.element, bump.square(), dof - 1) / len(x)
+    power = element_sums(fit.element, bump.square(), n_nodes - 1) / len(x)
     gain = torch.zeros_like(power)
     for out in fit.residual.unbind(1):
-        gain += (element_sums(fit.element, bump * out.unsqueeze(1), dof - 1) / len(x)).square()
+        gain += (element_sums(fit.element, bump * out.unsqueeze(1), n_nodes - 1) / len(x)).square()
     long_enough = fit.nodes.diff(dim=1) > 2 * MIN_RELATIVE_ELEMENT * (fit.nodes[:, -1:] - fit.nodes[:, :1])
     gain = torch.where(long_enough & (power > 0), gain / power.clamp_min(1e-300), 0.0)
     # Within one component, so that every mesh keeps its number of nodes.
-    net = gain.unsqueeze(1) - cost.unsqueeze(2)  # [components, dof - 2, dof - 1]
+    net = gain.unsqueeze(1) - cost.unsqueeze(2)  # [components, n_nodes - 2, n_nodes - 1]
     for pair in net.flatten().topk(min(_MAX_EXCHANGES, net.numel())).indices.tolist():
-        component, rest = divmod(pair, (dof - 2) * (dof - 1))
-        leaving, entered = divmod(rest, dof - 1)
+        component, rest = divmod(pair, (n_nodes - 2) * (n_nodes - 1))
+        leaving, entered = divmod(rest, n_nodes - 1)
         nodes = fit.nodes.clone()
         nodes[component, leaving + 1] = fit.nodes[component, entered : entered + 2].mean()
         trial, _ = _slides(x, y, _solve(x, y, nodes.sort(dim=1).values, ridge), ridge)
@@ -342,8 +344,8 @@ def _exchange_one(x: Tensor, y: Tensor, fit: _Solved, ridge: float) -> _Solved |
 
 def _gcv(fit: _Solved, n_samples: int, knot_cost: float) -> float:
     """Generalised cross-validation score; infinite if there are as many parameters as samples."""
-    components, dof = fit.nodes.shape
-    parameters = 1 + components * (dof - 1) + (knot_cost - 1) * components * (dof - 2)
+    components, n_nodes = fit.nodes.shape
+    parameters = 1 + components * (n_nodes - 1) + (knot_cost - 1) * components * (n_nodes - 2)
     return fit.loss / (1 - parameters / n_samples) ** 2 if parameters < n_samples else math.inf
 
 
@@ -352,12 +354,12 @@ def _solve(x: Tensor, y: Tensor, nodes: Tensor, ridge: float) -> _Solved:
 
     Normal equations do: hat functions are so well scaled that squaring the condition number costs little.
     """
-    components, dof = nodes.shape
+    components, n_nodes = nodes.shape
     n_samples, out = y.shape
-    n_halves = 2 * components * (dof - 1)
+    n_halves = 2 * components * (n_nodes - 1)
     element, local = locate(x, nodes, validate=False)
     # Halves are the hat functions of a mesh that is broken at every node: [n_samples, 2 * components].
-    index, weight = active_nodes(2 * element, local, 2 * (dof - 1))
+    index, weight = active_nodes(2 * element, local, 2 * (n_nodes - 1))
     gram = x.new_zeros(n_halves * n_halves)
     target = x.new_zeros(n_halves, out)
     chunk = max(1, _CHUNK // (2 * components * max(2 * components, out)))
@@ -371,8 +373,8 @@ def _solve(x: Tensor, y: Tensor, nodes: Tensor, ridge: float) -> _Solved:
     normal = _glue(_glue(gram, components).T, components)
     normal.diagonal().add_(ridge)
     factor, singular = torch.linalg.cholesky_ex(normal)
-    solution = torch.cholesky_solve(_glue(target, components), factor)  # [components * dof, out]
-    coefficients = solution.view(components, dof, out)
+    solution = torch.cholesky_solve(_glue(target, components), factor)  # [components * n_nodes, out]
+    coefficients = solution.view(components, n_nodes, out)
     halves = torch.stack((coefficients[:, :-1], coefficients[:, 1:]), dim=2).reshape(n_halves, out)
     residual = y.clone()
     for k in range(2 * components):
@@ -385,7 +387,7 @@ def _solve(x: Tensor, y: Tensor, nodes: Tensor, ridge: float) -> _Solved:
 
 
 def _glue(halves: Tensor, components: int) -> Tensor:
-    """Sum the two halves of each hat function: T^T `halves`, `[E, m] -> [components * dof, m]`."""
+    """Sum the two halves of each hat function: T^T `halves`, `[E, m] -> [components * n_nodes, m]`."""
     left, right = halves.view(components, -1, 2, halves.shape[1]).unbind(2)
     pad = torch.nn.functional.pad
     return (pad(left, (0, 0, 0, 1)) + pad(right, (0, 0, 1, 0))).flatten(0, 1)

@@ -17,10 +17,10 @@ from .report import Optimality, SumModel, widening
 from .samples import Samples
 from .terms import FittedTerm
 
-Nodes = Literal["free", "optimal", "mrc"]
+Nodes = Literal["free", "optimal", "paper"]
 
 # Node counts that generalised cross-validation chooses from.
-_DOFS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _MAX_OPTIMAL = 32
 _PATIENCE = 2  # counts without a better score before larger ones are not tried
@@ -32,7 +32,7 @@ _RIDGE = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    nodes: Array  # [d, dof]
+    nodes: Array  # [d, n_nodes]
     squares: float  # residual, all outputs
     losses: tuple[float, ...]
     optimality: Optimality | None = None
@@ -44,14 +44,22 @@ class _Candidate:
 
 
 def _parameters(nodes: Array) -> float:
-    d, dof = nodes.shape
-    return 1 + d * (dof - 1) + (_KNOT_COST - 1) * d * (dof - 2)
+    d, n_nodes = nodes.shape
+    return 1 + d * (n_nodes - 1) + (_KNOT_COST - 1) * d * (n_nodes - 2)
 
 
 def moving_model(
-    samples: Samples, X: Array, y: Array, weight: Array, *, nodes: Nodes, dof: int | None, max_nodes: int, verbose: bool
+    samples: Samples,
+    X: Array,
+    y: Array,
+    weight: Array,
+    *,
+    nodes: Nodes,
+    n_nodes: int | None,
+    max_nodes: int,
+    verbose: bool,
 ) -> SumModel:
-    """Fit functions of single features on `dof` nodes each.
+    """Fit functions of single features on `n_nodes` nodes each.
 
     Args:
         samples: distinct rows with weights, for "optimal".
@@ -59,7 +67,7 @@ def moving_model(
         y: `[n, q]`.
         weight: `[n]`, equal where not zero, unless `nodes` is "optimal".
         nodes: how they are placed. "optimal" is for one feature and one output.
-        dof: None chooses by generalised cross-validation.
+        n_nodes: None chooses by generalised cross-validation.
         max_nodes: most nodes of all features together.
         verbose: show a bar.
 
@@ -85,7 +93,7 @@ def moving_model(
             f"nodes={nodes!r} treats all samples alike, got differing sample_weight; use nodes='smooth' or 'optimal'."
         )
     counts = _counts(
-        X[:, varying], dof, min(max_nodes, _MAX_OPTIMAL) if nodes == "optimal" and dof is None else max_nodes
+        X[:, varying], n_nodes, min(max_nodes, _MAX_OPTIMAL) if nodes == "optimal" and n_nodes is None else max_nodes
     )
     if not len(varying) or not counts:
         return _constant(y, weight, total)
@@ -107,18 +115,18 @@ def moving_model(
         }
         for candidate in candidates
     )
-    if dof is not None:
+    if n_nodes is not None:
         history = tuple({"nodes": float(best.nodes.size), "loss": loss} for loss in best.losses)
     return _on_meshes(inputs, y, weight, total, varying, best, history)
 
 
-def _counts(X: Array, dof: int | None, max_nodes: int) -> list[int]:
+def _counts(X: Array, n_nodes: int | None, max_nodes: int) -> list[int]:
     if not X.shape[1]:
         return []
     most = min(min(len(np.unique(column)) for column in X.T), max_nodes // X.shape[1])
-    if dof is not None:
-        return [max(2, min(dof, most))]
-    return [count for count in _DOFS if count == 2 or count <= min(most, len(X) // 3)]
+    if n_nodes is not None:
+        return [max(2, min(n_nodes, most))]
+    return [count for count in _COUNTS if count == 2 or count <= min(most, len(X) // 3)]
 
 
 def _moved(X: Array, y: Array, nodes: Nodes, counts: list[int], verbose: bool) -> Iterator[_Candidate]:
@@ -129,7 +137,8 @@ def _moved(X: Array, y: Array, nodes: Nodes, counts: list[int], verbose: bool) -
     for count in tqdm(counts, desc="nodes", disable=not verbose):
         fit = fit_piecewise_linear(
             inputs, outputs, count,
-            strategy="mrc" if nodes == "mrc" else "exchange", ridge=_RIDGE, knot_cost=1.0 if len(counts) == 1 else 3.0,
+            strategy="paper" if nodes == "paper" else "relocate", ridge=_RIDGE,
+            knot_cost=1.0 if len(counts) == 1 else 3.0,
         )  # fmt: skip
         meshes = fit.nodes.numpy() * span[:, None] + low[:, None]
         meshes[:, 0], meshes[:, -1] = low, X.max(axis=0)
@@ -186,9 +195,9 @@ class _GivenNodes:
 
 
 def _design(X: Array, meshes: Array) -> Array:
-    """Hat functions of all features but the first of each, then a one: `[n, d (dof - 1) + 1]`."""
-    n, (d, dof) = len(X), meshes.shape
-    result = np.zeros((n, d, dof))
+    """Hat functions of all features but the first of each, then a one: `[n, d (n_nodes - 1) + 1]`."""
+    n, (d, n_nodes) = len(X), meshes.shape
+    result = np.zeros((n, d, n_nodes))
     rows = np.arange(n)
     for i in range(d):
         element, right = find(X[:, i], meshes[i])
@@ -207,7 +216,7 @@ def _on_meshes(
     history: tuple[dict[str, float], ...],
 ) -> SumModel:
     """The least-squares fit on given meshes."""
-    d, dof = best.nodes.shape
+    d, n_nodes = best.nodes.shape
     root = np.sqrt(weight)[:, None]
     design = _design(X, best.nodes) * root
     # Singular values of the design, without squaring its condition.
@@ -222,7 +231,7 @@ def _on_meshes(
     gap = float(np.maximum((gradient * (inverse @ gradient)).sum(), 0.0))
     edf = float(known.sum())
     noise = squares / max(total - _parameters(best.nodes), 1e-3 * total)
-    tables = np.concatenate((np.zeros((d, 1, y.shape[1])), theta[:-1].reshape(d, dof - 1, -1)), axis=1)
+    tables = np.concatenate((np.zeros((d, 1, y.shape[1])), theta[:-1].reshape(d, n_nodes - 1, -1)), axis=1)
     intercept = theta[-1].copy()
     terms: list[FittedTerm] = []
     for feature, mesh, table in zip(features, best.nodes, tables, strict=True):
@@ -230,7 +239,7 @@ def _on_meshes(
         mean = weight @ value / weight.sum()
         variance = weight @ (value - mean) ** 2 / weight.sum()
         table, intercept = table - mean, intercept + mean
-        used = np.full(y.shape[1], edf if len(features) == 1 else dof - 1.0)
+        used = np.full(y.shape[1], edf if len(features) == 1 else n_nodes - 1.0)
         terms.append(FittedTerm((int(feature),), (mesh,), table, np.zeros((1, y.shape[1])), used, variance))
     about = "sum of squared residuals, over the values at the nodes"
     return SumModel(

@@ -19,7 +19,7 @@ class OptimalFit:
     """Nodes for one count.
 
     Attributes:
-        nodes: `[dof]`.
+        nodes: `[n_nodes]`.
         objective: weighted sum of squared residuals.
         grid_objective: the same for the best nodes from the grid.
         optimality: of those.
@@ -31,13 +31,13 @@ class OptimalFit:
     optimality: Optimality
 
 
-def fit_optimal(x: Array, y: Array, weight: Array, dofs: Sequence[int]) -> list[OptimalFit]:
+def fit_optimal(x: Array, y: Array, weight: Array, counts: Sequence[int]) -> list[OptimalFit]:
     """One fit for every number of nodes; `x`, `y`, `weight` `[n]`, weights positive."""
     low, span = x.min(), np.ptp(x)
     u, v, w = (torch.from_numpy(np.ascontiguousarray(a)) for a in ((x - low) / span, y, weight))
     about = "sum of squared residuals, over the values and all choices of nodes from a grid of quantiles"
     results = []
-    for found in optimal_knots(u, v, dofs, weight=w):
+    for found in optimal_knots(u, v, counts, weight=w):
         gap = max(found.grid_objective - found.lower_bound, 0.0)
         results.append(
             OptimalFit(

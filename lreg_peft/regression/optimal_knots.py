@@ -43,12 +43,12 @@ class OptimalKnots:
     """The fit with one number of nodes. All fp64.
 
     Attributes:
-        nodes: `[dof]`, after sliding.
-        values: `[dof]`.
+        nodes: `[n_nodes]`, after sliding.
+        values: `[n_nodes]`.
         objective: weighted sum of squared residuals.
-        grid_nodes: `[dof]`, the best choice of candidates.
+        grid_nodes: `[n_nodes]`, the best choice of candidates.
         grid_objective: what they leave, solved for afresh.
-        lower_bound: no choice of `dof` candidates leaves less, ends included: the value of the program.
+        lower_bound: no choice of `n_nodes` candidates leaves less, ends included: the value of the program.
     """
 
     nodes: Tensor
@@ -60,7 +60,7 @@ class OptimalKnots:
 
 
 def optimal_knots(
-    x: Tensor, y: Tensor, dofs: Sequence[int], *, weight: Tensor | None = None, n_candidates: int = _CANDIDATES
+    x: Tensor, y: Tensor, counts: Sequence[int], *, weight: Tensor | None = None, n_candidates: int = _CANDIDATES
 ) -> list[OptimalKnots]:
     """Place nodes at the global optimum over a grid of sample quantiles, then slide them.
 
@@ -69,13 +69,13 @@ def optimal_knots(
     Args:
         x: `[n_samples]`, with at least two distinct values.
         y: `[n_samples]`.
-        dofs: numbers of nodes, at least 2 each; all come from one run of the program. Numbers above that of candidates
+        counts: numbers of nodes, at least 2 each; all come from one run of the program. Those above the candidates
             (of distinct samples) are lowered to it.
         weight: `[n_samples]`, positive; None for ones.
         n_candidates: size of the grid.
 
     Returns:
-        One result per entry of `dofs`, on the device of `x`.
+        One result per entry of `counts`, on the device of `x`.
 
     Raises:
         ValueError: for shapes that do not fit, values that are not finite, or numbers out of range.
@@ -88,8 +88,8 @@ def optimal_knots(
         )
     if not all(torch.isfinite(t).all() for t in (x, y, weight)) or not (weight > 0).all():
         raise ValueError("x, y and weight must be finite and weights positive.")
-    if not dofs or min(dofs) < 2 or n_candidates < 2:
-        raise ValueError(f"dofs and n_candidates must be at least 2, got {list(dofs)} and {n_candidates}.")
+    if not counts or min(counts) < 2 or n_candidates < 2:
+        raise ValueError(f"counts and n_candidates must be at least 2, got {list(counts)} and {n_candidates}.")
     x, order = x.double().sort()
     y, weight = y.double()[order], weight.double()[order]
     if not x[0] < x[-1]:
@@ -97,7 +97,7 @@ def optimal_knots(
     mean = (weight * y).sum() / weight.sum()
     data = _Data(x, y - mean, weight)
     grid = _candidates(data, n_candidates)
-    elements = [min(dof, len(grid)) - 1 for dof in dofs]
+    elements = [min(n_nodes, len(grid)) - 1 for n_nodes in counts]
     known = {m: data.fit(_spread(grid, m)).loss for m in set(elements)}
     coarse = _candidates(data, min(_COARSE, n_candidates))
     if len(coarse) < len(grid):

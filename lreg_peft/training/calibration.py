@@ -17,7 +17,7 @@ from ..tuner.moves import Tentative
 from .label_shift import LabelShift, ShiftedHead, shift_labels
 
 
-def calibrate_output(
+def match_token_frequencies(
     model: nn.Module,
     data: BatchData,
     *,
@@ -30,14 +30,14 @@ def calibrate_output(
     A short training leaves the expected frequencies of most tokens where an optimiser with equal steps for all of them
     got to. What is missing has a closed form: n times a token comes in the batches where the model expects q, and
     log((n + a) / (q + a)) goes into the shortcut on the output head, along the direction in which this is closest to
-    a constant. That is the step of `initialize_lreg_weights(..., output_start=True)`, from where the model is now.
+    a constant. That is the step of `initialize_lreg_weights(..., start_head=True)`, from where the model is now.
     The shift that one half of the batches suggests is tried on the other half, and the reverse: the a that lowers these
     losses most is taken, and if none lowers them the model stays as it was.
 
     Parameters and cost of the model stay what they are. Call it when training is over, with batches it was trained on:
 
         trainer.train()
-        lreg_peft.calibrate_output(model, trainer.get_train_dataloader())
+        lreg_peft.match_token_frequencies(model, trainer.get_train_dataloader())
 
     Args:
         model: a language model with an active LReg adapter that has a shortcut on the output head.
@@ -80,7 +80,7 @@ def calibrate_output(
         desc="LReg calibration",
         disable=not (show_progress and rank == 0),
     )
-    head = ShiftedHead(model, layer, adapter_name, "a calibration of the output", "do without calibrate_output")
+    head = ShiftedHead(model, layer, adapter_name, "a calibration of the output", "do without match_token_frequencies")
     with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = shift_labels(head, batches, n_batches)
         trial.keep()
@@ -93,13 +93,13 @@ def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
     layer = wrapped_head(inner)
     if layer is None:
         raise ValueError(
-            "calibrate_output is about a shortcut on the output head of a language model, and "
+            "match_token_frequencies is about a shortcut on the output head of a language model, and "
             f"{type(inner).__name__} has none: add the head to target_modules and train it there."
         )
     if is_sharded(inner):
         raise ValueError(
-            "calibrate_output needs whole parameters, and those of this model are sharded: save the adapter, load it "
-            "into a model that is not, and calibrate that."
+            "match_token_frequencies needs whole parameters, and those of this model are sharded: save the adapter, "
+            "load it into a model that is not, and calibrate that."
         )
     active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_encoder]
     if adapter_name is None and len(active) == 1:

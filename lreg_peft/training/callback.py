@@ -62,14 +62,14 @@ class LRegCallback(TrainerCallback, ExportableState):
         strategy: see `update_meshes`.
         n_refine: see `update_meshes`.
         size: size of the first move, see `core.adapt.adapt_mesh`.
-        n_check_batches: training batches to try a move on; 0 keeps every move (what `"mrc"` needs: its moves pay
+        n_check_batches: training batches to try a move on; 0 keeps every move (what `"paper"` needs: its moves pay
             only after the coefficients have followed).
         check_loss: called as `check_loss(model, inputs)` for each of these, the inputs by name as the model got them;
             returns the loss. None takes the loss that the model returns.
         tolerance: how far the loss on these may rise for a move to be kept, relative to the loss.
         adapter_name: which adapter; None takes the active ones of every layer.
         n_rows: see `track_statistics`.
-        n_hard_samples: hits per backward pass, for `"mrc"` only; see `track_statistics`.
+        n_hard_samples: hits per backward pass, for `"paper"` only; see `track_statistics`.
 
     Raises:
         TypeError: for options of a wrong type.
@@ -88,7 +88,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         *,
         start: float = 0.0,
         stop: float = 0.75,
-        strategy: Strategy = "exchange",
+        strategy: Strategy = "relocate",
         n_refine: int | None = None,
         size: float = 1.0,
         n_check_batches: int = 2,
@@ -265,7 +265,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         first, last = self._window(state)
         wanted = first - interval <= state.global_step <= last
         if wanted and not self._is_gathering and self._model is not None:
-            by_hits = self._options["strategy"] == "mrc"
+            by_hits = self._options["strategy"] == "paper"
             track_statistics(
                 self._model,
                 adapter_name=self._options["adapter_name"],

@@ -331,7 +331,7 @@ def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "defaul
         What was done.
 
     Raises:
-        ValueError: as `initialize_lreg_weights(..., output_start=True)`.
+        ValueError: as `initialize_lreg_weights(..., start_head=True)`.
     """
     head = find_head(model, adapter_name, shortcuts=True)
     if head is None:

@@ -32,7 +32,7 @@ from .label_shift import LabelShift, ShiftedHead, shift_labels
 # Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
 _SKETCH_SIZE = 128
 # What to do where the output cannot start from label frequencies.
-_WITHOUT = "start the other modules alone (output_start=False)"
+_WITHOUT = "start the other modules alone (start_head=False)"
 
 
 def initialize_lreg_weights(
@@ -44,14 +44,14 @@ def initialize_lreg_weights(
     n_batches: int = 8,
     max_samples: int = 4096,
     seed: int = 0,
-    output_start: bool | None = None,
+    start_head: bool | None = None,
     show_progress: bool = True,
 ) -> LabelShift | HeadStart | None:
     """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
 
     The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to
     uniform; the nodes go to the quantiles of u, so that every element is used from the first step. The coefficients
-    stay zero, so the function of the model does not change, but for what `output_start` is about.
+    stay zero, so the function of the model does not change, but for what `start_head` is about.
 
     - "pca": the principal components of x ("the built-in PCA can be obtained through standard unsupervised methods",
       Li, Cheng & Gu 2025, sec. 2.7).
@@ -71,7 +71,7 @@ def initialize_lreg_weights(
         max_samples: rows (tokens, pixels) kept per module, over all processes; memory is this many input rows for
             every adapted module.
         seed: of the choice of rows.
-        output_start: None lets a new head, a classifier or a regression in `modules_to_save`, begin at the optimum of
+        start_head: None lets a new head, a classifier or a regression in `modules_to_save`, begin at the optimum of
             its last linear layer on the features of the batches (see `head_start`), if they have labels and the loss
             is that of Transformers' tasks; it costs no pass. True asks for a start of the output: that one, the same
             for a shortcut on a classifier, or for a shortcut on a language model's head the shift in how often each
@@ -85,7 +85,7 @@ def initialize_lreg_weights(
         What the start of the output did, with the losses before and after; None where there was none.
 
     Raises:
-        ValueError: if there is no such adapter, it has been trained already, there is nothing for `output_start=True`
+        ValueError: if there is no such adapter, it has been trained already, there is nothing for `start_head=True`
             to be about, the batches give no rows, the inputs of a module, their gradients or the labels are not finite,
             no label counts for the method "gradient", or processes differ in model or options. The model is then as
             it was.
@@ -104,18 +104,18 @@ def initialize_lreg_weights(
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
             method = promised if promised in DATA_STARTS else "pca"
-        language_head = _language_head(model, layers) if output_start else None
+        language_head = _language_head(model, layers) if start_head else None
         head = None
-        if output_start is not False and language_head is None:
-            head = find_head(model, adapter_name, shortcuts=output_start is True)
-        if output_start and language_head is None and head is None:
+        if start_head is not False and language_head is None:
+            head = find_head(model, adapter_name, shortcuts=start_head is True)
+        if start_head and language_head is None and head is None:
             raise ValueError(
-                "output_start=True is about a shortcut on the output head of a language model or a classifier, or a "
+                "start_head=True is about a shortcut on the output head of a language model or a classifier, or a "
                 f"new head in modules_to_save, and {type(unwrap(model)).__name__} has none of this adapter: add the "
-                "head to target_modules, or leave output_start out."
+                "head to target_modules, or leave start_head out."
             )
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
-    options["output_start"] = output_start
+    options["start_head"] = start_head
     require_equal({**options, "seed": seed}, "Give every process the same options.")
 
     rank, world = rank_and_world()
@@ -159,7 +159,7 @@ def initialize_lreg_weights(
                 report = shift_labels(shifted, batches, n_batches, encoder.constant())
             elif head_rows is not None:
                 report = head_rows.start()
-                if report is None and output_start:
+                if report is None and start_head:
                     raise ValueError(f"{head_rows.reason} Or {_WITHOUT}.")
             trial.keep()
     except BaseException:
@@ -201,7 +201,7 @@ def _start(
             f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
             "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
         )
-    n_components, dof = layer.parts(adapter_name)[1].nodes.shape
+    n_components, n_nodes = layer.parts(adapter_name)[1].nodes.shape
     if sketch is None:
         axes = principal_axes(rows, n_components)
     else:
@@ -218,7 +218,7 @@ def _start(
             )
         axes = leading_axes(sketch.to(rows.dtype), n_components)
     try:
-        return standardised_start(rows, axes, n_components, dof)
+        return standardised_start(rows, axes, n_components, n_nodes)
     except (ValueError, RuntimeError) as error:  # of linear algebra, too
         raise ValueError(f"there is no start for {name!r}: {error}") from error
 

@@ -45,14 +45,14 @@ class LabelShift:
         loss_after: with the shift in place; equal if it was left out.
         heldout_after: with what each half of the batches says, on the other half, at the pseudocount that was chosen.
         pseudocount: a; None if the shift was left out.
-        size: factor in (0, 1] by which it was scaled back so that the loss did not rise; 0 if it was left out.
+        factor: in (0, 1], by which it was scaled back so that the loss did not rise; 0 if it was left out.
     """
 
     loss_before: float
     loss_after: float
     heldout_after: float
     pseudocount: float | None
-    size: float
+    factor: float
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def update_meshes(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
-    strategy: Strategy = "exchange",
+    strategy: Strategy = "relocate",
     adapter_name: str | None = None,
     n_refine: int | None = None,
     size: float = 1.0,
@@ -110,7 +110,7 @@ def update_meshes(
         model: any module that contains LReg layers, wrapped in other modules or not.
         optimizer: the optimiser that trains the coefficients, or accelerate's wrapper of it. None leaves its state
             alone: right for one without state, such as plain SGD.
-        strategy: `"exchange"` or `"mrc"`, see `core.adapt.adapt_mesh`. `"mrc"` needs hits: see `track_statistics`.
+        strategy: `"relocate"` or `"paper"`, see `core.adapt.adapt_mesh`. `"paper"` needs hits: see `track_statistics`.
         adapter_name: which adapter; None takes the active ones of every layer.
         n_refine: as in `adapt_mesh`.
         size: as in `adapt_mesh`.
@@ -209,13 +209,13 @@ def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) ->
     seen = [
         (site, entry)
         for (site, _), entry in zip(own, sums, strict=True)
-        if (entry.hits if strategy == "mrc" else entry.energy).any()
+        if (entry.hits if strategy == "paper" else entry.energy).any()
     ]
     if seen:
         return seen
-    if strategy == "mrc" and any(entry.energy.any() for entry in sums):
+    if strategy == "paper" and any(entry.energy.any() for entry in sums):
         raise RuntimeError(
-            "strategy='mrc' looks at the hits of the hardest samples, and none were counted since the last update. "
+            "strategy='paper' looks at the hits of the hardest samples, and none were counted since the last update. "
             "Call count_hard_samples(model, losses, k) in every training step, or let the layers count them: "
             "track_statistics(model, n_hard_samples=k)."
         )
@@ -243,29 +243,29 @@ def _propose(
 ) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
     """What this process would do, and what lives on the mesh."""
     check_whole(site)
-    exchange = strategy != "mrc"
+    relocating = strategy != "paper"
     mesh = adapt_mesh(
         site.nodes,
         site.layer.nodal_coefficients(site.adapter).detach(),
-        sums.energy if exchange else sums.hits,
+        sums.energy if relocating else sums.hits,
         strategy=strategy,
         n_refine=n_refine,
         pseudocount=pseudocount,
-        moments=sums.moments if exchange else None,
-        node_gradient=sums.node_gradient if exchange else None,
+        moments=sums.moments if relocating else None,
+        node_gradient=sums.node_gradient if relocating else None,
         size=size,
     )
     return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))
 
 
-def follow_meshes(copy: nn.Module, model: nn.Module) -> None:
+def copy_meshes(copy: nn.Module, model: nn.Module) -> None:
     """Bring a copy of a model to the model's meshes, after these have moved: averages of weights (EMA, SWA).
 
     Coefficients of two meshes cannot be averaged. The copy gets the model's nodes, and what lives on its own mesh (the
-    profiles of a factored head, else the weight of B) is interpolated there, as `update_meshes` does in the model:
+    profiles of a factored weighting, else the weight of B) is interpolated there, as `update_meshes` does in the model:
 
         update_meshes(model, optimizer)
-        follow_meshes(averaged, model)          # e.g. torch.optim.swa_utils.AveragedModel
+        copy_meshes(averaged, model)          # e.g. torch.optim.swa_utils.AveragedModel
         averaged.update_parameters(model)
 
     Args:
@@ -328,7 +328,7 @@ def _describe(move: Move) -> ModuleUpdate:
 
 
 def node_spread(nodes: Tensor) -> float:
-    """How far meshes `[components, dof]` are from uniform ones; see `ModuleUpdate`."""
+    """How far meshes `[components, n_nodes]` are from uniform ones; see `ModuleUpdate`."""
     lengths = nodes.diff(dim=1)
     return float((lengths.std(dim=1, correction=0) / lengths.mean(dim=1)).mean())
 

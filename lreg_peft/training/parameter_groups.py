@@ -11,7 +11,7 @@ from ..tuner.layer import LRegLayer
 def parameter_groups(
     model: nn.Module, learning_rate: float, *, profile_ratio: float = 4.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Two groups for an optimiser: the profiles of factored heads, and everything else that trains.
+    """Two groups for an optimiser: the profiles of factored weighting, and everything else that trains.
 
     A profile multiplies a whole output vector, and has a few numbers where that has hundreds; with one rate for all,
     the shapes of the functions lag behind their directions. As in LoRA+, whose factors learn at two rates, the ratio
@@ -42,7 +42,7 @@ def parameter_groups(
     if not profiles:
         raise ValueError(
             f"{type(model).__name__} has no profile that trains, so there is nothing to set apart: profiles are those "
-            "of head='factored'; hand model.parameters() to the optimiser, or activate the adapter with set_adapter."
+            "of weighting='factored'; hand model.parameters() to the optimiser, or activate the adapter by set_adapter."
         )
     others = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in profiles]
     return [

@@ -23,7 +23,7 @@ from ..modules import remove_hooks
 from ..tuner.layout import Layout
 from ..tuner.sites import Site, check_whole, movable_sites
 
-#: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at dof 100.
+#: Rows noted per backward pass. 50 passes see 6,400 of them, over sixty per element at n_nodes 100.
 DEFAULT_ROWS = 128
 
 # Rows to collect before they are sorted into elements. Sorting costs some sixty small kernels, whatever their number.
@@ -40,10 +40,10 @@ class MeshStatistics:
     """Sums over the samples of the training passes, per component and element.
 
     Attributes:
-        energy: `[components, dof - 1]`, squared gradient at the shortcut's output.
-        moments: `[components, dof - 1, 3]`, see `core.adapt.element_moments`.
-        node_gradient: `[components, dof]`, see `core.adapt.node_gradient`.
-        hits: `[components, dof - 1]`, the hardest samples (Li, Cheng & Gu 2025, Algorithm 1).
+        energy: `[components, n_nodes - 1]`, squared gradient at the shortcut's output.
+        moments: `[components, n_nodes - 1, 3]`, see `core.adapt.element_moments`.
+        node_gradient: `[components, n_nodes]`, see `core.adapt.node_gradient`.
+        hits: `[components, n_nodes - 1]`, the hardest samples (Li, Cheng & Gu 2025, Algorithm 1).
     """
 
     energy: Tensor
@@ -53,13 +53,13 @@ class MeshStatistics:
 
     @classmethod
     def empty(cls, nodes: Tensor) -> "MeshStatistics":
-        """All zero, for meshes `[components, dof]`."""
-        components, dof = nodes.shape
+        """All zero, for meshes `[components, n_nodes]`."""
+        components, n_nodes = nodes.shape
         return cls(
-            nodes.new_zeros(components, dof - 1),
-            nodes.new_zeros(components, dof - 1, 3),
-            nodes.new_zeros(components, dof),
-            nodes.new_zeros(components, dof - 1),
+            nodes.new_zeros(components, n_nodes - 1),
+            nodes.new_zeros(components, n_nodes - 1, 3),
+            nodes.new_zeros(components, n_nodes),
+            nodes.new_zeros(components, n_nodes - 1),
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,7 +225,7 @@ def track_statistics(
         adapter_name: which adapter; None takes the active ones of every layer.
         n_rows: rows (samples, or tokens, or pixels) to note per module and backward pass, evenly strided.
         n_hard_samples: count, per backward pass, the noted rows with the largest gradient as hits for
-            `strategy="mrc"`. None counts none: `count_hard_samples` does it by the losses of the samples.
+            `strategy="paper"`. None counts none: `count_hard_samples` does it by the losses of the samples.
 
     Raises:
         ValueError: if the model has no mesh that can move, or a number is below 1.
@@ -249,7 +249,7 @@ def track_statistics(
 def count_hard_samples(
     model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
 ) -> None:
-    """Count the hits of the samples with the largest loss (Li, Cheng & Gu 2025, Algorithm 1), for `"mrc"`.
+    """Count the hits of the samples with the largest loss (Li, Cheng & Gu 2025, Algorithm 1), for `"paper"`.
 
     To be called once per training pass; after `backward()` if gradient checkpointing is reentrant. A module that runs
     several times per pass counts where its last run placed the samples.
@@ -313,7 +313,7 @@ def _pick(gradient: Tensor, picked: slice) -> Tensor:
 
 
 def _locate_finite(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """`locate`, with rows that are not finite in an element of their own, numbered `dof - 1`."""
+    """`locate`, with rows that are not finite in an element of their own, numbered `n_nodes - 1`."""
     finite = torch.isfinite(coords).all(dim=-1, keepdim=True)
     element, local = locate(torch.where(finite, coords, 0.0), nodes.to(coords.device), validate=False)
     return torch.where(finite, element, nodes.shape[1] - 1), local
@@ -329,10 +329,10 @@ def _sort_rows(rows: list[_Rows], nodes: Tensor) -> MeshStatistics:
     counts = torch.isfinite(energy) & torch.isfinite(slope).all(dim=-1) & (energy > 0)
     energy, slope = torch.where(counts, energy, 0.0), torch.where(counts.unsqueeze(-1), slope, 0.0)
     element, local = _locate_finite(torch.where(counts.unsqueeze(-1), coords, torch.nan), nodes)
-    dof = nodes.shape[1]
+    n_nodes = nodes.shape[1]
     return MeshStatistics(
-        element_sums(element, energy.unsqueeze(-1), dof)[:, :-1],
-        element_moments(element, local, dof)[:, :-1],
-        node_gradient(element, local, slope, dof)[:, :-1],
-        nodes.new_zeros(nodes.shape[0], dof - 1, device=device),
+        element_sums(element, energy.unsqueeze(-1), n_nodes)[:, :-1],
+        element_moments(element, local, n_nodes)[:, :-1],
+        node_gradient(element, local, slope, n_nodes)[:, :-1],
+        nodes.new_zeros(nodes.shape[0], n_nodes - 1, device=device),
     )

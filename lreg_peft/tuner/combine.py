@@ -47,9 +47,9 @@ def combined_config(
         raise ValueError(f"weights must be finite numbers, got {list(weights)}.")
     if graded := [name for name in adapters if configs[name].previous_grades]:
         raise ValueError(f"{graded} are grades, which stand on other adapters and cannot be combined without them.")
-    heads = {name: (configs[name].head, configs[name].linear_term) for name in adapters}
-    if len(set(heads.values())) > 1:
-        raise ValueError(f"adapters must have the same head and linear_term to be combined, got {heads}.")
+    weightings = {name: (configs[name].weighting, configs[name].linear_term) for name in adapters}
+    if len(set(weightings.values())) > 1:
+        raise ValueError(f"adapters must have the same weighting and linear_term to be combined, got {weightings}.")
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and (own := set(adapters) & module._adapters):
             raise ValueError(
@@ -60,9 +60,9 @@ def combined_config(
     sizes = _sizes(model, adapters, kind)
     config.target_modules = _only(model, list(sizes))
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
-    config.n_components, config.dof = next(iter(sizes.values()))
+    config.n_components, config.n_nodes = next(iter(sizes.values()))
     config.component_pattern = {_exact(name): d for name, (d, _) in sizes.items() if d != config.n_components}
-    config.dof_pattern = {_exact(name): n for name, (_, n) in sizes.items() if n != config.dof}
+    config.node_pattern = {_exact(name): n for name, (_, n) in sizes.items() if n != config.n_nodes}
     _describe_reading(config, model, configs, adapters)
     config.init_weights, config.inference_mode = True, False
     config.trainable_token_indices = {}
@@ -70,19 +70,21 @@ def combined_config(
 
 
 def _sizes(model: nn.Module, adapters: Sequence[str], kind: str) -> dict[str, tuple[int, int]]:
-    """`(n_components, dof)` of the sum, by module."""
+    """`(n_components, n_nodes)` of the sum, by module."""
     sizes = {}
     for path, layer, here in _layers(model, adapters):
         meshes = {name: layer.parts(name)[1].nodes for name in here}
-        if len(dofs := {name: mesh.shape[1] for name, mesh in meshes.items()}) and len(set(dofs.values())) > 1:
-            raise ValueError(f"adapters must have the same dof in a module to be combined, got {dofs} in {path!r}.")
+        if len(counts := {name: mesh.shape[1] for name, mesh in meshes.items()}) and len(set(counts.values())) > 1:
+            raise ValueError(
+                f"adapters must have the same n_nodes in a module to be combined, got {counts} in {path!r}."
+            )
         if kind == "linear" and not all(_same_encoder(layer, here[0], name) for name in here):
             raise ValueError(
                 f"combination_type='linear' adds coefficients, which means something only on the same projection and "
                 f"mesh; those of {here} differ in {path!r}. 'cat' puts their components side by side."
             )
         components = sum(mesh.shape[0] for mesh in meshes.values()) if kind == "cat" else meshes[here[0]].shape[0]
-        sizes[path] = (components, next(iter(dofs.values())))
+        sizes[path] = (components, next(iter(counts.values())))
     return sizes
 
 
@@ -159,7 +161,7 @@ def write_sum(model: nn.Module, name: str, adapters: Sequence[str], weights: Seq
         if encoder.weight is not None:
             encoder.weight.copy_(torch.cat([curve.weight for _, curve, *_ in terms if curve.weight is not None]))
         scaled = [b.weight * w for *_, b, w in terms]
-        if encoder.head == "reduced":  # every component can carry the constant: there is one for all
+        if encoder.weighting == "reduced":  # every component can carry the constant: there is one for all
             constant = torch.stack([weight[:, -1:] for weight in scaled]).sum(dim=0)
             scaled = [*(weight[:, :-1] for weight in scaled), constant]
         coefficients.weight.copy_(torch.cat(scaled, dim=1))

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..core.checks import choice, flag, show, whole
-from ..core.encoder import HEAD_KINDS, HeadKind
+from ..core.encoder import WEIGHTINGS, Weighting
 from .layout import LAYOUTS, READOUTS
 from .model_card import add_usage_to_saved_card
 from .registration import METHOD, upstream_has_lreg
@@ -26,7 +26,7 @@ def _option(default: Any, text: str) -> Any:
 GradeForm = Literal["additive", "composed"]
 Preset = Literal["recommended", "paper"]
 # What the recommended preset chooses besides the modules.
-_CHOSEN = ("n_components", "head", "linear_term", "component_pattern", "dof_pattern", "layers_to_transform")
+_CHOSEN = ("n_components", "weighting", "linear_term", "component_pattern", "node_pattern", "layers_to_transform")
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
 DATA_STARTS = ("pca", "gradient")
 
@@ -36,7 +36,8 @@ class LRegConfig(PeftConfig):
     """Configuration of an LReg adapter (Li, Cheng & Gu 2025).
 
     Every adapted module f gets a shortcut: y = f(x) + sum_ij psi_ij(u_i) c_ij with u = sigmoid(P x + b). It has
-    `(in_features + 1) * n_components + n_components * dof * out_features` trainable parameters with the full head.
+    `(in_features + 1) * n_components + n_components * n_nodes * out_features` trainable parameters with full
+    weighting.
 
     Raises:
         ValueError: for values that cannot work, alone or together; the message says what to change.
@@ -49,34 +50,34 @@ class LRegConfig(PeftConfig):
     preset: Preset = _option(
         "recommended",
         "What a configuration without `target_modules` stands for; `get_peft_model` fills it in for the model. "
-        "'recommended': the recipe of `recommended_config` with its smallest shares: factored heads with a linear term "
-        "on all linear layers of the backbone and, of a language model, on the output head and the norm before it, and "
-        "a start from data. 'paper': the placement of the paper for the task: the language model head, or the "
+        "'recommended': the recipe of `recommended_config` with its smallest shares: factored weighting and a linear "
+        "term on all linear layers of the backbone and, of a language model, on the output head and the norm before "
+        "it, and a start from data. 'paper': the placement of the paper for the task: the language model head, or the "
         "attention query and key projections for classification, with the fields as they are here.",
     )
-    dof: int | None = _option(
+    n_nodes: int | None = _option(
         None,
         "n, the degrees of freedom of one component: nodes of its mesh on [0, 1], at least 2. None: 8 in the "
         "recommended preset, else 2. "
         "(Not the number of trainable parameters, which is d * n * out_features and the projection.)",
     )
-    head: HeadKind = _option(
+    weighting: Weighting = _option(
         "full",
-        "How the basis functions are weighted. 'full': a vector c_ij per node, the paper's head, d n C parameters for "
+        "How the basis functions are weighted. 'full': a vector c_ij per node, as in the paper, d n C parameters for "
         "C output features. 'reduced': the same functions without the d - 1 redundant directions (every component can "
         "carry the constant), (d (n - 1) + 1) C. 'factored': c_ij = s_ij v_i, a scalar function per component times "
         "one output vector, d n + d C.",
     )
     linear_term: bool = _option(
         False,
-        "Factored head only: each component also passes on its coordinate before the sigmoid, z = P x + b, so that the "
+        "Factored weighting only: each component also passes on its coordinate before the sigmoid, z = P x + b: the "
         "shortcut is sum_i (z_i / 1.702 + s_i(sigmoid(z_i))) v_i. No further parameters; with constant profiles s this "
         "is LoRA with a bias.",
     )
     profile_mean: float = _option(
         1.0,
-        "Factored head only: mean of the profiles s at the start. 1 lets the output vector learn a constant shift from "
-        "the first step, which a language model head needs; 0 leaves it to the profile.",
+        "Factored weighting only: mean of the profiles s at the start. 1 lets the output vector learn a constant shift "
+        "from the first step, which a language model head needs; 0 leaves it to the profile.",
     )
     profile_mean_pattern: dict[str, float] = _option(
         {}, "`profile_mean` for some modules: name, name ending or regular expression -> value."
@@ -103,8 +104,8 @@ class LRegConfig(PeftConfig):
     component_pattern: dict[str, int] = _option(
         {}, "`n_components` for some modules: name, name ending or regular expression -> value."
     )
-    dof_pattern: dict[str, int] = _option(
-        {}, "`dof` for some modules: name, name ending or regular expression -> value."
+    node_pattern: dict[str, int] = _option(
+        {}, "`n_nodes` for some modules: name, name ending or regular expression -> value."
     )
     feature_sizes: dict[str, tuple[int, int]] = _option(
         {},
@@ -185,6 +186,10 @@ class LRegConfig(PeftConfig):
     r: InitVar[Any] = None
     lora_alpha: InitVar[Any] = None
     lora_dropout: InitVar[Any] = None
+    # What `n_nodes`, `node_pattern` and `weighting` were called in the files of versions before 0.2.
+    dof: InitVar[Any] = None
+    dof_pattern: InitVar[Any] = None
+    head: InitVar[Any] = None
 
     def __post_init__(  # also called to check again
         self,
@@ -192,7 +197,13 @@ class LRegConfig(PeftConfig):
         r: Any = None,  # noqa: RUF033
         lora_alpha: Any = None,  # noqa: RUF033
         lora_dropout: Any = None,  # noqa: RUF033
+        dof: Any = None,  # noqa: RUF033
+        dof_pattern: Any = None,  # noqa: RUF033
+        head: Any = None,  # noqa: RUF033
     ) -> None:
+        self.n_nodes = self.n_nodes if dof is None else dof
+        self.node_pattern = self.node_pattern if dof_pattern is None else dof_pattern
+        self.weighting = self.weighting if head is None else head
         for name, value, advice in (
             ("r", r, "LoRA's rank: n_components plays its part, or recommended_config(model, budget='lora:8')"),
             ("lora_alpha", lora_alpha, "LoRA's scaling, which shortcuts do not have: set the learning rate"),
@@ -219,11 +230,11 @@ class LRegConfig(PeftConfig):
         self.peft_type = PeftType[METHOD.upper()]
         whole("n_components", self.n_components, 1)
         choice("preset", self.preset, get_args(Preset))
-        whole("dof", self.dof, 2, optional=True)
-        if self.dof is None and (self.target_modules is not None or self.preset == "paper"):
-            self.dof = 2
-        if not isinstance(self.head, str) or self.head not in HEAD_KINDS:
-            raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}.")
+        whole("n_nodes", self.n_nodes, 2, optional=True)
+        if self.n_nodes is None and (self.target_modules is not None or self.preset == "paper"):
+            self.n_nodes = 2
+        if not isinstance(self.weighting, str) or self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         self._check_targets()
         self._check_patterns()
         if not isinstance(self.init_weights, (bool, str)) or self.init_weights not in (True, False, *DATA_STARTS):
@@ -252,8 +263,8 @@ class LRegConfig(PeftConfig):
         if given:
             raise ValueError(
                 f"{given[0]}={getattr(self, given[0])!r} needs target_modules, or preset='paper': without them the "
-                "recommended preset chooses modules, components and heads. recommended_config(model, budget=...) sizes "
-                "it to a budget."
+                "recommended preset chooses modules, components and weighting. recommended_config(model, budget=...) "
+                "sizes it to a budget."
             )
 
     def _check_targets(self) -> None:
@@ -305,10 +316,10 @@ class LRegConfig(PeftConfig):
             raise ValueError("layers_to_transform must name a layer at least, got []. None adapts all layers.")
 
     def _check_patterns(self) -> None:
-        for name in ("component_pattern", "dof_pattern", "profile_mean_pattern", "feature_sizes", "feature_source"):
+        for name in ("component_pattern", "node_pattern", "profile_mean_pattern", "feature_sizes", "feature_source"):
             if not isinstance(value := getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dictionary with a key for each module, got {value!r}.")
-        for name, lowest in (("component_pattern", 1), ("dof_pattern", 2)):
+        for name, lowest in (("component_pattern", 1), ("node_pattern", 2)):
             for key, value in _items(name, getattr(self, name)):
                 _check_expression(f"{name} key", key)
                 whole(f"{name}[{key!r}]", value, lowest)
@@ -329,10 +340,10 @@ class LRegConfig(PeftConfig):
                 raise ValueError(f"feature_source[{key!r}] must be the name of a module, got {source!r}.")
 
     def _check_profile(self) -> None:
-        if self.linear_term and self.head != "factored":
+        if self.linear_term and self.weighting != "factored":
             raise ValueError(
-                "linear_term=True needs head='factored', whose components have one output vector each to carry it, "
-                f"got head={self.head!r}."
+                "linear_term=True needs weighting='factored', whose components have one output vector each to carry "
+                f"it, got weighting={self.weighting!r}."
             )
         means = {"profile_mean": self.profile_mean}
         for key, value in _items("profile_mean_pattern", self.profile_mean_pattern):
@@ -341,8 +352,10 @@ class LRegConfig(PeftConfig):
         for name, value in means.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}.")
-        if self.head != "factored" and (self.profile_mean != 1.0 or self.profile_mean_pattern):
-            raise ValueError(f"profile_mean acts on the profiles of head='factored', got head={self.head!r}.")
+        if self.weighting != "factored" and (self.profile_mean != 1.0 or self.profile_mean_pattern):
+            raise ValueError(
+                f"profile_mean acts on the profiles of weighting='factored', got weighting={self.weighting!r}."
+            )
 
     def _check_dropout(self) -> None:
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
@@ -374,10 +387,10 @@ class LRegConfig(PeftConfig):
             raise TypeError(f"curvature_weight must be a number, got {show(weight)}.")
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"curvature_weight must be finite and not negative, got {weight}.")
-        if weight > 0 and max([self.dof or 3, *self.dof_pattern.values()]) == 2:
+        if weight > 0 and max([self.n_nodes or 3, *self.node_pattern.values()]) == 2:
             raise ValueError(
-                f"curvature_weight={weight} has nothing to act on: a mesh of dof=2 has no interior node. "
-                "Set dof to 3 or more, or curvature_weight to 0."
+                f"curvature_weight={weight} has nothing to act on: a mesh of n_nodes=2 has no interior node. "
+                "Set n_nodes to 3 or more, or curvature_weight to 0."
             )
 
     def _check_grades(self) -> None:

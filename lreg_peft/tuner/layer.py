@@ -57,7 +57,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
     not the input of f but the output of another module.
 
     Every adapter consists of three modules: `lreg_projection` A, an `nn.Linear` with P `[d, in_features]` and b;
-    `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored head, the profiles
+    `lreg_encoder`, the curve, with the nodes `[d, n]` (a buffer in fp32) and, for a factored weighting, the profiles
     `[d, n]` (its `weight`); `lreg_coefficients` B, an `nn.Linear` without bias whose weight `[out_features, K]` is zero
     at the start. P of a composed grade has `in_features + d n` columns, d n the number of basis functions of the grade
     below.
@@ -111,7 +111,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         n_components: int,
-        dof: int,
+        n_nodes: int,
         config: LRegConfig,
         inference_mode: bool = False,
         *,
@@ -119,7 +119,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         nodes: Tensor | None = None,
         reading: Reading = UNSAID,
     ) -> None:
-        """Add an adapter, or replace the one of that name; on given nodes `[components, dof]` or uniform ones."""
+        """Add an adapter, or replace the one of that name; on given nodes `[components, n_nodes]` or uniform ones."""
         self.composed_on.pop(adapter_name, None)
         width = self.in_features
         if below := self.grade_below(config):
@@ -127,8 +127,8 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             width += self.lreg_encoder[below].nodes.numel()  # type: ignore[union-attr,operator]
         encoder = LagrangeEncoder(
             n_components,
-            dof,
-            config.head,
+            n_nodes,
+            config.weighting,
             linear_term=config.linear_term,
             profile_mean=profile_mean,
             nodes=nodes,
@@ -425,7 +425,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             adapter_name: which adapter.
             projection: P, `[components, in_features]`, wider for a composed grade.
             bias: b, `[components]`.
-            nodes: `[components, dof]`.
+            nodes: `[components, n_nodes]`.
         """
         own, encoder, _ = self.parts(adapter_name)
         encoder.set_nodes(nodes)
@@ -439,12 +439,12 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         self.lreg_coefficients[adapter_name].weight.copy_(table.T)  # type: ignore[union-attr,operator]
 
     def nodal_coefficients(self, adapter_name: str) -> Tensor:
-        """c of the paper, for every head: the values at the nodes, `[components, dof, out_features]`."""
+        """c of the paper, for every weighting: the values at the nodes, `[components, n_nodes, out_features]`."""
         _, encoder, coefficients = self.parts(adapter_name)
         return encoder.nodal_coefficients(coefficients.weight)
 
     def nodal_parameter(self, adapter_name: str) -> nn.Parameter:
-        """The parameter that lives on the mesh: the profiles of a factored head, else the weight of B."""
+        """The parameter that lives on the mesh: the profiles of a factored weighting, else the weight of B."""
         _, encoder, coefficients = self.parts(adapter_name)
         parameter: Any = coefficients.weight if encoder.weight is None else encoder.weight
         return parameter  # type: ignore[no-any-return]

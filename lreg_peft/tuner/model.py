@@ -82,11 +82,11 @@ class LRegModel(BaseTuner):
             layer.source = FeatureSource(source, current_key) if source else None
             layer.register_load_state_dict_pre_hook(before_loading)
             self._replace_module(parent, target_name, layer, target)
-        n_components, dof = mesh_size(current_key, peft_config)
+        n_components, n_nodes = mesh_size(current_key, peft_config)
         layer.update_layer(
             adapter_name,
             n_components,
-            dof,
+            n_nodes,
             config=peft_config,
             inference_mode=peft_config.inference_mode,
             profile_mean=profile_mean(current_key, peft_config),
@@ -210,7 +210,7 @@ class LRegModel(BaseTuner):
         """Add the weighted sum of adapters as a new adapter; it is exact, and not active until `set_adapter`.
 
         Args:
-            adapters: names of adapters with the same head, and the same dof in every module.
+            adapters: names of adapters with the same weighting, and the same n_nodes in every module.
             weights: one per adapter.
             adapter_name: of the new one.
             combination_type: "cat": the components of all adapters side by side. "linear": no more components than

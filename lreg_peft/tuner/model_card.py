@@ -110,6 +110,6 @@ def _description(config: Any) -> str:
     where = ", ".join(names if len(names) <= 8 else [*names[:7], f"and {len(names) - 7} more"])
     linear = " with a linear term" if config.linear_term else ""
     return (
-        f"piecewise-linear shortcuts around {where}; head `{config.head}`{linear}, "
-        f"n_components={config.n_components}, dof={config.dof}"
+        f"piecewise-linear shortcuts around {where}; weighting `{config.weighting}`{linear}, "
+        f"n_components={config.n_components}, n_nodes={config.n_nodes}"
     )

@@ -1,6 +1,6 @@
 """The configuration that did best in the measurements of this project, sized to a budget, for any architecture.
 
-The recipe: factored heads with a linear term on every linear layer of the backbone, and, of a language model, around
+The recipe: factored weighting and a linear term on every linear layer of the backbone, and, of a language model, around
 the output head and the norm before it; a gradient start; twice as many components on the attention as elsewhere, one on
 the output head, up to sixteen at the norm.
 """
@@ -36,7 +36,7 @@ _SHARE_OF_THE_NORM, _MOST_AT_THE_NORM = 0.25, 16
 # What it gets where every module has its smallest share.
 _LEAST_AT_THE_NORM = 4
 #: Nodes of every mesh.
-RECOMMENDED_DOF = 8
+RECOMMENDED_NODES = 8
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -63,7 +63,7 @@ def recommended_config(
     task_type: str | None = None,
     output_head: bool = True,
     final_norm: bool = True,
-    dof: int = RECOMMENDED_DOF,
+    n_nodes: int = RECOMMENDED_NODES,
     **options: Any,
 ) -> LRegConfig:
     """The recommended configuration for a model, with its components divided so that they fill a budget.
@@ -82,7 +82,7 @@ def recommended_config(
         output_head: adapt the output head of a language model too. False for trainers that refuse adapters on
             `lm_head`, as those of TRL do; the norm before it stays adapted.
         final_norm: adapt the norm before the output head of a language model, too. Some architectures have none there.
-        dof: nodes of every mesh.
+        n_nodes: nodes of every mesh.
         options: further fields of `LRegConfig`.
 
     Returns:
@@ -93,14 +93,14 @@ def recommended_config(
             linear layers that are known to lie inside it; the message says what to give.
         TypeError: for arguments of the wrong type.
     """
-    whole("dof", dof, 2)
+    whole("n_nodes", n_nodes, 2)
     if isinstance(model, PeftModel) or any(isinstance(module, LRegLayer) for module in model.modules()):
         raise ValueError("recommended_config wants the base model and got one with adapters: call it before these.")
-    taken = {"target_modules", "head", "n_components", "component_pattern", "linear_term"} & options.keys()
+    taken = {"target_modules", "weighting", "n_components", "component_pattern", "linear_term"} & options.keys()
     if taken:
         raise ValueError(f"recommended_config chooses {sorted(taken)} itself: leave them out, or write an LRegConfig.")
     task = task_type or task_of(model)
-    fields = _recipe(model, task, budget, output_head=output_head, final_norm=final_norm, dof=dof)
+    fields = _recipe(model, task, budget, output_head=output_head, final_norm=final_norm, n_nodes=n_nodes)
     # PEFT trains the new head of a classifier because of the task type.
     known = {"task_type": task} if task in list(TaskType) else {}
     return LRegConfig(**{**known, **fields, **options})
@@ -117,11 +117,11 @@ def fill_in(model: nn.Module, config: LRegConfig) -> None:
     """
     if config.preset == "recommended" and _inside(model):
         task = config.task_type or task_of(model)
-        fields = _recipe(model, task, None, dof=config.dof or RECOMMENDED_DOF, without=_left_out(config))
+        fields = _recipe(model, task, None, n_nodes=config.n_nodes or RECOMMENDED_NODES, without=_left_out(config))
         if config.init_weights is not True:
             del fields["init_weights"]
     else:
-        fields = {"target_modules": paper_targets(model, config), "dof": config.dof or 2}
+        fields = {"target_modules": paper_targets(model, config), "n_nodes": config.n_nodes or 2}
     for name, value in fields.items():
         setattr(config, name, value)
 
@@ -148,15 +148,17 @@ def _recipe(
     *,
     output_head: bool = True,
     final_norm: bool = True,
-    dof: int,
+    n_nodes: int,
     without: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """Fields of the configuration; `without` says which modules get none."""
     is_language_model = task in (*LANGUAGE_MODEL_TASKS, "MASKED_LM")
     head = output_head_name(model) if output_head and is_language_model else None
-    sites = _sites(model, head, dof)
+    sites = _sites(model, head, n_nodes)
     if final_norm and is_language_model and (norm := _final_norm(model)) is not None:
-        sites.insert(0, _Site(norm, _cost(*_feature_sizes(model, norm), dof), _LEAST_AT_THE_NORM, is_final_norm=True))
+        sites.insert(
+            0, _Site(norm, _cost(*_feature_sizes(model, norm), n_nodes), _LEAST_AT_THE_NORM, is_final_norm=True)
+        )
     sites = [site for site in sites if not without(site.name)]
     _fill(sites, _parameters(model, budget), budget)
     chosen = [site for site in sites if site.components]
@@ -164,21 +166,22 @@ def _recipe(
     inside = [site for site in chosen if site.name != head]
     return {
         "target_modules": short_names(model, names),
-        "head": "factored",
+        "weighting": "factored",
         "linear_term": True,
         "n_components": 1,
         "component_pattern": _pattern(inside),
-        "dof": dof,
+        "n_nodes": n_nodes,
         "init_weights": "gradient",
         "profile_mean": _MEAN_INSIDE,
         "profile_mean_pattern": {re.escape(head): _MEAN_AT_THE_HEAD} if head in names else {},
     }
 
 
-def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
+def _sites(model: nn.Module, head: str | None, n_nodes: int) -> list[_Site]:
     """The linear layers of the backbone, attention first, and the output head, which comes before all."""
     sites = [
-        _Site(name, _cost(*sizes, dof), 2 if _ATTENTION.search(name) else 1) for name, sizes in _inside(model).items()
+        _Site(name, _cost(*sizes, n_nodes), 2 if _ATTENTION.search(name) else 1)
+        for name, sizes in _inside(model).items()
     ]
     if not sites:
         raise ValueError(
@@ -186,7 +189,7 @@ def _sites(model: nn.Module, head: str | None, dof: int) -> list[_Site]:
             "modules in LRegConfig(target_modules=[...])."
         )
     if head is not None:
-        sites.insert(0, _Site(head, _cost(*_feature_sizes(model, head), dof), 1, is_output_head=True))
+        sites.insert(0, _Site(head, _cost(*_feature_sizes(model, head), n_nodes), 1, is_output_head=True))
     return sites
 
 
@@ -238,9 +241,9 @@ def _is_repeated(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def _cost(in_features: int, out_features: int, dof: int) -> int:
+def _cost(in_features: int, out_features: int, n_nodes: int) -> int:
     """Parameters of one component."""
-    return shortcut_parameters("factored", 1, dof, in_features, out_features)
+    return shortcut_parameters("factored", 1, n_nodes, in_features, out_features)
 
 
 def _parameters(model: nn.Module, budget: int | str | None) -> int | None:

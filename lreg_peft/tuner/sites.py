@@ -23,7 +23,7 @@ class Site:
 
     @property
     def nodes(self) -> Tensor:
-        """`[components, dof]`."""
+        """`[components, n_nodes]`."""
         return self.layer.parts(self.adapter)[1].nodes
 
     @property
@@ -75,8 +75,8 @@ def movable_sites(model: nn.Module, adapter_name: str | None = None) -> list[Sit
     movable = [site for site in all_sites(model, adapter_name) if site.nodes.shape[1] > 2]
     if not movable:
         raise ValueError(
-            "every mesh has dof=2, the two ends of (0, 1), so that no node can move. "
-            "Set LRegConfig(dof=...) to 3 or more."
+            "every mesh has n_nodes=2, the two ends of (0, 1), so that no node can move. "
+            "Set LRegConfig(n_nodes=...) to 3 or more."
         )
     return movable
 

@@ -43,7 +43,7 @@ class Target:
     in_features: int
     out_features: int
     n_components: int
-    dof: int
+    n_nodes: int
     trainable_parameters: int
     #: What reaches the shortcut and what leaves the module, if `inspect_targets` had example inputs.
     input_shape: tuple[int, ...] | None = None
@@ -68,10 +68,12 @@ class TargetReport:
         return len(self.targets)
 
     def __str__(self) -> str:
-        head: tuple[str, ...] = ("module", "type", "in", "out", "components", "dof", "trainable")
+        head: tuple[str, ...] = ("module", "type", "in", "out", "components", "n_nodes", "trainable")
         rows: list[tuple[str, ...]] = [
             (t.name, t.module_type)
-            + tuple(f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.dof, t.trainable_parameters))
+            + tuple(
+                f"{n:,}" for n in (t.in_features, t.out_features, t.n_components, t.n_nodes, t.trainable_parameters)
+            )
             for t in self.targets
         ]
         rows.append(
@@ -157,20 +159,20 @@ def resolve_targets(model: nn.Module, config: LRegConfig) -> list[Target]:
         _check_supported(name, base)
         in_features, out_features = sizes_of_shortcut(model, name, base, config)
         check_same_reading(module, name, (in_features, out_features), source_of(model, name, config))
-        n_components, dof = mesh_size(name, config)
+        n_components, n_nodes = mesh_size(name, config)
         width = in_features + _width_of_basis_below(name, module, config)
-        count = shortcut_parameters(config.head, n_components, dof, width, out_features)
+        count = shortcut_parameters(config.weighting, n_components, n_nodes, width, out_features)
         if not config.train_projection:
             count -= (width + 1) * n_components
-        targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, dof, count))
+        targets.append(Target(name, type(base).__name__, in_features, out_features, n_components, n_nodes, count))
     return targets
 
 
 def mesh_size(name: str, config: LRegConfig) -> tuple[int, int]:
-    """`(n_components, dof)` of the module `name`, patterns considered."""
+    """`(n_components, n_nodes)` of the module `name`, patterns considered."""
     return (
         by_pattern("component_pattern", name, config, config.n_components),
-        by_pattern("dof_pattern", name, config, config.dof),
+        by_pattern("node_pattern", name, config, config.n_nodes),
     )
 
 
@@ -316,7 +318,7 @@ def _warn_of_unmatched_keys(config: LRegConfig, names: list[str]) -> None:
             warnings.warn(f"target_modules {idle} match no module and have no effect.", stacklevel=2)
     for option in (
         "component_pattern",
-        "dof_pattern",
+        "node_pattern",
         "profile_mean_pattern",
         "feature_sizes",
         "feature_source",

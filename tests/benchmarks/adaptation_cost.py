@@ -5,8 +5,8 @@ every 50 steps, the other does neither. One round is 50 steps of each and one up
 copy, update included, over the time of the second. Time is that of the process on the CPU, one thread: on a shared
 machine it varies less than the clock on the wall, which is reported beside it.
 
-    mlp      a shortcut around every block's mlp (full head)
-    factored the same, factored head
+    mlp      a shortcut around every block's mlp (full weighting)
+    factored the same, factored weighting
     lm_head  one shortcut from the last hidden state to a vocabulary of 50,257
 
 Run from the repository root; about ten minutes on one core:
@@ -35,9 +35,9 @@ from lreg_peft import LRegConfig, track_statistics, update_meshes
 
 VOCABULARY = 50257
 PLACEMENTS = {
-    "mlp": {"target_modules": ["mlp"], "n_components": 8, "dof": 8},
-    "factored": {"target_modules": ["mlp"], "n_components": 8, "dof": 16, "head": "factored"},
-    "lm_head": {"target_modules": ["lm_head"], "n_components": 2, "dof": 8},
+    "mlp": {"target_modules": ["mlp"], "n_components": 8, "n_nodes": 8},
+    "factored": {"target_modules": ["mlp"], "n_components": 8, "n_nodes": 16, "weighting": "factored"},
+    "lm_head": {"target_modules": ["lm_head"], "n_components": 2, "n_nodes": 8},
 }
 
 

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from lreg_peft import LRegLayer, calibrate_output, convert_to_lora, initialize_lreg_weights, recommended_config
+from lreg_peft import LRegLayer, convert_to_lora, initialize_lreg_weights, match_token_frequencies, recommended_config
 from lreg_peft.training.head_start import start_head
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -138,10 +138,10 @@ class Study(ABC):
         options, found = self.arguments, {}
         model, text = self.start(seed), self.task_type == "CAUSAL_LM" and not self.arguments.inside_only
         start = time.perf_counter()
-        initialize_lreg_weights(model, list(self.batches(seed, 8)), output_start=text or None, show_progress=False)
+        initialize_lreg_weights(model, list(self.batches(seed, 8)), start_head=text or None, show_progress=False)
         self.fit(model, options.learning_rate, seed, f"LReg, seed {seed}")
         if text:
-            calibrate_output(model, list(self.batches(seed, 32)), show_progress=False)
+            match_token_frequencies(model, list(self.batches(seed, 32)), show_progress=False)
         found["training_seconds"] = time.perf_counter() - start
         found["lreg"] = self.figure(model)
         start = time.perf_counter()

@@ -50,15 +50,15 @@ class Variant:
     """One curve.
 
     Attributes:
-        dof: nodes.
+        n_nodes: nodes.
         moved: "no", "checked" or "kept".
         uniform: whether nodes begin at equal steps in place of quantiles.
         profile: "constant" at the start, "hinge" (what a ReLU of z would be, to both sides), or "fixed" constants.
-        full: components of full heads in place of factored ones; 0 for factored.
-        block: one shortcut with a full head around the whole network, of functions only.
+        full: components of full weighting in place of factored ones; 0 for factored.
+        block: one shortcut with a full weighting around the whole network, of functions only.
     """
 
-    dof: int = 8
+    n_nodes: int = 8
     moved: str = "no"
     uniform: bool = False
     profile: str = "constant"
@@ -77,8 +77,8 @@ VARIANTS = {
     "8 nodes, uniform, moved": Variant(8, "checked", uniform=True),
     "32 nodes": Variant(32),
     "8 nodes, hinge": Variant(profile="hinge"),
-    "full heads, 8 nodes": Variant(full=1),
-    "full heads, 8 nodes, moved": Variant(8, "checked", full=1),
+    "full weighting, 8 nodes": Variant(full=1),
+    "full weighting, 8 nodes, moved": Variant(8, "checked", full=1),
     "around, 8 nodes": Variant(block=True),
     "around, 8 nodes, moved": Variant(8, "checked", block=True),
     "around, 8 nodes, moved, all kept": Variant(8, "kept", block=True),
@@ -91,13 +91,13 @@ VARIANTS = {
 
 
 def configuration(task: Task, base: nn.Module, variant: Variant, budget: int) -> LRegConfig:
-    """The recipe of the package with another curve; full heads and networks on functions have one of their own."""
-    own = {"dof": variant.dof, "init_weights": "gradient", "task_type": task.task_type}
+    """The recipe of the package with another curve; full weighting and networks on functions have one of their own."""
+    own = {"n_nodes": variant.n_nodes, "init_weights": "gradient", "task_type": task.task_type}
     if variant.block:
         sizes = (base.layers[0].linear.in_features, 1)
         return LRegConfig(target_modules=["layers"], feature_sizes={"layers": sizes}, n_components=2, **own)
     if not variant.full:
-        return recommended_config(base, budget, task_type=task.task_type, dof=variant.dof)
+        return recommended_config(base, budget, task_type=task.task_type, n_nodes=variant.n_nodes)
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     names = [name for name in linear if isinstance(task, FunctionTask) or "attention" in name]
     return LRegConfig(target_modules=names, n_components=variant.full, **own)
@@ -124,7 +124,7 @@ def shape(model: nn.Module, variant: Variant) -> None:
     for layer in (module for module in model.modules() if isinstance(module, LRegLayer)):
         encoder = layer.lreg_encoder["default"]
         if variant.uniform:
-            encoder.set_nodes(uniform_nodes(encoder.n_components, encoder.dof))
+            encoder.set_nodes(uniform_nodes(encoder.n_components, encoder.n_nodes))
         if variant.profile == "fixed":
             encoder.weight.requires_grad_(False)
         if variant.profile == "hinge":
@@ -141,7 +141,7 @@ def train(task: Task, name: str, seed: int, rate: float, options: argparse.Names
     base = task.base()
     model = get_peft_model(base, configuration(task, base, variant, options.budget))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, method="gradient", output_start=False, show_progress=False)
+    initialize_lreg_weights(model, start, method="gradient", start_head=False, show_progress=False)
     shape(model, variant)
     callback = None
     if variant.moved != "no":

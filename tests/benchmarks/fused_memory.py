@@ -43,7 +43,7 @@ def measure(vocabulary: int, length: int, fused: bool, steps: int) -> dict[str, 
     config = GPT2Config(vocab_size=vocabulary, n_positions=4096, n_embd=WIDTH, n_layer=LAYERS, n_head=2)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
-    lreg = LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, dof=8, fused_loss=fused)
+    lreg = LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, n_nodes=8, fused_loss=fused)
     model = get_peft_model(GPT2LMHeadModel(config), lreg).train()
     ids = torch.randint(vocabulary, (1, length))
     model(input_ids=ids[:, :16], labels=ids[:, :16]).loss.backward()

@@ -58,19 +58,19 @@ def target(x: np.ndarray, amplitudes: np.ndarray) -> torch.Tensor:
 
 
 def solve(coords: torch.Tensor, nodes: torch.Tensor, rest: torch.Tensor, ridge: float = 1e-12) -> torch.Tensor:
-    """Least-squares coefficients `[1, dof, 1]` of one component, for coords `[n, 1]` and rest `[n, 1]`."""
+    """Least-squares coefficients `[1, n_nodes, 1]` of one component, for coords `[n, 1]` and rest `[n, 1]`."""
     element, local = (tensor.squeeze(1).double() for tensor in locate(coords, nodes))
-    element, dof, rest = element.long(), nodes.shape[1], rest.squeeze(1).double()
+    element, n_nodes, rest = element.long(), nodes.shape[1], rest.squeeze(1).double()
 
     def sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(dof, dtype=torch.float64)
+        total = torch.zeros(n_nodes, dtype=torch.float64)
         return total.index_add_(0, element, left).index_add_(0, element + 1, right)
 
-    gram = torch.zeros(2, dof, dtype=torch.float64)  # upper diagonal, then diagonal
+    gram = torch.zeros(2, n_nodes, dtype=torch.float64)  # upper diagonal, then diagonal
     gram[0, 1:].index_add_(0, element, local * (1 - local))
     gram[1] = sums((1 - local) ** 2, local**2) + ridge
     solution = solveh_banded(gram.numpy(), sums((1 - local) * rest, local * rest).numpy(), check_finite=False)
-    return torch.from_numpy(solution).view(1, dof, 1)
+    return torch.from_numpy(solution).view(1, n_nodes, 1)
 
 
 def relative_error(rest: torch.Tensor, y: torch.Tensor) -> float:
@@ -79,13 +79,13 @@ def relative_error(rest: torch.Tensor, y: torch.Tensor) -> float:
 
 def by_core(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor) -> list[dict]:
     rest, test_rest, grades, start = y.clone(), test_y.clone(), [], time.perf_counter()
-    for dof in NODES:
-        nodes = uniform_nodes(1, dof, dtype=torch.float64)
+    for n_nodes in NODES:
+        nodes = uniform_nodes(1, n_nodes, dtype=torch.float64)
         coefficients = solve(x, nodes, rest)
         rest = rest - evaluate(x, nodes, coefficients)
         seconds = time.perf_counter() - start
         test_rest = test_rest - evaluate(test_x, nodes, coefficients)
-        grades.append(entry(dof, seconds, relative_error(rest, y), relative_error(test_rest, test_y)))
+        grades.append(entry(n_nodes, seconds, relative_error(rest, y), relative_error(test_rest, test_y)))
     return grades
 
 
@@ -105,8 +105,8 @@ class Zero(nn.Module):
 @torch.no_grad()
 def by_adapter(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor) -> list[dict]:
     model, grades, start = None, [], time.perf_counter()
-    for dof in NODES:
-        config = LRegConfig(target_modules=["out"], n_components=1, dof=dof, init_weights="pca")
+    for n_nodes in NODES:
+        config = LRegConfig(target_modules=["out"], n_components=1, n_nodes=n_nodes, init_weights="pca")
         name = "default"
         if model is None:
             model = get_peft_model(Zero(), config, name)
@@ -121,12 +121,12 @@ def by_adapter(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: t
         layer.set_table(name, coefficients.flatten(0, 1))
         seconds = time.perf_counter() - start
         errors = (relative_error(y - model(x), y), relative_error(test_y - model(test_x), test_y))
-        grades.append(entry(dof, seconds, *errors))
+        grades.append(entry(n_nodes, seconds, *errors))
     return grades
 
 
-def entry(dof: int, seconds: float, train: float, test: float) -> dict:
-    return {"nodes": dof, "seconds": seconds, "train": train, "test": test}
+def entry(n_nodes: int, seconds: float, train: float, test: float) -> dict:
+    return {"nodes": n_nodes, "seconds": seconds, "train": train, "test": test}
 
 
 WAYS = {"core": by_core, "adapter": by_adapter}

@@ -36,7 +36,7 @@ def once(task: Task, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     base = task.base()
     model = get_peft_model(base, recommended_config(base, options.budget, task_type=task.task_type))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, output_start=False, show_progress=False)
+    initialize_lreg_weights(model, start, start_head=False, show_progress=False)
     started = time.process_time()
     fit(model, task.batches(seed, options.batch_size), options.steps, options.rate)
     seconds = time.process_time() - started

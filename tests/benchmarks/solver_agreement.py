@@ -67,9 +67,9 @@ def _labels(draw: torch.Generator, logits: Tensor) -> Tensor:
     return (logits - (-uniform.log()).log()).argmax(1)
 
 
-def _hats(draw: torch.Generator, n: int, components: int, dof: int) -> Tensor:
+def _hats(draw: torch.Generator, n: int, components: int, n_nodes: int) -> Tensor:
     coords = torch.sigmoid(1.7 * _normal(draw, n, components))
-    return hat_basis(coords, quantile_nodes(coords, dof)).flatten(1)
+    return hat_basis(coords, quantile_nodes(coords, n_nodes)).flatten(1)
 
 
 def _turned(draw: torch.Generator, n: int, features: int, digits: int) -> tuple[Tensor, Tensor]:

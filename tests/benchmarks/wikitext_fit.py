@@ -51,7 +51,17 @@ COLUMNS = {
     "seconds": ".0f",
     "test": ".2f",
 }
-SETTINGS = ("train_tokens", "test_tokens", "block_size", "components", "dof", "ridges", "epochs", "rates", "tolerance")
+SETTINGS = (
+    "train_tokens",
+    "test_tokens",
+    "block_size",
+    "components",
+    "n_nodes",
+    "ridges",
+    "epochs",
+    "rates",
+    "tolerance",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,10 @@ class Comparison:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(arguments.model)
         config = LRegConfig(
-            task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=arguments.components, dof=arguments.dof
+            task_type="CAUSAL_LM",
+            target_modules=["lm_head"],
+            n_components=arguments.components,
+            n_nodes=arguments.n_nodes,
         )
         self.model: nn.Module = get_peft_model(base, config)
         self.output = find_output_layer(self.model)
@@ -258,7 +271,7 @@ def main() -> None:
     parser.add_argument("--test_tokens", type=int, default=12_288)
     parser.add_argument("--block_size", type=int, default=128)
     parser.add_argument("--components", type=int, default=4)
-    parser.add_argument("--dof", type=int, default=4)
+    parser.add_argument("--n_nodes", type=int, default=4)
     parser.add_argument("--ridges", type=float, nargs="+", default=[1e-3, 3e-4, 1e-4])
     parser.add_argument("--tolerance", type=float, default=1e-6)
     parser.add_argument("--epochs", type=int, default=10)

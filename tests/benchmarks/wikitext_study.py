@@ -79,9 +79,11 @@ def _lora(ranks: dict[str, int]) -> Callable[[PreTrainedModel], nn.Module]:
     return attach
 
 
-def _lreg(targets: list[str], components: int, dof: int, **options: Any) -> Callable[[PreTrainedModel], nn.Module]:
+def _lreg(targets: list[str], components: int, n_nodes: int, **options: Any) -> Callable[[PreTrainedModel], nn.Module]:
     def attach(model: PreTrainedModel) -> nn.Module:
-        config = LRegConfig(task_type="CAUSAL_LM", target_modules=targets, n_components=components, dof=dof, **options)
+        config = LRegConfig(
+            task_type="CAUSAL_LM", target_modules=targets, n_components=components, n_nodes=n_nodes, **options
+        )
         return get_peft_model(model, config)
 
     return attach
@@ -89,7 +91,7 @@ def _lreg(targets: list[str], components: int, dof: int, **options: Any) -> Call
 
 def _lreg_everywhere(sizes: dict[str, int] = EVERYWHERE, **options: Any) -> Callable[[PreTrainedModel], nn.Module]:
     pattern = {name.replace(".", r"\."): components for name, components in sizes.items()}
-    return _lreg(list(sizes), 1, 8, head="factored", component_pattern=pattern, **options)
+    return _lreg(list(sizes), 1, 8, weighting="factored", component_pattern=pattern, **options)
 
 
 _RATES = (5e-3, 1e-2, 2e-2, 4e-2)

@@ -127,12 +127,12 @@ def trained_alone(config, ids: torch.Tensor, steps: int) -> torch.nn.Module:
 
 #: What several processes train, and in how many steps.
 STEPS = 4
-HEADS = {"full": {"dof": 4}, "factored": {"head": "factored", "linear_term": True}}
+WEIGHTINGS = {"full": {"n_nodes": 4}, "factored": {"weighting": "factored", "linear_term": True}}
 
 
-def config(head: str) -> LRegConfig:
+def config(weighting: str) -> LRegConfig:
     """Shortcuts inside the layers, around blocks and on the output layer."""
-    return LRegConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "mlp", "lm_head"], **HEADS[head])
+    return LRegConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "mlp", "lm_head"], **WEIGHTINGS[weighting])
 
 
 def batch() -> torch.Tensor:
@@ -141,7 +141,7 @@ def batch() -> torch.Tensor:
 
 
 def same_as_alone(train: Callable[..., None], *options: Any) -> str:
-    """Compare what two processes `train(rank, *options, folder)`, the head last among the options, with one process."""
+    """Compare what two processes `train(rank, *options, folder)`, weighting last of the options, with one process."""
     folder = Path(tempfile.mkdtemp())
     in_two_processes(train, *options, folder)
     alone = trained_alone(config(options[-1]), batch(), STEPS)

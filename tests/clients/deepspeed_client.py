@@ -15,13 +15,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import HEADS, STEPS, batch, causal_lm, config, run, same_as_alone, shake
+from common import STEPS, WEIGHTINGS, batch, causal_lm, config, run, same_as_alone, shake
 from peft import get_peft_model
 
 
-def train(rank: int, stage: int, head: str, folder: Path) -> None:
+def train(rank: int, stage: int, weighting: str, folder: Path) -> None:
     """Half of the batch in each process; then the adapter is saved from what trains, as a trainer does it."""
-    model = get_peft_model(causal_lm(), config(head))
+    model = get_peft_model(causal_lm(), config(weighting))
     shake(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
@@ -50,5 +50,9 @@ def train(rank: int, stage: int, head: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     run(
-        {f"ZeRO-{stage}, {head} head": partial(same_as_alone, train, stage, head) for stage in (2, 3) for head in HEADS}
+        {
+            f"ZeRO-{stage}, {weighting} weighting": partial(same_as_alone, train, stage, weighting)
+            for stage in (2, 3)
+            for weighting in WEIGHTINGS
+        }
     )

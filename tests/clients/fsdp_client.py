@@ -4,15 +4,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import HEADS, STEPS, batch, causal_lm, config, run, same_as_alone, shake
+from common import STEPS, WEIGHTINGS, batch, causal_lm, config, run, same_as_alone, shake
 from peft import get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 
-def train(rank: int, head: str, folder: Path) -> None:
+def train(rank: int, weighting: str, folder: Path) -> None:
     """Half of the batch in each process."""
-    model = get_peft_model(causal_lm(), config(head))
+    model = get_peft_model(causal_lm(), config(weighting))
     shake(model)
     sharded = FullyShardedDataParallel(
         model, auto_wrap_policy=fsdp_auto_wrap_policy(model), device_id=torch.device("cpu"), use_orig_params=False
@@ -29,10 +29,15 @@ def train(rank: int, head: str, folder: Path) -> None:
         state = sharded.state_dict()
     if rank == 0:
         # PEFT 0.21 leaves out what lies inside wrapped blocks when it saves the wrapped model itself, of LoRA as well.
-        plain = get_peft_model(causal_lm(), config(head))
+        plain = get_peft_model(causal_lm(), config(weighting))
         plain.load_state_dict(state)
         plain.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    run({f"PEFT's wrap policy, {head} head": partial(same_as_alone, train, head) for head in HEADS})
+    run(
+        {
+            f"PEFT's wrap policy, {weighting} weighting": partial(same_as_alone, train, weighting)
+            for weighting in WEIGHTINGS
+        }
+    )

@@ -16,7 +16,7 @@ from lreg_peft import LRegConfig
 class Module(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.model = get_peft_model(causal_lm(), LRegConfig(target_modules=["mlp", "lm_head"], dof=6))
+        self.model = get_peft_model(causal_lm(), LRegConfig(target_modules=["mlp", "lm_head"], n_nodes=6))
 
     def training_step(self, batch, _):
         return self.model(input_ids=batch, labels=batch).loss

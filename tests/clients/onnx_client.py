@@ -14,11 +14,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lreg_peft import LRegConfig, recommended_config, save_as_lora
 
-HEADS = {
-    "full": {"head": "full"},
-    "reduced": {"head": "reduced"},
-    "factored": {"head": "factored"},
-    "factored, linear term": {"head": "factored", "linear_term": True},
+WEIGHTINGS = {
+    "full": {"weighting": "full"},
+    "reduced": {"weighting": "reduced"},
+    "factored": {"weighting": "factored"},
+    "factored, linear term": {"weighting": "factored", "linear_term": True},
 }
 
 
@@ -80,12 +80,12 @@ def merged() -> torch.nn.Module:
 if __name__ == "__main__":
     run(
         {
-            f"causal language model, head {name}": lambda options=options: check(language_model(**options))
-            for name, options in HEADS.items()
+            f"causal language model, weighting {name}": lambda options=options: check(language_model(**options))
+            for name, options in WEIGHTINGS.items()
         }
         | {
-            f"classifier, head {name}": lambda options=options: check(classifier(**options))
-            for name, options in HEADS.items()
+            f"classifier, weighting {name}": lambda options=options: check(classifier(**options))
+            for name, options in WEIGHTINGS.items()
         }
         | {"the recipe as a LoRA, merged": lambda: check(merged())}
     )

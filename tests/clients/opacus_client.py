@@ -14,24 +14,26 @@ from peft import get_peft_model
 from lreg_peft import LRegConfig
 from lreg_peft.core.encoder import LagrangeEncoder
 
-HEADS = {
-    "full": {"dof": 4},
-    "reduced": {"head": "reduced", "dof": 4},
-    "factored": {"head": "factored", "linear_term": True},
+WEIGHTINGS = {
+    "full": {"n_nodes": 4},
+    "reduced": {"weighting": "reduced", "n_nodes": 4},
+    "factored": {"weighting": "factored", "linear_term": True},
 }
 
 
 @register_grad_sampler(LagrangeEncoder)
 def profiles(encoder: LagrangeEncoder, activations: list[torch.Tensor], gradients: torch.Tensor) -> dict:
-    """Of the profiles of a factored head: Opacus works out modules itself unless they have buffers, here the nodes."""
+    """Of the profiles: Opacus works out modules itself unless they have buffers, here the nodes."""
     hats = encoder.basis(activations[0]).unflatten(-1, encoder.nodes.shape)  # [samples, ..., d, n]
     return {encoder.weight: torch.einsum("n...i,n...ij->nij", gradients, hats)}
 
 
-def every_sample(head: str) -> str:
+def every_sample(weighting: str) -> str:
     """Beside the gradients of the samples one by one."""
     ids = tokenizer()(texts(4), return_tensors="pt").input_ids
-    model = get_peft_model(causal_lm(), LRegConfig(target_modules=["q_proj", "mlp", "lm_head"], **HEADS[head]))
+    model = get_peft_model(
+        causal_lm(), LRegConfig(target_modules=["q_proj", "mlp", "lm_head"], **WEIGHTINGS[weighting])
+    )
     shake(model)
     model.train()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -51,4 +53,4 @@ def every_sample(head: str) -> str:
 
 
 if __name__ == "__main__":
-    run({f"gradients of samples, {head} head": partial(every_sample, head) for head in HEADS})
+    run({f"gradients of samples, {weighting} weighting": partial(every_sample, weighting) for weighting in WEIGHTINGS})

@@ -30,8 +30,8 @@ MODELS = {
 }
 VARIANTS = {
     "full": {},
-    "reduced": {"head": "reduced", "dof": 5},
-    "linear": {"head": "factored", "linear_term": True, "dof": 5},
+    "reduced": {"weighting": "reduced", "n_nodes": 5},
+    "linear": {"weighting": "factored", "linear_term": True, "n_nodes": 5},
 }
 CASES = [
     (f"{model} {'+'.join(targets)} LReg {name}", model, LRegConfig, {"target_modules": targets, **options})

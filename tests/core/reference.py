@@ -17,13 +17,13 @@ def hat(x: float, nodes: np.ndarray, i: int) -> float:
 
 
 def basis(coords: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-    """[samples, components] and [components, dof] -> [samples, components, dof]."""
+    """[samples, components] and [components, n_nodes] -> [samples, components, n_nodes]."""
     samples, components = coords.shape
-    dof = nodes.shape[1]
-    result = np.zeros((samples, components, dof))
+    n_nodes = nodes.shape[1]
+    result = np.zeros((samples, components, n_nodes))
     for s in range(samples):
         for i in range(components):
-            for j in range(dof):
+            for j in range(n_nodes):
                 result[s, i, j] = hat(coords[s, i], nodes[i], j)
     return result
 
@@ -48,41 +48,43 @@ def sigmoid(latent: np.ndarray) -> np.ndarray:
 
 
 def design(
-    latent: np.ndarray, nodes: np.ndarray, head: str, profile: np.ndarray | None = None, linear_term: bool = False
+    latent: np.ndarray, nodes: np.ndarray, weighting: str, profile: np.ndarray | None = None, linear_term: bool = False
 ) -> np.ndarray:
     """What the curve of a shortcut gives, the rows of its table are multiplied by: [samples, d] -> [samples, K]."""
     samples, components = latent.shape
-    dof = nodes.shape[1]
+    n_nodes = nodes.shape[1]
     psi = basis(sigmoid(latent), nodes)
     rows = []
     for s in range(samples):
         row = []
         for i in range(components):
-            if head == "factored":
-                value = sum(psi[s, i, j] * profile[i, j] for j in range(dof))
+            if weighting == "factored":
+                value = sum(psi[s, i, j] * profile[i, j] for j in range(n_nodes))
                 row.append(value + (latent[s, i] / 1.702 if linear_term else 0))
             else:
-                row += [psi[s, i, j] for j in range(dof) if head == "full" or j > 0]
-        rows.append([*row, 1.0] if head == "reduced" else row)
+                row += [psi[s, i, j] for j in range(n_nodes) if weighting == "full" or j > 0]
+        rows.append([*row, 1.0] if weighting == "reduced" else row)
     return np.array(rows)
 
 
 def design_slope(
-    latent: np.ndarray, nodes: np.ndarray, head: str, profile: np.ndarray | None = None, linear_term: bool = False
+    latent: np.ndarray, nodes: np.ndarray, weighting: str, profile: np.ndarray | None = None, linear_term: bool = False
 ) -> np.ndarray:
     """d design_k / d z_i, [samples, K, d]; at a node the derivative of the element to the right."""
     samples, components = latent.shape
-    dof, coords = nodes.shape[1], sigmoid(latent)
-    result = np.zeros((samples, design(latent, nodes, head, profile, linear_term).shape[1], components))
+    n_nodes, coords = nodes.shape[1], sigmoid(latent)
+    result = np.zeros((samples, design(latent, nodes, weighting, profile, linear_term).shape[1], components))
     for s in range(samples):
         for i in range(components):
             u = coords[s, i]
-            e = max(j for j in range(dof - 1) if nodes[i, j] <= u)  # the element that holds u, its left end included
+            e = max(
+                j for j in range(n_nodes - 1) if nodes[i, j] <= u
+            )  # the element that holds u, its left end included
             steepness = u * (1 - u) / (nodes[i, e + 1] - nodes[i, e])
-            if head == "factored":
+            if weighting == "factored":
                 result[s, i, i] = steepness * (profile[i, e + 1] - profile[i, e]) + (1 / 1.702 if linear_term else 0)
                 continue
-            width, first = (dof, 0) if head == "full" else (dof - 1, 1)
+            width, first = (n_nodes, 0) if weighting == "full" else (n_nodes - 1, 1)
             for j, slope in ((e, -steepness), (e + 1, steepness)):
                 if j >= first:
                     result[s, i * width + j - first, i] = slope

@@ -24,7 +24,7 @@ from lreg_peft.core.adapt import (
 )
 
 DTYPES = (torch.float32, torch.float64)
-STRATEGIES = ("exchange", "mrc")
+STRATEGIES = ("relocate", "paper")
 
 
 # --- Algorithms 2 and 3 of Li, Cheng & Gu (2025), written out in float64 NumPy loops ------------------------------
@@ -45,13 +45,13 @@ def reference_refine(nodes: np.ndarray, hits: np.ndarray, n_refine: int, pseudoc
     return np.array(fine), np.array(mass)
 
 
-def reference_coarsen(nodes: np.ndarray, mass: np.ndarray, dof: int) -> np.ndarray:
+def reference_coarsen(nodes: np.ndarray, mass: np.ndarray, n_nodes: int) -> np.ndarray:
     """Integrate the density mass / length and put the nodes at equal steps of the integral."""
     density = [mass[j] / (nodes[j + 1] - nodes[j]) for j in range(len(mass))]
     total = sum(mass)
     result = [nodes[0]]
-    for i in range(1, dof - 1):
-        wanted, j = total * i / (dof - 1), 0
+    for i in range(1, n_nodes - 1):
+        wanted, j = total * i / (n_nodes - 1), 0
         while wanted > mass[j]:
             wanted -= mass[j]
             j += 1
@@ -59,39 +59,39 @@ def reference_coarsen(nodes: np.ndarray, mass: np.ndarray, dof: int) -> np.ndarr
     return np.array([*result, nodes[-1]])
 
 
-def random_nodes(components: int, dof: int, dtype: torch.dtype, generator: torch.Generator, spread: float = 3.0):
+def random_nodes(components: int, n_nodes: int, dtype: torch.dtype, generator: torch.Generator, spread: float = 3.0):
     """Meshes on [0, 1] whose elements differ in length by up to a factor exp(spread)."""
-    lengths = (spread * torch.rand(components, dof - 1, dtype=torch.float64, generator=generator)).exp()
+    lengths = (spread * torch.rand(components, n_nodes - 1, dtype=torch.float64, generator=generator)).exp()
     inner = (lengths.cumsum(1) / lengths.sum(1, keepdim=True))[:, :-1]
     ends = torch.zeros(components, 1, dtype=torch.float64), torch.ones(components, 1, dtype=torch.float64)
     return torch.cat((ends[0], inner, ends[1]), 1).to(dtype)
 
 
 @st.composite
-def problems(draw, min_dof: int = 2, max_dof: int = 1024):
+def problems(draw, fewest: int = 2, most: int = 1024):
     """A mesh with coefficients, an indicator and the statistics of samples, in fp32 or fp64."""
     dtype = draw(st.sampled_from(DTYPES))
     components = draw(st.integers(1, 4))
-    dof = draw(st.one_of(st.integers(min_dof, 12), st.integers(min_dof, 200), st.sampled_from((512, 1024))))
-    dof = min(dof, max_dof)
+    n_nodes = draw(st.one_of(st.integers(fewest, 12), st.integers(fewest, 200), st.sampled_from((512, 1024))))
+    n_nodes = min(n_nodes, most)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     out = draw(st.integers(1, 3))
-    nodes = random_nodes(components, dof, dtype, generator)
+    nodes = random_nodes(components, n_nodes, dtype, generator)
     samples = torch.rand(draw(st.sampled_from((1, 20, 2000))), components, dtype=dtype, generator=generator)
     element, local = locate(samples, nodes)
-    hits = torch.randint(0, draw(st.sampled_from((1, 2, 50))), (components, dof - 1), generator=generator)
+    hits = torch.randint(0, draw(st.sampled_from((1, 2, 50))), (components, n_nodes - 1), generator=generator)
     return {
         "nodes": nodes,
-        "coefficients": torch.randn(components, dof, out, dtype=dtype, generator=generator),
+        "coefficients": torch.randn(components, n_nodes, out, dtype=dtype, generator=generator),
         "hits": hits.to(dtype),
-        "moments": element_moments(element, local, dof - 1),
-        "gradient": torch.randn(components, dof, dtype=dtype, generator=generator),
+        "moments": element_moments(element, local, n_nodes - 1),
+        "gradient": torch.randn(components, n_nodes, dtype=dtype, generator=generator),
         "generator": generator,
     }
 
 
 def move(problem, strategy, **options):
-    if strategy == "exchange":
+    if strategy == "relocate":
         options = {"moments": problem["moments"], "node_gradient": problem["gradient"], **options}
     return adapt_mesh(problem["nodes"], problem["coefficients"], problem["hits"], strategy=strategy, **options)
 
@@ -121,7 +121,7 @@ class TestPublishedAlgorithms:
     def test_the_strategy_is_the_two_in_a_row(self, problem, pseudocount):
         nodes, hits = problem["nodes"], problem["hits"]
         n_refine = max(1, nodes.shape[1] // 8)
-        adapted = move(problem, "mrc", n_refine=n_refine, pseudocount=pseudocount)
+        adapted = move(problem, "paper", n_refine=n_refine, pseudocount=pseudocount)
         for i in range(nodes.shape[0]):
             fine, mass = reference_refine(nodes[i].double().numpy(), hits[i].double().numpy(), n_refine, pseudocount)
             expected = reference_coarsen(fine, mass, nodes.shape[1])
@@ -131,7 +131,7 @@ class TestPublishedAlgorithms:
         generator = torch.Generator().manual_seed(0)
         nodes = random_nodes(3, 20, torch.float64, generator)
         hits = torch.randint(0, 30, (3, 19), generator=generator).double()
-        few, many = (adapt_mesh(nodes, nodes.unsqueeze(2), hits, strategy="mrc", n_refine=k).nodes for k in (1, 19))
+        few, many = (adapt_mesh(nodes, nodes.unsqueeze(2), hits, strategy="paper", n_refine=k).nodes for k in (1, 19))
         torch.testing.assert_close(few, many, atol=1e-14, rtol=0)
 
     def test_every_new_element_holds_the_same_mass(self):
@@ -147,15 +147,15 @@ class TestPublishedAlgorithms:
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(2, 1024), st.integers(2, 1024), st.floats(0, 1), st.integers(0, 2**31))
-    def test_coarsen_copes_with_empty_elements_anywhere(self, dof, dof_new, filled, seed):
+    def test_coarsen_copes_with_empty_elements_anywhere(self, n_nodes, n_new, filled, seed):
         generator = torch.Generator().manual_seed(seed)
-        nodes = random_nodes(2, dof, torch.float64, generator)
-        mass = torch.rand(2, dof - 1, dtype=torch.float64, generator=generator)
+        nodes = random_nodes(2, n_nodes, torch.float64, generator)
+        mass = torch.rand(2, n_nodes - 1, dtype=torch.float64, generator=generator)
         mass *= torch.rand(mass.shape, generator=generator) < filled
-        mass[:, (seed % (dof - 1))] = 0.1
-        new = coarsen(nodes, mass, dof_new)
+        mass[:, (seed % (n_nodes - 1))] = 0.1
+        new = coarsen(nodes, mass, n_new)
         check_nodes(new)
-        assert new.shape == (2, dof_new)
+        assert new.shape == (2, n_new)
 
 
 class TestRefine:
@@ -163,11 +163,11 @@ class TestRefine:
     @given(problems(), st.integers(0, 300))
     def test_leaves_the_function_unchanged(self, problem, n_refine):
         nodes, coefficients = problem["nodes"], problem["coefficients"]
-        components, dof = nodes.shape
-        n_refine = min(n_refine, dof - 1)
+        components, n_nodes = nodes.shape
+        n_refine = min(n_refine, n_nodes - 1)
         fine, mass = refine(nodes, mark(problem["hits"], n_refine), problem["hits"])
         check_nodes(fine)
-        assert fine.shape == (components, dof + n_refine)
+        assert fine.shape == (components, n_nodes + n_refine)
         torch.testing.assert_close(mass.sum(1), problem["hits"].sum(1))
         coords = torch.rand(200, components, dtype=nodes.dtype, generator=problem["generator"])
         before = evaluate(coords, nodes, coefficients)
@@ -189,13 +189,15 @@ class TestRefine:
 class TestInterpolate:
     @settings(max_examples=60, deadline=None)
     @given(problems(), st.integers(2, 300))
-    def test_preserves_functions_that_are_linear_on_each_new_element(self, problem, dof_new):
+    def test_preserves_functions_that_are_linear_on_each_new_element(self, problem, n_new):
         # Kinks at some nodes of the old mesh, all of them nodes of the new one.
         nodes, generator = problem["nodes"], problem["generator"]
-        components, dof = nodes.shape
-        keep = torch.unique(torch.cat((torch.tensor([0, dof - 1]), torch.randint(0, dof, (5,), generator=generator))))
+        components, n_nodes = nodes.shape
+        keep = torch.unique(
+            torch.cat((torch.tensor([0, n_nodes - 1]), torch.randint(0, n_nodes, (5,), generator=generator)))
+        )
         kinks = nodes[:, keep]
-        more = torch.rand(components, dof_new, dtype=torch.float64, generator=generator).to(nodes.dtype)
+        more = torch.rand(components, n_new, dtype=torch.float64, generator=generator).to(nodes.dtype)
         new = torch.cat((kinks, more), 1).sort(1).values
         if not (new.diff(dim=1) > 0).all():
             return
@@ -220,9 +222,9 @@ class TestInterpolate:
         assert (carried.amax(1) <= squares.to(dtype).amax(1)).all()
 
     @settings(max_examples=30, deadline=None)
-    @given(problems(min_dof=3), st.sampled_from(STRATEGIES))
+    @given(problems(fewest=3), st.sampled_from(STRATEGIES))
     def test_nodes_that_stay_keep_their_values_exactly(self, problem, strategy):
-        adapted = move(problem, strategy, **({"node_gradient": None} if strategy == "exchange" else {}))
+        adapted = move(problem, strategy, **({"node_gradient": None} if strategy == "relocate" else {}))
         carried = adapted.carry(problem["coefficients"])
         same = (adapted.nodes.unsqueeze(2) == problem["nodes"].unsqueeze(1)).nonzero()  # component, new, old
         assert len(same) >= 2 * problem["nodes"].shape[0]
@@ -260,23 +262,23 @@ class TestInvariants:
 
     @settings(max_examples=60, deadline=None)
     @given(st.integers(2, 1024), st.sampled_from(DTYPES), st.sampled_from(STRATEGIES), st.sampled_from((0.0, 1.0, 7.0)))
-    def test_uniform_counts_leave_a_uniform_mesh_uniform(self, dof, dtype, strategy, count):
-        nodes = uniform_nodes(2, dof, dtype=dtype)
-        coefficients = torch.randn(2, dof, 3, dtype=dtype, generator=torch.Generator().manual_seed(dof))
-        adapted = adapt_mesh(nodes, coefficients, nodes.new_full((2, dof - 1), count), strategy=strategy)
+    def test_uniform_counts_leave_a_uniform_mesh_uniform(self, n_nodes, dtype, strategy, count):
+        nodes = uniform_nodes(2, n_nodes, dtype=dtype)
+        coefficients = torch.randn(2, n_nodes, 3, dtype=dtype, generator=torch.Generator().manual_seed(n_nodes))
+        adapted = adapt_mesh(nodes, coefficients, nodes.new_full((2, n_nodes - 1), count), strategy=strategy)
         # The sum of up to 1024 equal masses, taken in fp64, against nodes rounded in `dtype`.
         torch.testing.assert_close(adapted.nodes, nodes, atol=2 * eps(nodes), rtol=0)
 
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    @pytest.mark.parametrize("dof", [8, 33, 128])
-    def test_repeated_updates_concentrate_nodes_where_the_losses_are(self, strategy, dof):
+    @pytest.mark.parametrize("n_nodes", [8, 33, 128])
+    def test_repeated_updates_concentrate_nodes_where_the_losses_are(self, strategy, n_nodes):
         samples = torch.cat((torch.linspace(0, 1, 501), torch.linspace(0.6, 0.65, 4501))).double().unsqueeze(1)
-        nodes = uniform_nodes(1, dof)
+        nodes = uniform_nodes(1, n_nodes)
         for _ in range(40):
             element, _ = locate(samples, nodes)
-            hits = element_sums(element, torch.ones(()), dof - 1)
-            nodes = adapt_mesh(nodes, torch.zeros(1, dof, 1), hits, strategy=strategy).nodes
-        inside = ((nodes >= 0.6) & (nodes <= 0.65)).sum() / dof
+            hits = element_sums(element, torch.ones(()), n_nodes - 1)
+            nodes = adapt_mesh(nodes, torch.zeros(1, n_nodes, 1), hits, strategy=strategy).nodes
+        inside = ((nodes >= 0.6) & (nodes <= 0.65)).sum() / n_nodes
         # Nine tenths of the samples; the pseudocount and the median rule keep some nodes outside.
         assert inside > 0.5
 
@@ -319,21 +321,21 @@ class TestInvariants:
 
 class TestRemovalCost:
     @settings(max_examples=40, deadline=None)
-    @given(problems(min_dof=3, max_dof=64))
+    @given(problems(fewest=3, most=64))
     def test_agrees_with_the_dense_inverse(self, problem):
         nodes, coefficients = problem["nodes"].double(), problem["coefficients"].double()
         generator = problem["generator"]
-        components, dof = nodes.shape
-        samples = torch.rand(40 * dof, components, dtype=torch.float64, generator=generator)
+        components, n_nodes = nodes.shape
+        samples = torch.rand(40 * n_nodes, components, dtype=torch.float64, generator=generator)
         element, local = locate(samples, nodes)
-        cost = removal_cost(nodes, coefficients, element_moments(element, local, dof - 1))
+        cost = removal_cost(nodes, coefficients, element_moments(element, local, n_nodes - 1))
         basis = hat_basis(samples, nodes)
         for i in range(components):
             mass = basis[:, i].T @ basis[:, i]
-            mass = mass + 1e-9 * mass.diagonal().mean() * torch.eye(dof, dtype=torch.float64)
+            mass = mass + 1e-9 * mass.diagonal().mean() * torch.eye(n_nodes, dtype=torch.float64)
             share = (nodes[i, 1:-1] - nodes[i, :-2]) / (nodes[i, 2:] - nodes[i, :-2])
-            rows = torch.zeros(dof - 2, dof, dtype=torch.float64)
-            for j in range(dof - 2):
+            rows = torch.zeros(n_nodes - 2, n_nodes, dtype=torch.float64)
+            for j in range(n_nodes - 2):
                 rows[j, j], rows[j, j + 1], rows[j, j + 2] = 1 - share[j], -1, share[j]
             expected = (rows @ coefficients[i]).square().sum(1) / (rows * torch.linalg.solve(mass, rows.T).T).sum(1)
             # Elements with one or two samples make the mass matrix nearly singular: cond * eps = 1e9 * 2e-16.
@@ -430,10 +432,10 @@ class TestExchange:
         torch.testing.assert_close(new, expected)
 
     @settings(max_examples=60, deadline=None)
-    @given(problems(min_dof=3, max_dof=100))
+    @given(problems(fewest=3, most=100))
     def test_neighbours_do_not_leave_together(self, problem):
         nodes = problem["nodes"]
-        new = move(problem, "exchange", node_gradient=None, n_refine=nodes.shape[1]).nodes
+        new = move(problem, "relocate", node_gradient=None, n_refine=nodes.shape[1]).nodes
         stayed = (nodes.unsqueeze(2) == new.unsqueeze(1)).any(dim=2)
         assert (stayed[:, 1:] | stayed[:, :-1]).all()
 
@@ -512,7 +514,7 @@ class TestErrors:
             mark(self.indicator, 5)
         with pytest.raises(ValueError, match="NaN at"):
             mark(torch.tensor([[1.0, torch.nan]]), 1)
-        with pytest.raises(ValueError, match="dof=1"):
+        with pytest.raises(ValueError, match="n_nodes=1"):
             coarsen(self.nodes, self.indicator, 1)
         with pytest.raises(ValueError, match="positive in sum"):
             coarsen(self.nodes, torch.zeros(2, 3), 4)

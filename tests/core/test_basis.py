@@ -13,7 +13,7 @@ from lreg_peft.core import (
 )
 from lreg_peft.core.mesh import active_nodes
 
-DOFS = [2, 3, 8, 9, 64]
+N_NODES = [2, 3, 8, 9, 64]
 
 
 def special_points(nodes: torch.Tensor) -> torch.Tensor:
@@ -29,21 +29,21 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dof", DOFS)
+@pytest.mark.parametrize("n_nodes", N_NODES)
 class TestTheorems:
-    def test_kronecker_delta_at_the_nodes(self, dof):
-        nodes = random_nodes(3, dof)
-        basis = hat_basis(nodes.T, nodes)  # [dof, components, dof]
-        assert torch.equal(basis, torch.eye(dof, dtype=nodes.dtype).unsqueeze(1).expand(dof, 3, dof))
+    def test_kronecker_delta_at_the_nodes(self, n_nodes):
+        nodes = random_nodes(3, n_nodes)
+        basis = hat_basis(nodes.T, nodes)  # [n_nodes, components, n_nodes]
+        assert torch.equal(basis, torch.eye(n_nodes, dtype=nodes.dtype).unsqueeze(1).expand(n_nodes, 3, n_nodes))
 
-    def test_partition_of_unity_and_bounds(self, dof):
-        nodes = random_nodes(3, dof)
+    def test_partition_of_unity_and_bounds(self, n_nodes):
+        nodes = random_nodes(3, n_nodes)
         basis = hat_basis(special_points(nodes), nodes)
         assert (basis >= 0).all() and (basis <= 1).all()
         torch.testing.assert_close(basis.sum(-1), torch.ones_like(basis[..., 0]), atol=2**-52, rtol=0)
 
-    def test_at_most_two_neighbouring_entries_are_non_zero(self, dof):
-        nodes = random_nodes(3, dof)
+    def test_at_most_two_neighbouring_entries_are_non_zero(self, n_nodes):
+        nodes = random_nodes(3, n_nodes)
         points = special_points(nodes)
         basis = hat_basis(points, nodes)
         element, local = locate(points, nodes)
@@ -51,39 +51,39 @@ class TestTheorems:
         assert torch.equal(basis.gather(-1, element.unsqueeze(-1)).squeeze(-1), 1 - local)
         assert torch.equal(basis.gather(-1, element.unsqueeze(-1) + 1).squeeze(-1), local)
 
-    def test_piecewise_linear_functions_are_reproduced_by_their_nodal_values(self, dof):
-        nodes = random_nodes(1, dof)
-        values = torch.randn(1, dof, 1, dtype=torch.float64)
+    def test_piecewise_linear_functions_are_reproduced_by_their_nodal_values(self, n_nodes):
+        nodes = random_nodes(1, n_nodes)
+        values = torch.randn(1, n_nodes, 1, dtype=torch.float64)
         points = torch.rand(200, 1, dtype=torch.float64)
         expected = np.interp(points.squeeze(1), nodes[0], values[0, :, 0])
         result = evaluate(points, nodes, values).squeeze(1)
         np.testing.assert_allclose(result, expected, atol=1e-13)
 
-    def test_derivative_inside_an_element_is_the_slope(self, dof):
-        nodes = random_nodes(1, dof)
-        values = torch.randn(1, dof, 1, dtype=torch.float64)
+    def test_derivative_inside_an_element_is_the_slope(self, n_nodes):
+        nodes = random_nodes(1, n_nodes)
+        values = torch.randn(1, n_nodes, 1, dtype=torch.float64)
         middle = ((nodes[:, 1:] + nodes[:, :-1]) / 2).T.requires_grad_()
         (slope,) = torch.autograd.grad(evaluate(middle, nodes, values).sum(), middle)
         expected = values[0, :, 0].diff() / nodes[0].diff()
         torch.testing.assert_close(slope.squeeze(1), expected, rtol=1e-12, atol=1e-12)
 
-    def test_equals_the_literal_formula(self, dof):
-        nodes = random_nodes(2, dof)
-        coefficients = torch.randn(2, dof, 5, dtype=torch.float64)
+    def test_equals_the_literal_formula(self, n_nodes):
+        nodes = random_nodes(2, n_nodes)
+        coefficients = torch.randn(2, n_nodes, 5, dtype=torch.float64)
         points = special_points(nodes)
         psi = reference.basis(points.numpy(), nodes.numpy())
         np.testing.assert_allclose(hat_basis(points, nodes), psi, atol=1e-13)
         expected = np.einsum("sij,ijc->sc", psi, coefficients.numpy())
         np.testing.assert_allclose(evaluate(points, nodes, coefficients), expected, atol=1e-12)
 
-    def test_gradients(self, dof):
-        nodes = random_nodes(2, dof)
-        element = torch.randint(0, dof - 1, (4, 2))
+    def test_gradients(self, n_nodes):
+        nodes = random_nodes(2, n_nodes)
+        element = torch.randint(0, n_nodes - 1, (4, 2))
         inside = 0.2 + 0.6 * torch.rand(4, 2, dtype=torch.float64)  # away from the nodes, where the slope jumps
         component = torch.arange(2)
         left, right = nodes[component, element], nodes[component, element + 1]
         coords = (left + inside * (right - left)).requires_grad_()
-        coefficients = torch.randn(2, dof, 3, dtype=torch.float64, requires_grad=True)
+        coefficients = torch.randn(2, n_nodes, 3, dtype=torch.float64, requires_grad=True)
 
         def function(u, c):
             return evaluate(u, nodes, c)
@@ -92,23 +92,23 @@ class TestTheorems:
 
 
 def test_l2_error_falls_with_the_square_of_the_element_length():
-    dofs = [9, 17, 33, 65, 129]
+    counts = [9, 17, 33, 65, 129]
     x = torch.linspace(0, 1, 20001, dtype=torch.float64).unsqueeze(1)
     errors = []
-    for dof in dofs:
-        nodes = uniform_nodes(1, dof, dtype=torch.float64)
+    for n_nodes in counts:
+        nodes = uniform_nodes(1, n_nodes, dtype=torch.float64)
         values = torch.sin(2 * torch.pi * nodes).unsqueeze(-1)
         errors.append((evaluate(x, nodes, values) - torch.sin(2 * torch.pi * x)).square().mean().sqrt().item())
-    slope = np.polyfit(np.log(np.array(dofs) - 1.0), np.log(errors), 1)[0]
+    slope = np.polyfit(np.log(np.array(counts) - 1.0), np.log(errors), 1)[0]
     assert abs(slope + 2) < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dof", [8, 256, 1024])
-def test_half_precision_coefficients_keep_their_error_at_every_dof(dtype, dof):
-    nodes = uniform_nodes(4, dof)
+@pytest.mark.parametrize("n_nodes", [8, 256, 1024])
+def test_half_precision_coefficients_keep_their_error_at_every_size(dtype, n_nodes):
+    nodes = uniform_nodes(4, n_nodes)
     coords = torch.rand(500, 4)
-    coefficients = torch.randn(4, dof, 3, dtype=torch.float64)
+    coefficients = torch.randn(4, n_nodes, 3, dtype=torch.float64)
     exact = evaluate(coords, nodes, coefficients)
     rounded = evaluate(coords, nodes, coefficients.to(dtype))
     assert rounded.dtype == dtype

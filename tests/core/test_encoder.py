@@ -9,20 +9,20 @@ from torch import nn
 from lreg_peft.core.encoder import LagrangeEncoder
 
 D = 3
-HEADS = {
-    "full": {"head": "full"},
-    "reduced": {"head": "reduced"},
-    "factored": {"head": "factored"},
-    "linear term": {"head": "factored", "linear_term": True},
+WEIGHTINGS = {
+    "full": {"weighting": "full"},
+    "reduced": {"weighting": "reduced"},
+    "factored": {"weighting": "factored"},
+    "linear term": {"weighting": "factored", "linear_term": True},
 }
-DOFS = [2, 3, 5, 8, 16, 32, 33, 64]  # many nodes may take another way than few
-every_head = pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-every_dof = pytest.mark.parametrize("dof", DOFS)
+N_NODES = [2, 3, 5, 8, 16, 32, 33, 64]  # many nodes may take another way than few
+every_head = pytest.mark.parametrize("options", WEIGHTINGS.values(), ids=WEIGHTINGS)
+every_size = pytest.mark.parametrize("n_nodes", N_NODES)
 
 
-def latent_nodes(dof: int) -> torch.Tensor:
-    """z `[D, dof]` whose sigmoids are the nodes; the ends are so far out that theirs are 0 and 1."""
-    inner = 3 * torch.randn(D, dof - 2, dtype=torch.float64).sort(dim=1).values
+def latent_nodes(n_nodes: int) -> torch.Tensor:
+    """z `[D, n_nodes]` whose sigmoids are the nodes; the ends are so far out that theirs are 0 and 1."""
+    inner = 3 * torch.randn(D, n_nodes - 2, dtype=torch.float64).sort(dim=1).values
     end = torch.full((D, 1), 800.0, dtype=torch.float64)
     return torch.cat((-end, inner, end), dim=1)
 
@@ -35,9 +35,9 @@ def encoder_on(nodes: torch.Tensor, **options) -> LagrangeEncoder:
     return encoder
 
 
-def made(dof: int, **options) -> tuple[LagrangeEncoder, torch.Tensor]:
+def made(n_nodes: int, **options) -> tuple[LagrangeEncoder, torch.Tensor]:
     """An encoder in fp64 on a random mesh, and latent coordinates for it: random ones, and every node."""
-    nodes = latent_nodes(dof)
+    nodes = latent_nodes(n_nodes)
     encoder = encoder_on(nodes.sigmoid(), **options)
     return encoder, torch.cat((3 * torch.randn(20, D, dtype=torch.float64), nodes.T))
 
@@ -45,7 +45,7 @@ def made(dof: int, **options) -> tuple[LagrangeEncoder, torch.Tensor]:
 def of_reference(function, encoder: LagrangeEncoder, latent: torch.Tensor) -> torch.Tensor:
     profile = None if encoder.weight is None else encoder.weight.detach().numpy()
     return torch.from_numpy(
-        function(latent.detach().numpy(), encoder.nodes.numpy(), encoder.head, profile, encoder.linear_term)
+        function(latent.detach().numpy(), encoder.nodes.numpy(), encoder.weighting, profile, encoder.linear_term)
     )
 
 
@@ -54,16 +54,16 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @every_head
-@every_dof
+@every_size
 class TestReference:
-    def test_values(self, dof, options):
-        encoder, latent = made(dof, **options)
+    def test_values(self, n_nodes, options):
+        encoder, latent = made(n_nodes, **options)
         design = encoder(latent)
         assert design.shape == (len(latent), encoder.n_functions)
         torch.testing.assert_close(design, of_reference(reference.design, encoder, latent), **TOLERANCE)
 
-    def test_gradients_and_those_at_nodes_are_of_the_element_to_the_right(self, dof, options):
-        encoder, latent = made(dof, **options)
+    def test_gradients_and_those_at_nodes_are_of_the_element_to_the_right(self, n_nodes, options):
+        encoder, latent = made(n_nodes, **options)
         latent.requires_grad_()
         weight = torch.randn(len(latent), encoder.n_functions, dtype=torch.float64)
         (encoder(latent) * weight).sum().backward()
@@ -73,32 +73,32 @@ class TestReference:
             basis = torch.from_numpy(reference.basis(latent.detach().sigmoid().numpy(), encoder.nodes.numpy()))
             torch.testing.assert_close(encoder.weight.grad, torch.einsum("si,sij->ij", weight, basis), **TOLERANCE)
 
-    def test_the_gradient_in_the_coordinates_leaves_the_linear_term_out(self, dof, options):
-        encoder, latent = made(dof, **options)
+    def test_the_gradient_in_the_coordinates_leaves_the_linear_term_out(self, n_nodes, options):
+        encoder, latent = made(n_nodes, **options)
         latent = latent[:20]
         weight = torch.randn(20, encoder.n_functions, dtype=torch.float64)
         with torch.no_grad():
             found = encoder.coordinate_gradient(latent, weight)
         profile = None if encoder.weight is None else encoder.weight.detach().numpy()
         slope = torch.from_numpy(
-            reference.design_slope(latent.numpy(), encoder.nodes.numpy(), encoder.head, profile)  # no linear term
+            reference.design_slope(latent.numpy(), encoder.nodes.numpy(), encoder.weighting, profile)  # no linear term
         )
         u = latent.sigmoid()
         torch.testing.assert_close(found * u * (1 - u), torch.einsum("sk,ski->si", weight, slope), **TOLERANCE)
 
-    def test_any_leading_shape(self, dof, options):
-        encoder, latent = made(dof, **options)
+    def test_any_leading_shape(self, n_nodes, options):
+        encoder, latent = made(n_nodes, **options)
         expected = encoder(latent[:20])
         assert torch.equal(encoder(latent[:20].view(4, 5, D)), expected.view(4, 5, -1))
         assert torch.equal(encoder(latent[0]), expected[0])
         assert encoder(latent[:0]).shape == (0, encoder.n_functions)
 
-    def test_fp32(self, dof, options):
+    def test_fp32(self, n_nodes, options):
         """The same to a few roundings of u, divided by the length of an element."""
-        encoder = encoder_on(torch.linspace(0, 1, dof, dtype=torch.float64).pow(1.3).repeat(D, 1), **options)
+        encoder = encoder_on(torch.linspace(0, 1, n_nodes, dtype=torch.float64).pow(1.3).repeat(D, 1), **options)
         latent = 3 * torch.randn(50, D, dtype=torch.float64)
         expected = of_reference(reference.design, encoder, latent)
-        single = LagrangeEncoder(D, dof, nodes=encoder.nodes.float(), **options)
+        single = LagrangeEncoder(D, n_nodes, nodes=encoder.nodes.float(), **options)
         if encoder.weight is not None:
             single.weight.data.copy_(encoder.weight)
         found = single(latent.float())
@@ -107,79 +107,79 @@ class TestReference:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=8 * 2**-24 / shortest)
 
 
-@every_dof
+@every_size
 class TestTheorems:
-    def hats(self, dof):
-        encoder, latent = made(dof)
-        return encoder, encoder.basis(latent).unflatten(-1, (D, dof))
+    def hats(self, n_nodes):
+        encoder, latent = made(n_nodes)
+        return encoder, encoder.basis(latent).unflatten(-1, (D, n_nodes))
 
-    def test_kronecker_delta_at_the_nodes(self, dof):
-        _, hats = self.hats(dof)
-        expected = torch.eye(dof, dtype=torch.float64).unsqueeze(1).expand(dof, D, dof)
+    def test_kronecker_delta_at_the_nodes(self, n_nodes):
+        _, hats = self.hats(n_nodes)
+        expected = torch.eye(n_nodes, dtype=torch.float64).unsqueeze(1).expand(n_nodes, D, n_nodes)
         assert torch.equal(hats[20:], expected)
 
-    def test_partition_of_unity_and_bounds(self, dof):
-        _, hats = self.hats(dof)
+    def test_partition_of_unity_and_bounds(self, n_nodes):
+        _, hats = self.hats(n_nodes)
         assert (hats >= 0).all() and (hats <= 1).all()
         torch.testing.assert_close(hats.sum(dim=-1), torch.ones_like(hats[..., 0]), atol=2**-51, rtol=0)
 
-    def test_at_most_two_neighbours_are_not_zero(self, dof):
-        _, hats = self.hats(dof)
+    def test_at_most_two_neighbours_are_not_zero(self, n_nodes):
+        _, hats = self.hats(n_nodes)
         for row in hats.flatten(0, 1):
             (nonzero,) = row.nonzero(as_tuple=True)
             assert len(nonzero) <= 2 and nonzero.max() - nonzero.min() <= 1
 
-    @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-    def test_the_basis_is_that_of_every_head(self, dof, head):
-        encoder, latent = made(dof, head=head)
-        other = LagrangeEncoder(D, dof, nodes=encoder.nodes)
+    @pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+    def test_the_basis_is_that_of_every_head(self, n_nodes, weighting):
+        encoder, latent = made(n_nodes, weighting=weighting)
+        other = LagrangeEncoder(D, n_nodes, nodes=encoder.nodes)
         assert torch.equal(encoder.basis(latent), other(latent))
 
-    @pytest.mark.parametrize("head", ["full", "reduced"])
-    def test_nodal_coefficients_are_the_values_at_the_nodes(self, dof, head):
+    @pytest.mark.parametrize("weighting", ["full", "reduced"])
+    def test_nodal_coefficients_are_the_values_at_the_nodes(self, n_nodes, weighting):
         """Of the function that design and table make: at the nodes of all components at once their sum."""
-        encoder, latent = made(dof, head=head)
+        encoder, latent = made(n_nodes, weighting=weighting)
         weight = torch.randn(4, encoder.n_functions, dtype=torch.float64)
         at_nodes = encoder(latent[20:]) @ weight.T
         torch.testing.assert_close(at_nodes, encoder.nodal_coefficients(weight).sum(dim=0), **TOLERANCE)
 
 
-def inside(dof: int, **options) -> tuple[LagrangeEncoder, torch.Tensor]:
+def inside(n_nodes: int, **options) -> tuple[LagrangeEncoder, torch.Tensor]:
     """Coordinates in the middle of elements, so that finite differences see one element; a few, as Jacobians are
     large."""
-    encoder, _ = made(min(dof, 9) if dof <= 32 else dof, **options)
-    nodes = torch.linspace(0, 1, encoder.dof, dtype=torch.float64).pow(1.2).repeat(D, 1)
+    encoder, _ = made(min(n_nodes, 9) if n_nodes <= 32 else n_nodes, **options)
+    nodes = torch.linspace(0, 1, encoder.n_nodes, dtype=torch.float64).pow(1.2).repeat(D, 1)
     encoder.nodes.copy_(nodes)
     middle = (nodes[:, 1:] + nodes[:, :-1]) / 2
-    picked = torch.tensor([0, encoder.dof // 2 - 1, encoder.dof - 2]).clamp(min=0)
+    picked = torch.tensor([0, encoder.n_nodes // 2 - 1, encoder.n_nodes - 2]).clamp(min=0)
     return encoder, middle[:, picked].T.logit()
 
 
 @every_head
-@pytest.mark.parametrize("dof", [2, 9, 40])
+@pytest.mark.parametrize("n_nodes", [2, 9, 40])
 class TestDerivatives:
-    def functions(self, dof, options):
-        encoder, latent = inside(dof, **options)
+    def functions(self, n_nodes, options):
+        encoder, latent = inside(n_nodes, **options)
         if encoder.weight is None:
             return encoder, (latent,), lambda z: encoder(z)
         given = encoder.weight.detach().clone()
         return encoder, (latent, given), lambda z, w: torch.func.functional_call(encoder, {"weight": w}, (z,))
 
-    def test_first_and_second_by_differences(self, dof, options):
-        _, inputs, function = self.functions(dof, options)
+    def test_first_and_second_by_differences(self, n_nodes, options):
+        _, inputs, function = self.functions(n_nodes, options)
         inputs = tuple(value.requires_grad_() for value in inputs)
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
 
-    def test_second_derivatives_are_not_those_of_a_line(self, dof, options):
-        encoder, (latent, *_), _ = self.functions(dof, options)
+    def test_second_derivatives_are_not_those_of_a_line(self, n_nodes, options):
+        encoder, (latent, *_), _ = self.functions(n_nodes, options)
         latent.requires_grad_()
         (first,) = torch.autograd.grad(encoder(latent).square().sum(), latent, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), latent)
         assert second.abs().min() > 1e-8
 
-    def test_vjp_jvp_and_vmap(self, dof, options):
-        _, inputs, function = self.functions(dof, options)
+    def test_vjp_jvp_and_vmap(self, n_nodes, options):
+        _, inputs, function = self.functions(n_nodes, options)
         output, pull = torch.func.vjp(function, *inputs)
         tangents = tuple(torch.randn_like(value) for value in inputs)
         same, push = torch.func.jvp(function, inputs, tangents)
@@ -196,8 +196,8 @@ class TestDerivatives:
         by_row = torch.func.vmap(function, in_dims=(0, *(None for _ in inputs[1:])))(*inputs)
         torch.testing.assert_close(by_row, output)
 
-    def test_jacobians_of_samples(self, dof, options):
-        _, (latent, *weights), function = self.functions(dof, options)
+    def test_jacobians_of_samples(self, n_nodes, options):
+        _, (latent, *weights), function = self.functions(n_nodes, options)
         forward, backward = (
             torch.func.vmap(jacobian(lambda z: function(z, *weights)))(latent)
             for jacobian in (torch.func.jacfwd, torch.func.jacrev)
@@ -228,7 +228,9 @@ def test_coordinates_of_half_precision_are_not_rounded():
 
 
 def test_the_linear_term_goes_on_where_the_sigmoid_says_nothing():
-    encoder = encoder_on(torch.linspace(0, 1, 5, dtype=torch.float64).repeat(D, 1), head="factored", linear_term=True)
+    encoder = encoder_on(
+        torch.linspace(0, 1, 5, dtype=torch.float64).repeat(D, 1), weighting="factored", linear_term=True
+    )
     far = encoder(torch.tensor([[60.0] * D, [61.0] * D], dtype=torch.float64))
     torch.testing.assert_close(far[1] - far[0], torch.full((D,), 1 / 1.702, dtype=torch.float64))
 
@@ -273,4 +275,4 @@ def test_profiles_start_with_the_mean_asked_for_and_variance_one():
 
 def test_what_is_printed_names_the_sizes():
     text = repr(LagrangeEncoder(2, 7, "factored", linear_term=True))
-    assert text == "LagrangeEncoder(n_components=2, dof=7, head='factored', linear_term=True)"
+    assert text == "LagrangeEncoder(n_components=2, n_nodes=7, weighting='factored', linear_term=True)"

@@ -7,8 +7,8 @@ from lreg_peft.core import check_nodes, locate, quantile_nodes, uniform_nodes
 from lreg_peft.core.mesh import MIN_RELATIVE_ELEMENT, separate_nodes
 
 
-def random_nodes(components: int, dof: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    lengths = torch.rand(components, dof - 1, dtype=torch.float64) + 0.05
+def random_nodes(components: int, n_nodes: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    lengths = torch.rand(components, n_nodes - 1, dtype=torch.float64) + 0.05
     inner = lengths.cumsum(1) / lengths.sum(1, keepdim=True)
     return torch.cat((torch.zeros(components, 1, dtype=torch.float64), inner), 1).to(dtype)
 
@@ -31,10 +31,10 @@ class TestUniformNodes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"n_components": 2, "dof": 1}, "dof=1"),
-            ({"n_components": 0, "dof": 2}, "n_components=0"),
-            ({"n_components": 1, "dof": 2, "low": 1.0, "high": 1.0}, "low=1.0, high=1.0"),
-            ({"n_components": 1, "dof": 2, "dtype": torch.bfloat16}, "bfloat16"),
+            ({"n_components": 2, "n_nodes": 1}, "n_nodes=1"),
+            ({"n_components": 0, "n_nodes": 2}, "n_components=0"),
+            ({"n_components": 1, "n_nodes": 2, "low": 1.0, "high": 1.0}, "low=1.0, high=1.0"),
+            ({"n_components": 1, "n_nodes": 2, "dtype": torch.bfloat16}, "bfloat16"),
         ],
     )
     def test_refuses_what_is_no_mesh(self, arguments, message):
@@ -43,15 +43,15 @@ class TestUniformNodes:
 
 
 class TestQuantileNodes:
-    @pytest.mark.parametrize("dof", [2, 3, 10, 64])
-    def test_every_element_holds_the_same_share(self, dof):
+    @pytest.mark.parametrize("n_nodes", [2, 3, 10, 64])
+    def test_every_element_holds_the_same_share(self, n_nodes):
         torch.manual_seed(0)
         samples = torch.rand(6300, 2, dtype=torch.float64) ** 2
-        nodes = quantile_nodes(samples, dof, low=None, high=None)
+        nodes = quantile_nodes(samples, n_nodes, low=None, high=None)
         element, _ = locate(samples, nodes)
         for i in range(2):
-            share = torch.bincount(element[:, i], minlength=dof - 1) / 6300
-            assert (share - 1 / (dof - 1)).abs().max() <= 2 / 6300  # each end of an element rounds to a sample
+            share = torch.bincount(element[:, i], minlength=n_nodes - 1) / 6300
+            assert (share - 1 / (n_nodes - 1)).abs().max() <= 2 / 6300  # each end of an element rounds to a sample
 
     def test_ends_are_the_given_ones(self):
         nodes = quantile_nodes(torch.rand(50, 2), 4)
@@ -66,17 +66,17 @@ class TestQuantileNodes:
         assert nodes.diff(dim=1).min() >= MIN_RELATIVE_ELEMENT * 0.99
 
     @pytest.mark.parametrize(
-        ("samples", "dof", "message"),
+        ("samples", "n_nodes", "message"),
         [
-            (torch.rand(5, 1), 1, "dof=1"),
+            (torch.rand(5, 1), 1, "n_nodes=1"),
             (torch.rand(0, 1), 3, r"\(0, 1\)"),
             (torch.rand(5), 3, r"\(5,\)"),
             (torch.tensor([[0.1], [float("nan")]]), 3, "finite"),
         ],
     )
-    def test_refuses_unusable_samples(self, samples, dof, message):
+    def test_refuses_unusable_samples(self, samples, n_nodes, message):
         with pytest.raises(ValueError, match=message):
-            quantile_nodes(samples, dof)
+            quantile_nodes(samples, n_nodes)
 
     def test_refuses_an_empty_range(self):
         with pytest.raises(ValueError, match="component 0 would span"):
@@ -87,7 +87,7 @@ class TestCheckNodes:
     @pytest.mark.parametrize(
         ("nodes", "message"),
         [
-            (torch.zeros(2, 1), "components=2, dof=1"),
+            (torch.zeros(2, 1), "components=2, n_nodes=1"),
             (torch.zeros(3), r"\(3,\)"),
             (torch.tensor([[0, 1]]), "int64"),
             (torch.tensor([[0.0, 0.6, 0.4, 1.0]]), r"component 0 has 0\.6.* at node 1 followed by 0\.4"),
@@ -108,10 +108,10 @@ class TestSeparateNodes:
 
     @settings(max_examples=50, deadline=None)
     @given(st.integers(0, 10**6), st.integers(2, 300), st.booleans())
-    def test_result_is_a_mesh_with_the_same_ends(self, seed, dof, double):
+    def test_result_is_a_mesh_with_the_same_ends(self, seed, n_nodes, double):
         torch.manual_seed(seed)
         dtype = torch.float64 if double else torch.float32
-        steps = torch.rand(3, dof - 1, dtype=dtype) * (torch.rand(3, dof - 1) < 0.3)
+        steps = torch.rand(3, n_nodes - 1, dtype=dtype) * (torch.rand(3, n_nodes - 1) < 0.3)
         steps[:, 0] += 0.1
         nodes = torch.cat((torch.zeros(3, 1, dtype=dtype), steps.cumsum(1)), 1)
         nodes = nodes / nodes[:, -1:]
@@ -122,10 +122,10 @@ class TestSeparateNodes:
 
 
 class TestLocate:
-    @pytest.mark.parametrize("dof", [2, 3, 8, 9, 200])  # both sides of the switch to a binary search
-    def test_element_holds_the_coordinate_and_local_rebuilds_it(self, dof):
-        torch.manual_seed(dof)
-        nodes = random_nodes(3, dof)
+    @pytest.mark.parametrize("n_nodes", [2, 3, 8, 9, 200])  # both sides of the switch to a binary search
+    def test_element_holds_the_coordinate_and_local_rebuilds_it(self, n_nodes):
+        torch.manual_seed(n_nodes)
+        nodes = random_nodes(3, n_nodes)
         coords = torch.rand(5, 7, 3, dtype=torch.float64)
         element, local = locate(coords, nodes)
         assert element.shape == local.shape == coords.shape
@@ -134,18 +134,18 @@ class TestLocate:
         assert ((left <= coords) & (coords < right)).all()
         torch.testing.assert_close(left + local * (right - left), coords, atol=1e-15, rtol=0)
 
-    @pytest.mark.parametrize("dof", [3, 12])
-    def test_nodes_belong_to_the_element_on_their_right_but_for_the_last(self, dof):
-        nodes = random_nodes(1, dof)
+    @pytest.mark.parametrize("n_nodes", [3, 12])
+    def test_nodes_belong_to_the_element_on_their_right_but_for_the_last(self, n_nodes):
+        nodes = random_nodes(1, n_nodes)
         element, local = locate(nodes.T, nodes)
-        assert element.squeeze(1).tolist() == [*range(dof - 1), dof - 2]
-        assert local.squeeze(1).tolist() == [0.0] * (dof - 1) + [1.0]
+        assert element.squeeze(1).tolist() == [*range(n_nodes - 1), n_nodes - 2]
+        assert local.squeeze(1).tolist() == [0.0] * (n_nodes - 1) + [1.0]
 
-    @pytest.mark.parametrize("dof", [2, 5, 20])
-    def test_coordinates_outside_are_clamped(self, dof):
-        nodes = uniform_nodes(1, dof)
+    @pytest.mark.parametrize("n_nodes", [2, 5, 20])
+    def test_coordinates_outside_are_clamped(self, n_nodes):
+        nodes = uniform_nodes(1, n_nodes)
         element, local = locate(torch.tensor([[-3.0], [4.0]]), nodes)
-        assert element.squeeze(1).tolist() == [0, dof - 2]
+        assert element.squeeze(1).tolist() == [0, n_nodes - 2]
         assert local.squeeze(1).tolist() == [0.0, 1.0]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

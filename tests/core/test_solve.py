@@ -206,9 +206,9 @@ def test_products_with_the_hessian_are_derivatives_of_the_gradient(targets):
     torch.testing.assert_close(product, (ahead - behind) / 2e-5, rtol=0, atol=1e-9)
 
 
-def hats(n, components, dof):
+def hats(n, components, n_nodes):
     coords = torch.sigmoid(1.7 * gaussian(n, components))
-    return hat_basis(coords, quantile_nodes(coords, dof)).flatten(1)
+    return hat_basis(coords, quantile_nodes(coords, n_nodes)).flatten(1)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_lora_and_lreg_divide_a_budget_alike() -> None:
     found = {"lora-linear-head": ("lora_A", lora)}
     ranks = sum(len(p) for n, p in lora.named_parameters() if "lora_A" in n)
     overhead = (1 + 4) * ranks  # bias and profile of every component
-    fit = Fit("CAUSAL_LM", size=count_trainable(lora) + overhead, dof=4)
+    fit = Fit("CAUSAL_LM", size=count_trainable(lora) + overhead, n_nodes=4)
     found["lreg"] = ("lreg_projection.", METHODS["lreg-no-norm"].attach(task.load_base(), fit))
     sizes = {
         name: {n.split(f".{key[:4]}")[0]: len(p) for n, p in model.named_parameters() if key in n}
@@ -228,7 +228,7 @@ def test_the_bias_of_the_controls_is_the_closed_form() -> None:
 
 def test_new_heads_start_alike_with_lora_and_lreg() -> None:
     """From the same samples by the same solver; and stay as they are drawn where the row says so."""
-    task, fit = Toy(), Fit("SEQ_CLS", size=4096, dof=4, new_modules=("classifier",))
+    task, fit = Toy(), Fit("SEQ_CLS", size=4096, n_nodes=4, new_modules=("classifier",))
 
     def base() -> PreTrainedModel:
         torch.manual_seed(3)  # of the head
@@ -481,7 +481,7 @@ def test_an_upload_that_fails_is_one_sentence(run: Callable[..., Any], monkeypat
 @pytest.mark.parametrize("name", ["ft", "bitfit", "lora", "lreg"])
 def test_trained_state_comes_back(name: str, tmp_path: Path) -> None:
     # The size of lreg is a number of parameters.
-    fit = Fit("SEQ_CLS", size=2000 if name == "lreg" else 2, dof=4, new_modules=("classifier",))
+    fit = Fit("SEQ_CLS", size=2000 if name == "lreg" else 2, n_nodes=4, new_modules=("classifier",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, other = (METHODS[name].attach(Toy().load_base(), fit) for _ in range(2))

@@ -11,7 +11,7 @@ from example_scripts import example_modules
 RUN = {
     "method": "lreg",
     "size": 2,
-    "dof": 3,
+    "n_nodes": 3,
     "learning_rate": 1e-3,
     "tuning": {"loss": 1.0},
     "steps": 10,

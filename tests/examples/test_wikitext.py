@@ -403,7 +403,7 @@ def test_paper_presets_have_the_published_counts(
 
     budget = modules("comparison.budget")
     task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model, longest_sample=None)
-    sizes = budget.Sizes(task, options.comparison.dof)
+    sizes = budget.Sizes(task, options.comparison.n_nodes)
     methods = modules("comparison.methods").select_methods(options.comparison.methods, task_type, empty_model())
     given = budget.given_sizes(options.comparison.sizes)
     assert {m.name: sizes.count(m, given[m.name]) for m in methods} == {"lora": lora, "lreg-head": lreg}
@@ -463,7 +463,7 @@ def refused(
         (["--budget", "10"], ["budget of 10", "lreg-head has", "--budget"]),
         (["--budget", "0"], ["--budget must be at least 1"]),
         (["--base_steps", "0"], ["--base_steps must be at least 1"]),
-        (["--dof", "1"], ["--dof must be at least 2"]),
+        (["--n_nodes", "1"], ["--n_nodes must be at least 2"]),
         (["--model_name_or_path", "./missing"], ["'./missing'", "does not exist"]),
         (["--model_name_or_path", "."], ["Could not load '.'", "its folder"]),
         (["--learning_rates", "lora=fast"], ["--learning_rates", "'lora=fast'"]),

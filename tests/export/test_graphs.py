@@ -23,12 +23,14 @@ def recipe():
 
 MODELS = {
     "gpt2, the recipe": recipe,
-    "roberta, full heads": lambda: tiny.adapt(tiny.roberta(), target_modules=["query", "dense"], dof=4),
-    "roberta, blocks": lambda: get_peft_model(tiny.roberta(), LRegConfig(target_modules=["output"], head="reduced")),
+    "roberta, full weighting": lambda: tiny.adapt(tiny.roberta(), target_modules=["query", "dense"], n_nodes=4),
+    "roberta, blocks": lambda: get_peft_model(
+        tiny.roberta(), LRegConfig(target_modules=["output"], weighting="reduced")
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["roberta, blocks", *slow("gpt2, the recipe", "roberta, full heads")])
+@pytest.mark.parametrize("name", ["roberta, blocks", *slow("gpt2, the recipe", "roberta, full weighting")])
 def test_a_saved_graph_computes_the_same_at_every_length(name):
     model = MODELS[name]()
     tiny.shake(model)

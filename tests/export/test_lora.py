@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
-LINEAR = {"head": "factored", "linear_term": True}
+LINEAR = {"weighting": "factored", "linear_term": True}
 
 
 def batches(count: int = 6, length: int = 12, seed: int = 0, padding: int = 3, pad_id: int = 2) -> list[dict]:
@@ -176,10 +176,12 @@ def test_trained_tokens_come_along():
 # The fit
 
 
-@pytest.mark.parametrize("head", tiny.HEADS)
-def test_it_is_the_least_squares_fit_of_the_value(head):
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS)
+def test_it_is_the_least_squares_fit_of_the_value(weighting):
     """Of the shortcut's value on the inputs that are no padding, against torch's own solver."""
-    model = adapted(tiny.llama(), target_modules=["layers.1.mlp.down_proj"], n_components=2, dof=4, **tiny.HEADS[head])
+    model = adapted(
+        tiny.llama(), target_modules=["layers.1.mlp.down_proj"], n_components=2, n_nodes=4, **tiny.WEIGHTINGS[weighting]
+    )
     layer, seen, values = tiny.layers(model)[0], [], []
 
     def see(module, args, output):
@@ -207,7 +209,9 @@ def test_it_is_the_least_squares_fit_of_the_value(head):
 
 
 def test_exact_for_constant_profiles_where_layers_take_a_bias():
-    model = adapted(tiny.roberta(), straight=True, target_modules=["query", "dense"], n_components=2, dof=4, **LINEAR)
+    model = adapted(
+        tiny.roberta(), straight=True, target_modules=["query", "dense"], n_components=2, n_nodes=4, **LINEAR
+    )
     config, state, report = convert(model, bias="lora")
     # fp32 sums in another order
     torch.testing.assert_close(logits(as_lora(tiny.roberta(), config, state)), logits(model), rtol=1e-4, atol=1e-4)
@@ -224,8 +228,8 @@ def test_exact_for_constant_profiles_where_layers_take_a_bias():
 
 
 def test_what_is_said_of_the_loss_is_what_peft_computes():
-    for head in tiny.HEADS.values():
-        model = adapted(tiny.gpt2(), target_modules=["c_attn", "c_fc"], n_components=2, dof=4, **head)
+    for head in tiny.WEIGHTINGS.values():
+        model = adapted(tiny.gpt2(), target_modules=["c_attn", "c_fc"], n_components=2, n_nodes=4, **head)
         config, state, report = convert(model)
         assert mean_loss(as_lora(tiny.gpt2(), config, state)) == pytest.approx(report.loss_after, rel=1e-5)
 
@@ -240,7 +244,7 @@ def test_padding_does_not_count():
 
 
 def test_a_rank_is_a_number_or_a_share():
-    model = adapted(tiny.llama(), target_modules=["q_proj", "down_proj"], head="full", n_components=3, dof=4)
+    model = adapted(tiny.llama(), target_modules=["q_proj", "down_proj"], weighting="full", n_components=3, n_nodes=4)
     usual = convert(model)
     ranks = usual[2].ranks
     assert 3 <= max(ranks.values()) <= 12
@@ -386,7 +390,7 @@ def pictures() -> list[dict]:
 @pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0)}])
 def test_convolutions(options, bias):
     data = pictures()
-    model = adapted(Picture(**options), straight=True, target_modules=["conv"], n_components=2, dof=3, **LINEAR)
+    model = adapted(Picture(**options), straight=True, target_modules=["conv"], n_components=2, n_nodes=3, **LINEAR)
     config, state, report = convert(model, data, bias=bias, ridge=1e-9)
     lora = as_lora(Picture(**options), config, state)
     with torch.no_grad():
@@ -410,7 +414,7 @@ def model_logits(config, state, options, data):
 
 
 def test_a_loss_that_rises_is_said_with_the_modules():
-    model = adapted(tiny.llama(), size=1.0, target_modules=["q_proj", "down_proj"], n_components=2, dof=6)
+    model = adapted(tiny.llama(), size=1.0, target_modules=["q_proj", "down_proj"], n_components=2, n_nodes=6)
     data = []
     for batch in DATA:  # labels that this very adapter finds most likely, so that another one does worse
         likely = logits(model, [batch]).argmax(dim=-1)

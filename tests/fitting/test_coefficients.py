@@ -35,7 +35,7 @@ def sequence_batches(labels):
 
 
 def adapted(model, target=None, **options):
-    options = {"dof": 4, "n_components": 3, **options}
+    options = {"n_nodes": 4, "n_components": 3, **options}
     torch.manual_seed(5)  # of the projection
     model = get_peft_model(
         model, LRegConfig(preset="paper", target_modules=[target] if target else None, **options)
@@ -117,11 +117,11 @@ def test_the_optimum_of_the_models_own_loss(name):
     assert parameters_to_vector(gradient).square().sum().item() / (2 * RIDGE) <= 2e-7 + (1e-6) ** 2 / RIDGE
 
 
-@pytest.mark.parametrize("head", ["full", "reduced", "factored"])
+@pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
 @pytest.mark.parametrize("name", ["causal", "value"])
-def test_every_head_ends_where_gradient_descent_would(head, name):
+def test_every_head_ends_where_gradient_descent_would(weighting, name):
     build, batches = MODELS[name]
-    model = build(head=head)
+    model = build(weighting=weighting)
     (encoder,) = (layer.lreg_encoder["default"] for layer in tiny.layers(model))
     profile = [p.clone() for p in encoder.parameters()]
     fit = fit_coefficients(model, batches(), ridge=RIDGE, tolerance=1e-7, show_progress=False)
@@ -149,7 +149,7 @@ def test_a_fit_after_training_begins_there():
 def test_other_active_adapters_belong_to_the_offset():
     build, batches = MODELS["causal"]
     model = build()
-    model.add_adapter("second", LRegConfig(preset="paper", n_components=2, dof=3))
+    model.add_adapter("second", LRegConfig(preset="paper", n_components=2, n_nodes=3))
     model.base_model.set_adapter(["default", "second"])
     fit = fit_coefficients(model, batches(), ridge=RIDGE, tolerance=1e-7, adapter_name="default", show_progress=False)
     second = fit_coefficients(model, batches(), ridge=RIDGE, tolerance=1e-7, adapter_name="second", show_progress=False)

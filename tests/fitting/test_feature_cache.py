@@ -127,7 +127,7 @@ class TestContents:
 
 class TestTraining:
     def test_same_loss_and_gradients_as_without(self, tmp_path):
-        model = adapted(n_components=3, dof=4)
+        model = adapted(n_components=3, n_nodes=4)
         cache = build(tmp_path / "c", model, dtype=torch.float32)
         picked = [6, 2, 4]
         batch = {name: torch.stack([DATA[i][name] for i in picked]) for name in DATA[0]}
@@ -143,7 +143,7 @@ class TestTraining:
     @pytest.mark.parametrize("n_items", [None, 5])
     @pytest.mark.parametrize("how", ["in chunks", "with dropout", "while watched", "in eval mode"])
     def test_logits_are_left_out_only_where_the_loss_needs_none(self, tmp_path, how, n_items):
-        model = adapted(n_components=3, dof=4, dropout=0.5 if how == "with dropout" else 0.0)
+        model = adapted(n_components=3, n_nodes=4, dropout=0.5 if how == "with dropout" else 0.0)
         cache = build(tmp_path / "c", model, dtype=torch.float32)
         batch = cache.collate([cache[i] for i in range(7)])
         (layer,) = tiny.layers(model)

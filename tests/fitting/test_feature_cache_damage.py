@@ -203,7 +203,7 @@ class TestBelonging:
         with pytest.raises(ValueError, match=r"does not belong to this model: weights below the shortcut differ"):
             fit_coefficients(model, cache, show_progress=False)
         assert tiny.same_state(before, tiny.state(model))
-        fit_coefficients(adapted(dof=3), cache, max_moves=2, show_progress=False)
+        fit_coefficients(adapted(n_nodes=3), cache, max_moves=2, show_progress=False)
 
     def test_weights_in_another_order_are_other_weights(self, tmp_path):
         cache = build(tmp_path / "c")

@@ -31,7 +31,7 @@ def _train(folder: Path, rank: int, world: int) -> dict:
     from tiny import VOCABULARY, gpt2
 
     torch.manual_seed(1)
-    model = get_peft_model(gpt2(), LRegConfig(preset="paper", init_weights=False, dof=3)).train()
+    model = get_peft_model(gpt2(), LRegConfig(preset="paper", init_weights=False, n_nodes=3)).train()
     ids = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     cache = cache_features(model, data, folder, batch_size=2, show_progress=False)

@@ -37,7 +37,9 @@ def regression(n_batches: int = 3, seed: int = 0) -> list[dict[str, torch.Tensor
 
 def adapted(targets="last", out: int = 1, **options):
     torch.manual_seed(0)
-    model = get_peft_model(Net(out).double(), LRegConfig(target_modules=[targets], n_components=3, dof=5, **options))
+    model = get_peft_model(
+        Net(out).double(), LRegConfig(target_modules=[targets], n_components=3, n_nodes=5, **options)
+    )
     shake(model)
     return model.eval()
 
@@ -52,10 +54,10 @@ def refine(model, batches, **options):
 
 
 class TestConvex:
-    @pytest.mark.parametrize("head", ["full", "reduced"])
-    def test_a_fixed_encoder_at_the_output_gives_least_squares(self, head):
+    @pytest.mark.parametrize("weighting", ["full", "reduced"])
+    def test_a_fixed_encoder_at_the_output_gives_least_squares(self, weighting):
         batches = regression()
-        model = adapted(head=head, train_projection=False)
+        model = adapted(weighting=weighting, train_projection=False)
         (layer,) = layers(model)
         x, y = (torch.cat([batch[key] for batch in batches]) for key in ("x", "labels"))
         seen = []
@@ -111,11 +113,15 @@ def classification() -> list[dict[str, torch.Tensor]]:
 
 
 class TestProducts:
-    @pytest.mark.parametrize("dof", [2, 8, 16])  # the last one is evaluated by another form outside of transforms
-    @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-    def test_products_inside_a_network(self, dof, head):
+    @pytest.mark.parametrize("n_nodes", [2, 8, 16])  # the last one is evaluated by another form outside of transforms
+    @pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+    def test_products_inside_a_network(self, n_nodes, weighting):
         model = adapt(
-            roberta("SEQ_CLS"), n_components=1, dof=dof, head=head, target_modules=["layer.0.attention.self.query"]
+            roberta("SEQ_CLS"),
+            n_components=1,
+            n_nodes=n_nodes,
+            weighting=weighting,
+            target_modules=["layer.0.attention.self.query"],
         )
         shake(model)
         model.eval()
@@ -136,15 +142,15 @@ class TestProducts:
 
 class TestDescent:
     @pytest.mark.parametrize(
-        ("targets", "head"),
+        ("targets", "weighting"),
         [
             ("first", "full"),
             ("last", "factored"),
             *slow(("first", "reduced"), ("first", "factored"), ("last", "full"), ("last", "reduced")),
         ],
     )
-    def test_the_loss_falls_from_round_to_round(self, head, targets):
-        model = adapted(targets, head=head)
+    def test_the_loss_falls_from_round_to_round(self, weighting, targets):
+        model = adapted(targets, weighting=weighting)
         batches = regression()
         result = refine(model, batches, n_rounds=4, damping=[1e-6, 1e-4, 1e-2])
         losses = [result.loss_before, *(one.taken.loss for one in result.rounds if one.taken)]
@@ -244,7 +250,7 @@ class TestModels:
         ids=["causal", "attention", "modules_to_save", "regression", "multi_label", "seq2seq", "vision"],
     )
     def test_loss_is_the_models_own(self, build_model, options, batch):
-        model = adapt(build_model(), dof=4, **options)
+        model = adapt(build_model(), n_nodes=4, **options)
         model.train()
         batch = batch()
         result = refine(model, [batch], rank=6, damping=1e-3)
@@ -255,11 +261,11 @@ class TestModels:
         assert result.loss_after < result.loss_before
 
     def test_batches_count_by_their_rows(self):
-        model = adapt(gpt2(), task_type="CAUSAL_LM", dof=3)
+        model = adapt(gpt2(), task_type="CAUSAL_LM", n_nodes=3)
         whole, unlabelled = causal(), {**causal(), "labels": torch.full((3, 9), -100)}
         parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 1), slice(1, 3))]
         one = refine(model, [whole], rank=3).loss_before
-        model = adapt(gpt2(), task_type="CAUSAL_LM", dof=3)
+        model = adapt(gpt2(), task_type="CAUSAL_LM", n_nodes=3)
         assert refine(model, [*parts, unlabelled], rank=3).loss_before == pytest.approx(one, rel=1e-5)
 
 

@@ -32,8 +32,10 @@ def step_data(n=2000):
     return [{"x": torch.logit(u), "labels": torch.tanh(30 * (u - 0.62))}]
 
 
-def regression(dof=6, **options):
-    model = get_peft_model(Regression(), LRegConfig(target_modules=["head"], n_components=1, dof=dof, **options))
+def regression(n_nodes=6, **options):
+    model = get_peft_model(
+        Regression(), LRegConfig(target_modules=["head"], n_components=1, n_nodes=n_nodes, **options)
+    )
     (layer,) = tiny.layers(model)
     layer.lreg_projection["default"].weight.data.fill_(1.0)  # u = sigmoid(x)
     return model
@@ -45,13 +47,13 @@ def classes(**options):
     x = torch.randn(1500, 2, generator=generator)
     margin = torch.sin(3 * x[:, 0]) + x[:, 1].abs() - 1
     labels = (margin + 0.3 * torch.randn(1500, generator=generator) > 0).long()
-    model = get_peft_model(Regression(2, 2), LRegConfig(target_modules=["head"], n_components=3, dof=6, **options))
+    model = get_peft_model(Regression(2, 2), LRegConfig(target_modules=["head"], n_components=3, n_nodes=6, **options))
     return model, [{"x": x, "labels": labels}]
 
 
-@pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-def test_the_history_falls_and_is_what_the_model_does(head):
-    model, data = classes(head=head)
+@pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+def test_the_history_falls_and_is_what_the_model_does(weighting):
+    model, data = classes(weighting=weighting)
     before = fit_coefficients(tiny.fresh(model), data, ridge=1e-3, show_progress=False)
     result = fit_coefficients(model, data, ridge=1e-3, max_moves=8, show_progress=False)
     assert result.objectives[0] == before.objective
@@ -76,7 +78,9 @@ def test_nodes_go_where_the_function_bends():
 
 
 def test_the_rule_of_the_paper_is_there_and_falls_too():
-    result = fit_coefficients(regression(), step_data(), ridge=1e-6, strategy="mrc", max_moves=20, show_progress=False)
+    result = fit_coefficients(
+        regression(), step_data(), ridge=1e-6, strategy="paper", max_moves=20, show_progress=False
+    )
     assert list(result.objectives) == sorted(result.objectives, reverse=True)
     assert len(result.objectives) > 1 and result.n_refused <= 1
 
@@ -117,7 +121,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_two_nodes_cannot_move():
-    result = fit_coefficients(regression(dof=2), step_data(), ridge=1e-6, max_moves=20, show_progress=False)
+    result = fit_coefficients(regression(n_nodes=2), step_data(), ridge=1e-6, max_moves=20, show_progress=False)
     assert len(result.objectives) == 1 and result.n_refused == 0
 
 

@@ -16,21 +16,21 @@ import lreg_peft
 from lreg_peft import LRegConfig
 
 CONFIGS = {
-    "full": {"n_components": 2, "dof": 3},
-    "reduced": {"n_components": 3, "dof": 4, "head": "reduced"},
+    "full": {"n_components": 2, "n_nodes": 3},
+    "reduced": {"n_components": 3, "n_nodes": 4, "weighting": "reduced"},
     "factored": {
         "target_modules": ["c_attn", "mlp", "lm_head"],
-        "head": "factored",
-        "dof": 8,
+        "weighting": "factored",
+        "n_nodes": 8,
         "component_pattern": {"c_attn": 1},
     },
-    "blocks": {"target_modules": ["mlp"], "dof": 12, "curvature_weight": 0.1},
+    "blocks": {"target_modules": ["mlp"], "n_nodes": 12, "curvature_weight": 0.1},
     "linear": {
         "target_modules": ["c_attn", "ln_f", "lm_head"],
-        "head": "factored",
+        "weighting": "factored",
         "linear_term": True,
         "profile_mean": 0.3,
-        "dof": 5,
+        "n_nodes": 5,
         "component_pattern": {"c_attn": 3},
     },
 }
@@ -86,10 +86,10 @@ def main(folder: Path) -> None:
         if name in CHECKPOINTS:
             state = {key: value.contiguous() for key, value in model.state_dict().items() if "lreg_" in key}
             save_file(state, folder / f"{name}-checkpoint.safetensors")
-    model = get_peft_model(base(), LRegConfig(target_modules=["mlp"], dof=3, init_weights=False))
+    model = get_peft_model(base(), LRegConfig(target_modules=["mlp"], n_nodes=3, init_weights=False))
     fill(model)
-    lreg_peft.add_grade(model, LRegConfig(target_modules=["mlp"], dof=4), form="composed")
-    lreg_peft.add_grade(model, LRegConfig(target_modules=["lm_head"], dof=3, head="factored"))
+    lreg_peft.add_grade(model, LRegConfig(target_modules=["mlp"], n_nodes=4), form="composed")
+    lreg_peft.add_grade(model, LRegConfig(target_modules=["lm_head"], n_nodes=3, weighting="factored"))
     fill(model)
     model.save_pretrained(folder / "grades")
     logits["grades"] = model.eval()(inputs()).logits.detach().contiguous()

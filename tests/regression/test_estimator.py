@@ -69,7 +69,7 @@ class TestBars:
 
 class TestIntervals:
     @pytest.mark.parametrize(
-        ("name", "options"), [("B1", {}), ("Fig. 4 A", {}), ("Friedman-1", {}), ("B1", {"dof": 64})]
+        ("name", "options"), [("B1", {}), ("Fig. 4 A", {}), ("Friedman-1", {}), ("B1", {"n_nodes": 64})]
     )
     def test_cover_nine_in_ten_observations(self, name, options):
         inside = []
@@ -98,7 +98,7 @@ class TestIntervals:
 
     def test_are_the_inverse_of_the_normal_equations(self):
         X, y, X_test, _ = split("A1")
-        model = LagrangeRegressor(dof=8, smoothing=1e-3).fit(X, y)
+        model = LagrangeRegressor(n_nodes=8, smoothing=1e-3).fit(X, y)
         nodes = model.nodes_[0]
 
         def hats(x):
@@ -120,7 +120,7 @@ class TestIntervals:
         """The posterior variance A^-1 against A^-1 G A^-1, which the sensitivities to each target sum up to."""
         X, y, X_test, _ = split("A2")
         X, y, X_test = X[:80], y[:80], X_test[:40]
-        model = LagrangeRegressor(dof=8, interactions=[(0, 1)], smoothing=1e-3).fit(X, y)
+        model = LagrangeRegressor(n_nodes=8, interactions=[(0, 1)], smoothing=1e-3).fit(X, y)
         changed = y[:, None] + np.eye(80)  # one output per target that moves
         sensitivity = clone(model).fit(X, changed).predict(X_test) - model.predict(X_test)[:, None]
         sampling = (sensitivity**2).sum(axis=1)
@@ -194,7 +194,7 @@ class TestAttributes:
 
 
 class TestWeights:
-    @pytest.mark.parametrize("options", [{}, {"nodes": "optimal", "dof": 6}, {"smoothing": "gcv"}])
+    @pytest.mark.parametrize("options", [{}, {"nodes": "optimal", "n_nodes": 6}, {"smoothing": "gcv"}])
     def test_whole_numbers_repeat_samples(self, options):
         X, y, X_test, _ = split("A1")
         X, y = X[:200], y[:200]
@@ -220,7 +220,7 @@ class TestWeights:
     def test_moving_nodes_take_repetitions_in_the_samples(self):
         X, y, _, _ = split("A1")
         X, y = X[:100].repeat(2, axis=0)[:150], y[:100].repeat(2)[:150]
-        assert LagrangeRegressor(nodes="free", dof=5).fit(X, y).score(X, y) > 0.9
+        assert LagrangeRegressor(nodes="free", n_nodes=5).fit(X, y).score(X, y) > 0.9
 
     @pytest.mark.parametrize("name", ["A1", "A2"])
     def test_the_scale_of_precisions_has_no_effect(self, name):
@@ -263,7 +263,7 @@ class TestHardData:
 
     @pytest.mark.parametrize("d", [1, 3])
     @pytest.mark.parametrize("n", [1, 2, 3, 4])
-    @pytest.mark.parametrize("options", [{}, {"nodes": "free"}, {"nodes": "mrc"}, {"dof": 50}])
+    @pytest.mark.parametrize("options", [{}, {"nodes": "free"}, {"nodes": "paper"}, {"n_nodes": 50}])
     def test_few_samples(self, n, d, options):
         random = np.random.default_rng(0)
         X, y = random.standard_normal((n, d)), random.standard_normal(n)
@@ -327,8 +327,8 @@ class TestRefusals:
             ({"basis": "fourier"}, "basis must be one of"),
             ({"nodes": "many"}, "nodes must be one of"),
             ({"scale": "log"}, "scale must be one of"),
-            ({"dof": 1}, "dof must be"),
-            ({"dof": 2.5}, "dof must be"),
+            ({"n_nodes": 1}, "n_nodes must be"),
+            ({"n_nodes": 2.5}, "n_nodes must be"),
             ({"max_nodes": 0}, "max_nodes must be"),
             ({"smoothing": -1.0}, "smoothing must be"),
             ({"smoothing": "aic"}, "smoothing must be"),

@@ -196,7 +196,7 @@ class TestTools:
         random = np.random.default_rng(0)
         X = random.uniform(size=(120, 3))
         y = X[:, 0] * X[:, 1] + 0.01 * random.standard_normal(120)
-        search = GridSearchCV(LagrangeRegressor(), {"dof": [2, 5, 12]}, cv=2, error_score="raise").fit(X, y)
+        search = GridSearchCV(LagrangeRegressor(), {"n_nodes": [2, 5, 12]}, cv=2, error_score="raise").fit(X, y)
         assert np.isfinite(search.best_score_)
 
     def test_grades_take_dates(self):

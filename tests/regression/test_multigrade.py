@@ -59,7 +59,8 @@ class TestGrades:
         phase = np.random.RandomState(0).uniform(0, 2 * np.pi, 40)[:20]
         y = np.sin(2 * np.pi * np.outer(x, np.linspace(10, 200, 20)) + phase).sum(axis=1)
         grades = [
-            LagrangeRegressor(dof=66 * 2**k - 2**k + 1, scale="minmax", smoothing=0, max_nodes=5000) for k in range(7)
+            LagrangeRegressor(n_nodes=66 * 2**k - 2**k + 1, scale="minmax", smoothing=0, max_nodes=5000)
+            for k in range(7)
         ]
         model = MultigradeRegressor(grades, form="additive").fit(x[:, None], y)
         assert (np.diff(model.losses_) < 0).all()  # least squares: zero is among the choices

@@ -63,18 +63,18 @@ class TestProgram:
 
 
 class TestAgainstTheDescent:
-    @pytest.mark.parametrize(("dof", "bar"), [(8, 0.3038), (16, 0.03093), (24, 0.00421)])
-    def test_sine_of_inverse(self, dof, bar):
+    @pytest.mark.parametrize(("n_nodes", "bar"), [(8, 0.3038), (16, 0.03093), (24, 0.00421)])
+    def test_sine_of_inverse(self, n_nodes, bar):
         """The best known, from 160 quantiles and sliding; the descent from quantiles reaches .3429 with 8 nodes."""
         random = np.random.default_rng(0)
         x = 1 / random.uniform(1, 50, 1000)
         x, y = torch.from_numpy(x), torch.from_numpy(np.sin(1 / x) + 0.01 * random.standard_normal(1000))
-        (found,) = optimal_knots(x, y, [dof])
+        (found,) = optimal_knots(x, y, [n_nodes])
         check_nodes(found.nodes.unsqueeze(0))
         assert found.objective / 1000 <= bar
         assert found.objective <= found.grid_objective
         assert found.objective == pytest.approx(squares(x, y, torch.ones_like(x), found.nodes), rel=1e-6)
-        assert found.objective / 1000 <= fit_piecewise_linear(x.unsqueeze(1), y, dof, knot_cost=1.0).loss
+        assert found.objective / 1000 <= fit_piecewise_linear(x.unsqueeze(1), y, n_nodes, knot_cost=1.0).loss
 
 
 class TestHardData:

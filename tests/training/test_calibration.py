@@ -4,16 +4,16 @@ import pytest
 import tiny
 import torch
 from peft import get_peft_model
-from test_label_shift import HEADS, as_expected, loss_on, skewed
+from test_label_shift import WEIGHTINGS, as_expected, loss_on, skewed
 
-from lreg_peft import LRegConfig, calibrate_output
+from lreg_peft import LRegConfig, match_token_frequencies
 from lreg_peft.training import label_shift
 
 
 def trained(steps=6, rate=3e-3, **options):
     """On skewed text, far too little to have learned its frequencies."""
     torch.manual_seed(0)
-    config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **(options or HEADS["linear"])}
+    config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **(options or WEIGHTINGS["linear"])}
     model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **config)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for batch in skewed(steps):
@@ -28,11 +28,11 @@ def head_of(model):
 
 
 @pytest.mark.parametrize("components", [1, 3])
-@pytest.mark.parametrize("head", HEADS)
-def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(head, components):
-    model = trained(**HEADS[head], n_components=components)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(weighting, components):
+    model = trained(**WEIGHTINGS[weighting], n_components=components)
     before, unseen = loss_on(model, skewed()), loss_on(model, skewed(seed=9))
-    report = calibrate_output(model, skewed(), show_progress=False)
+    report = match_token_frequencies(model, skewed(), show_progress=False)
     assert report.loss_before == pytest.approx(before, abs=1e-5)
     assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
     assert report.loss_after < report.heldout_after < report.loss_before - 0.3
@@ -40,7 +40,7 @@ def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(head, components):
 
 
 def test_tokens_are_expected_as_often_as_they_come():
-    model = trained(head="full", dof=3)
+    model = trained(weighting="full", n_nodes=3)
     ids = torch.cat([batch["input_ids"] for batch in skewed(16)])
     counts = torch.bincount(ids[:, 1:].flatten(), minlength=tiny.VOCABULARY)[3:13]
 
@@ -50,14 +50,14 @@ def test_tokens_are_expected_as_often_as_they_come():
         return (expected / counts - 1).abs().max().item()
 
     before = error()
-    calibrate_output(model, skewed(16), show_progress=False)
+    match_token_frequencies(model, skewed(16), show_progress=False)
     assert error() < 0.2 < 0.5 < before
 
 
 def test_only_the_output_vectors_of_the_head_change():
     model = trained()
     before = tiny.state(model)
-    calibrate_output(model, skewed(), show_progress=False)
+    match_token_frequencies(model, skewed(), show_progress=False)
     changed = {name for name, value in tiny.state(model).items() if not torch.equal(value, before[name])}
     assert len(changed) == 1
     assert "lm_head" in changed.pop()
@@ -66,16 +66,16 @@ def test_only_the_output_vectors_of_the_head_change():
 
 def test_a_second_time_finds_little():
     model = trained()
-    first = calibrate_output(model, skewed(), show_progress=False)
-    second = calibrate_output(model, skewed(), show_progress=False)
+    first = match_token_frequencies(model, skewed(), show_progress=False)
+    second = match_token_frequencies(model, skewed(), show_progress=False)
     assert second.loss_before - second.loss_after < 0.2 * (first.loss_before - first.loss_after)
     assert second.loss_after <= second.loss_before
 
 
 def test_left_out_where_there_is_nothing_to_gain():
-    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3))
     ids = skewed()[0]["input_ids"]
-    report = calibrate_output(model, as_expected(), show_progress=False)
+    report = match_token_frequencies(model, as_expected(), show_progress=False)
     assert report.loss_after <= report.loss_before
     if report.pseudocount is None:
         assert torch.equal(model.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
@@ -89,7 +89,7 @@ def test_reads_no_more_batches_than_it_is_told():
             seen.append(1)
             yield batch
 
-    calibrate_output(model, batches(), n_batches=3, show_progress=False)
+    match_token_frequencies(model, batches(), n_batches=3, show_progress=False)
     assert len(seen) == 3
 
 
@@ -97,7 +97,7 @@ def test_many_labels_are_counted_and_few_judge(monkeypatch):
     monkeypatch.setattr(label_shift, "_JUDGES", 32 * 20)
     model = trained()
     before = loss_on(model, skewed())
-    report = calibrate_output(model, skewed(), show_progress=False)
+    report = match_token_frequencies(model, skewed(), show_progress=False)
     assert report.loss_before != pytest.approx(before, abs=1e-6)  # the mean over a sixth of the labels
     assert loss_on(model, skewed()) < before - 0.3
 
@@ -110,29 +110,29 @@ def test_padding_and_ignored_labels_do_not_count():
         labels = torch.cat((batch["labels"], torch.full((8, 5), -100)), dim=1)
         padded.append({"input_ids": ids, "labels": labels, "attention_mask": (labels != -100).long()})
     one, other = trained(), trained()
-    plain = calibrate_output(one, batches, show_progress=False)
-    ignoring = calibrate_output(other, padded, show_progress=False)
+    plain = match_token_frequencies(one, batches, show_progress=False)
+    ignoring = match_token_frequencies(other, padded, show_progress=False)
     assert ignoring.loss_after == pytest.approx(plain.loss_after, abs=1e-5)
     torch.testing.assert_close(head_of(one).table("default"), head_of(other).table("default"), rtol=1e-4, atol=1e-5)
 
 
 def test_other_active_adapters_are_taken_as_they_are():
     model = trained()
-    model.add_adapter("second", LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], dof=3))
+    model.add_adapter("second", LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_nodes=3))
     model.base_model.set_adapter(["default", "second"])
     first = head_of(model).table("default").clone()
     before = loss_on(model, skewed())
-    report = calibrate_output(model, skewed(), adapter_name="second", show_progress=False)
+    report = match_token_frequencies(model, skewed(), adapter_name="second", show_progress=False)
     assert report.loss_before == pytest.approx(before, abs=1e-5)
     assert loss_on(model, skewed()) == pytest.approx(report.loss_after, abs=1e-5)
     assert torch.equal(head_of(model).table("default"), first)
     with pytest.raises(ValueError, match=r"adapter_name must be one of the active adapters .* got None"):
-        calibrate_output(model, skewed(), show_progress=False)
+        match_token_frequencies(model, skewed(), show_progress=False)
 
 
 def test_half_precision():
     model = trained().bfloat16()
-    report = calibrate_output(model, skewed(), show_progress=False)
+    report = match_token_frequencies(model, skewed(), show_progress=False)
     assert loss_on(model, skewed()) == pytest.approx(report.loss_after, abs=0.03)
     assert report.loss_after < report.loss_before - 0.3
 
@@ -179,19 +179,21 @@ def test_refused_with_the_reason_and_nothing_changed(case):
         spoil(model)
     before = tiny.state(model)
     with pytest.raises(ValueError, match=message):
-        calibrate_output(model, batches, show_progress=False)
+        match_token_frequencies(model, batches, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))
 
 
 def test_a_batch_that_is_no_dictionary():
     with pytest.raises(TypeError, match="a batch must be a dictionary of model inputs by name, got Tensor"):
-        calibrate_output(trained(), [skewed()[0]["input_ids"]], show_progress=False)
+        match_token_frequencies(trained(), [skewed()[0]["input_ids"]], show_progress=False)
 
 
 def test_warns_where_the_start_from_data_was_promised():
-    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3, init_weights="pca"))
+    model = get_peft_model(
+        tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3, init_weights="pca")
+    )
     with pytest.warns(UserWarning, match="not called before the calibration"):
-        calibrate_output(model, skewed(), show_progress=False)
+        match_token_frequencies(model, skewed(), show_progress=False)
 
 
 def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
@@ -208,5 +210,5 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(label_shift.F, "cross_entropy", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_output(model, skewed(), show_progress=False)
+        match_token_frequencies(model, skewed(), show_progress=False)
     assert tiny.same_state(before, tiny.state(model))

@@ -23,7 +23,7 @@ LOGS = {"lreg_node_spread", "lreg_smallest_element", "lreg_moves_accepted", "lre
 
 def adapted(base=None, **options):
     model = get_peft_model(
-        base or gpt2(), LRegConfig(**{"target_modules": ["mlp"], "n_components": 2, "dof": 6, **options})
+        base or gpt2(), LRegConfig(**{"target_modules": ["mlp"], "n_components": 2, "n_nodes": 6, **options})
     )
     shake(model)
     return model
@@ -36,7 +36,7 @@ class Small(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 4)
         self.head = LRegLayer(nn.Linear(4, VOCABULARY), 4, VOCABULARY)
-        self.head.update_layer("default", 2, 6, LRegConfig(preset="paper", n_components=2, dof=6))
+        self.head.update_layer("default", 2, 6, LRegConfig(preset="paper", n_components=2, n_nodes=6))
         self.head.set_adapter("default")
 
     def forward(self, input_ids, labels):
@@ -144,7 +144,7 @@ class TestSchedule:
         assert record.moved_at() == [2, 4]
 
     def test_hits(self, tmp_path):
-        record, own = Recorder(), LRegCallback(every=2, strategy="mrc", n_check_batches=0, n_hard_samples=4)
+        record, own = Recorder(), LRegCallback(every=2, strategy="paper", n_check_batches=0, n_hard_samples=4)
         trainer(adapted(), tmp_path, own, record).train()
         assert record.moved_at() == [2, 4, 6, 8] and own.n_accepted == 4
 
@@ -431,5 +431,5 @@ class TestErrors:
         assert any("far below what shortcuts want" in str(each.message) for each in caught) is is_told
 
     def test_model_without_meshes_that_move(self, tmp_path):
-        with pytest.raises(ValueError, match="every mesh has dof=2"):
-            trainer(adapted(dof=2), tmp_path, LRegCallback()).train()
+        with pytest.raises(ValueError, match="every mesh has n_nodes=2"):
+            trainer(adapted(n_nodes=2), tmp_path, LRegCallback()).train()

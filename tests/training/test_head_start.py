@@ -17,7 +17,7 @@ INSIDE = {"bert": ["query", "dense"], "roberta": ["query", "intermediate.dense"]
 
 def adapted(model_type="bert", task="SEQ_CLS", dtype=torch.float32, **options):
     base = tiny.build(model_type, task, **options).to(dtype)
-    config = LRegConfig(task_type=task, target_modules=INSIDE[model_type], dof=4, init_weights="gradient")
+    config = LRegConfig(task_type=task, target_modules=INSIDE[model_type], n_nodes=4, init_weights="gradient")
     torch.manual_seed(0)
     return get_peft_model(base, config).eval()
 
@@ -221,7 +221,7 @@ def test_asked_not_to():
     model = adapted(**REGRESSION)
     batches = labelled(model, scores)
     before = tiny.outputs(model)
-    assert start(model, batches, output_start=False) is None
+    assert start(model, batches, start_head=False) is None
     assert torch.equal(tiny.outputs(model), before)
 
 
@@ -254,8 +254,8 @@ class TestBadInput:
         before = tiny.outputs(model)
         assert start(model, batches, method="pca") is None
         assert torch.equal(tiny.outputs(model), before)
-        with pytest.raises(ValueError, match=r"start of '.*classifier.*' needs labels.*output_start=False"):
-            start(model, batches, method="pca", output_start=True)
+        with pytest.raises(ValueError, match=r"start of '.*classifier.*' needs labels.*start_head=False"):
+            start(model, batches, method="pca", start_head=True)
 
     def test_a_loss_of_another_kind(self):
         model = adapted(**CLASSES)
@@ -269,18 +269,18 @@ class TestBadInput:
         inner.register_forward_hook(double)
         before = tiny.state(model)
         with pytest.raises(ValueError, match=r"loss of BertForSequenceClassification is not the cross entropy"):
-            start(model, batches, output_start=True)
+            start(model, batches, start_head=True)
         assert tiny.same_state(before, tiny.state(model))
         outputs = tiny.outputs(model)
         assert start(model, batches) is None
         assert torch.equal(tiny.outputs(model), outputs)
 
     def test_no_head(self):
-        config = LRegConfig(target_modules=["query"], dof=4)
+        config = LRegConfig(target_modules=["query"], n_nodes=4)
         model = get_peft_model(tiny.build("bert", "SEQ_CLS", **CLASSES), config)
         batches = [{**batch, "labels": torch.arange(16) % 3} for batch in texts()]
-        with pytest.raises(ValueError, match=r"output_start=True is about .* new head in modules_to_save"):
-            start(model, batches, output_start=True)
+        with pytest.raises(ValueError, match=r"start_head=True is about .* new head in modules_to_save"):
+            start(model, batches, start_head=True)
         with pytest.raises(ValueError, match=r"no new head: name it in modules_to_save"):
             start_head(model, batches)
 
@@ -290,19 +290,19 @@ SHORTCUTS = [("bert", "full"), ("roberta", "factored+linear")]
 
 @pytest.mark.parametrize(
     ("model_type", "form"),
-    [*SHORTCUTS, *slow(*(pair for pair in product(["bert", "roberta"], tiny.HEADS) if pair not in SHORTCUTS))],
+    [*SHORTCUTS, *slow(*(pair for pair in product(["bert", "roberta"], tiny.WEIGHTINGS) if pair not in SHORTCUTS))],
 )
 def test_a_shortcut_on_a_classifier(model_type, form):
     """The whole classifier of RoBERTa is wrapped, and its shortcut reads the first position."""
     base = tiny.build(model_type, "SEQ_CLS", **CLASSES)
-    options = {"target_modules": ["query", "classifier"], "n_components": 6, "dof": 4, **tiny.HEADS[form]}
+    options = {"target_modules": ["query", "classifier"], "n_components": 6, "n_nodes": 4, **tiny.WEIGHTINGS[form]}
     model = get_peft_model(base, LRegConfig(**options)).eval()
     batches = [{**batch, "labels": batch["input_ids"][:, 0] % 3} for batch in texts(n_batches=8, batch=32)]
     before = loss_on(model, batches)
     assert start(model, batches, method="pca") is None
     assert loss_on(model, batches) == before
     model = get_peft_model(tiny.build(model_type, "SEQ_CLS", **CLASSES), LRegConfig(**options)).eval()
-    report = start(model, batches, output_start=True)
+    report = start(model, batches, start_head=True)
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(loss_on(model, batches), rel=1e-4)
     assert report.loss_after < report.heldout_after < report.loss_before

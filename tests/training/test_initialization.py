@@ -34,7 +34,7 @@ def batches(n: int = 8, masked: int = 0) -> list[dict[str, torch.Tensor]]:
 
 
 def adapted(**options) -> PeftModel:
-    options = {"target_modules": ["mlp", "c_attn", "lm_head"], "n_components": 3, "dof": 5, **options}
+    options = {"target_modules": ["mlp", "c_attn", "lm_head"], "n_components": 3, "n_nodes": 5, **options}
     return get_peft_model(
         tiny_gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights="pca", **options)
     ).eval()
@@ -47,7 +47,7 @@ def layers(model: nn.Module) -> list[LRegLayer]:
 def test_gradient_start_of_a_double_precision_model():
     data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
     single = adapted(target_modules=["mlp"], n_components=2)
-    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_components=2, dof=5)
+    config = LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_components=2, n_nodes=5)
     double = get_peft_model(tiny_gpt2().double(), config)
     for model in (single, double):
         initialize_lreg_weights(model, data, method="gradient", show_progress=False)
@@ -58,9 +58,9 @@ def test_gradient_start_of_a_double_precision_model():
         torch.testing.assert_close(two.lreg_projection["default"].weight, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-def test_function_is_unchanged_and_every_element_is_used(head):
-    model = adapted(head=head)
+@pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+def test_function_is_unchanged_and_every_element_is_used(weighting):
+    model = adapted(weighting=weighting)
     data = batches()
     before = model(**data[0]).logits
     seen = {layer: [] for layer in layers(model)}
@@ -93,7 +93,7 @@ def test_projection_standardises_the_principal_components():
 
 class TestGradientMethod:
     @staticmethod
-    def regression(head: str = "factored") -> nn.Module:
+    def regression(weighting: str = "factored") -> nn.Module:
         class Model(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -105,13 +105,15 @@ class TestGradientMethod:
                 return SimpleNamespace(loss=loss, logits=prediction)
 
         torch.manual_seed(0)
-        config = LRegConfig(target_modules=["layer"], head=head, n_components=2, dof=4, init_weights="gradient")
+        config = LRegConfig(
+            target_modules=["layer"], weighting=weighting, n_components=2, n_nodes=4, init_weights="gradient"
+        )
         return get_peft_model(Model(), config).eval()
 
-    @pytest.mark.parametrize("head", ["full", "factored"])
-    def test_finds_the_directions_that_lower_the_loss(self, head):
+    @pytest.mark.parametrize("weighting", ["full", "factored"])
+    def test_finds_the_directions_that_lower_the_loss(self, weighting):
         """The target differs from the model along two directions of small variance, which "pca" would not find."""
-        model = self.regression(head)
+        model = self.regression(weighting)
         base = model.get_base_model().layer.base_layer
         change = torch.randn(5, 2) @ torch.linalg.qr(torch.randn(12, 2))[0].T
         scale = torch.linspace(3, 0.5, 12)
@@ -142,7 +144,7 @@ class TestGradientMethod:
             initialize_lreg_weights(self.regression(), [{"x": torch.randn(4, 12)}], show_progress=False)
 
     def test_language_model(self):
-        model = adapted(head="factored")
+        model = adapted(weighting="factored")
         data = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
         before = model(**data[0]).logits
         projection = layers(model)[0].lreg_projection["default"].weight.detach().clone()
@@ -199,7 +201,7 @@ def test_modules_keep_their_mode_and_no_hook_stays():
 
 def test_works_after_native_add_adapter():
     model = tiny_gpt2()
-    model.add_adapter(LRegConfig(target_modules=["mlp"], dof=4, init_weights="pca"), adapter_name="default")
+    model.add_adapter(LRegConfig(target_modules=["mlp"], n_nodes=4, init_weights="pca"), adapter_name="default")
     initialize_lreg_weights(model, batches(2), show_progress=False)
     assert not torch.equal(layers(model)[0].lreg_encoder["default"].nodes[0], torch.linspace(0, 1, 4))
 

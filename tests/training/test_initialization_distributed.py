@@ -8,7 +8,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from processes import run_on_two
 
-from lreg_peft import LRegConfig, LRegLayer, calibrate_output, initialize_lreg_weights
+from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights, match_token_frequencies
 
 
 def test_two_processes_end_with_the_same_start(tmp_path):
@@ -30,11 +30,11 @@ def _start_of_the_output(rank: int, world: int) -> tuple[float, float, float]:
     from tiny import gpt2
 
     torch.manual_seed(0)
-    model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], dof=4))
+    model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_nodes=4))
     generator = torch.Generator().manual_seed(7)
     ids = [torch.randint(3, 13 + 4 * i, (2, 10), generator=generator) for i in range(4)]
     batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
-    found = initialize_lreg_weights(model, batches, output_start=True, show_progress=False)
+    found = initialize_lreg_weights(model, batches, start_head=True, show_progress=False)
     return found.heldout_after, found.loss_after, found.pseudocount
 
 
@@ -43,7 +43,7 @@ def _start_of_a_head(rank: int, world: int) -> tuple[float, float, float, float]
     from tiny import build
 
     torch.manual_seed(0)
-    config = LRegConfig(task_type="SEQ_CLS", target_modules=["query"], dof=4)
+    config = LRegConfig(task_type="SEQ_CLS", target_modules=["query"], n_nodes=4)
     model = get_peft_model(build("bert", "SEQ_CLS", num_labels=3), config)
     generator = torch.Generator().manual_seed(7)
     ids = [torch.randint(3, 61, (8, 10), generator=generator) for _ in range(4)]
@@ -59,12 +59,12 @@ def _calibration(rank: int, world: int) -> tuple[float, float, float, float]:
     from tiny import adapt, gpt2, shake
 
     torch.manual_seed(0)
-    model = adapt(gpt2(), target_modules=["lm_head"], dof=4, head="factored", n_components=2, linear_term=True)
+    model = adapt(gpt2(), target_modules=["lm_head"], n_nodes=4, weighting="factored", n_components=2, linear_term=True)
     shake(model)
     generator = torch.Generator().manual_seed(8)
     ids = [torch.randint(3, 13 + 4 * i, (2, 10), generator=generator) for i in range(4)]
     batches = [{"input_ids": batch, "labels": batch} for batch in ids[rank::world]]
-    found = calibrate_output(model, batches, show_progress=False)
+    found = match_token_frequencies(model, batches, show_progress=False)
     assert found.pseudocount is not None
     written = model.get_base_model().lm_head.table("default").norm().item()
     return found.heldout_after, found.loss_after, found.pseudocount, written
@@ -78,7 +78,7 @@ def _start(folder: Path) -> None:
     generator = torch.Generator().manual_seed(rank)
     results = {}
     for method in ("pca", "gradient"):
-        model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], dof=4))
+        model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_nodes=4))
         size = model.config.vocab_size
         ids = [torch.randint(0, size, (2, 10), generator=generator) for _ in range(3)]
         batches = [{"input_ids": batch, "labels": batch} for batch in ids]

@@ -9,17 +9,17 @@ from lreg_peft import LRegConfig, initialize_lreg_weights
 from lreg_peft.training import label_shift
 from lreg_peft.training.label_shift import PSEUDOCOUNTS
 
-HEADS = {
-    "full": {"head": "full", "dof": 3},
-    "reduced": {"head": "reduced", "dof": 3},
-    "factored": {"head": "factored", "dof": 4},
-    "linear": {"head": "factored", "dof": 4, "linear_term": True},
+WEIGHTINGS = {
+    "full": {"weighting": "full", "n_nodes": 3},
+    "reduced": {"weighting": "reduced", "n_nodes": 3},
+    "factored": {"weighting": "factored", "n_nodes": 4},
+    "linear": {"weighting": "factored", "n_nodes": 4, "linear_term": True},
 }
 
 
 def adapted(**options):
     torch.manual_seed(0)
-    config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **HEADS["full"], **options}
+    config = {"task_type": "CAUSAL_LM", "target_modules": ["mlp", "lm_head"], **WEIGHTINGS["full"], **options}
     return get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **config))
 
 
@@ -49,16 +49,16 @@ def loss_on(model, batches):
     return sum(model.eval()(**batch).loss.item() for batch in batches) / len(batches)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(head):
-    model = adapted(**HEADS[head])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(weighting):
+    model = adapted(**WEIGHTINGS[weighting])
     before = loss_on(model, skewed())
-    report = initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    report = initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     assert report.loss_before == pytest.approx(before, abs=1e-5)
     assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
     assert report.loss_after < report.heldout_after < report.loss_before - 0.5
     assert report.pseudocount in PSEUDOCOUNTS
-    assert report.size == 1
+    assert report.factor == 1
     base = loss_on(tiny.gpt2(), skewed(seed=9))
     assert loss_on(model, skewed(seed=9)) < base - 0.5
 
@@ -68,7 +68,7 @@ def test_labels_are_paired_as_the_model_pairs_them(task_type):
     """Without a task type PEFT wraps the model in a class whose name says nothing."""
     model = adapted(task_type=task_type)
     before = loss_on(model, skewed())
-    report = initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    report = initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     assert report.loss_before == pytest.approx(before, abs=1e-5)
 
 
@@ -79,13 +79,13 @@ def test_refused_where_the_loss_is_another_one():
     with pytest.raises(
         ValueError, match=r"loss of GPT2LMHeadModel is not the cross entropy of its outputs averaged over the labels"
     ):
-        initialize_lreg_weights(model, skewed(), output_start=True, method="pca", show_progress=False)
+        initialize_lreg_weights(model, skewed(), start_head=True, method="pca", show_progress=False)
 
 
 def test_a_full_head_gets_the_closed_form(monkeypatch):
     monkeypatch.setattr(label_shift, "PSEUDOCOUNTS", (3.0,))
     model = adapted()
-    initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     counts, expected = torch.zeros(2, tiny.VOCABULARY)
     with torch.no_grad():
         for batch in skewed():
@@ -100,17 +100,17 @@ def test_a_full_head_gets_the_closed_form(monkeypatch):
 
 def test_left_out_where_there_is_nothing_to_gain():
     model = adapted()
-    report = initialize_lreg_weights(model, as_expected(), output_start=True, show_progress=False)
+    report = initialize_lreg_weights(model, as_expected(), start_head=True, show_progress=False)
     assert report.pseudocount is None or report.loss_before - report.heldout_after < 0.02
     ids = skewed()[0]["input_ids"]
     if report.pseudocount is None:
-        assert report.size == 0
+        assert report.factor == 0
         assert report.loss_after == report.loss_before
         assert torch.equal(model.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
 
 
 def test_without_it_the_function_stays():
-    model = adapted(**HEADS["linear"])
+    model = adapted(**WEIGHTINGS["linear"])
     assert initialize_lreg_weights(model, skewed(), method="gradient", show_progress=False) is None
     ids = skewed()[0]["input_ids"]
     assert torch.equal(model.eval()(ids).logits, tiny.gpt2().eval()(ids).logits)
@@ -119,8 +119,8 @@ def test_without_it_the_function_stays():
 def test_refused_without_a_shortcut_on_the_head():
     model = adapted(target_modules=["mlp"])
     before = tiny.state(model)
-    with pytest.raises(ValueError, match=r"output_start=True is about a shortcut on the output head .* target_modules"):
-        initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+    with pytest.raises(ValueError, match=r"start_head=True is about a shortcut on the output head .* target_modules"):
+        initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))
 
 
@@ -133,7 +133,7 @@ def test_a_failure_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(label_shift, "_shifts", fail)
     with pytest.raises(KeyboardInterrupt):
-        initialize_lreg_weights(model, skewed(), output_start=True, show_progress=False)
+        initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))
     assert all("default" in layer.needs_data_init for layer in tiny.layers(model))
 
@@ -143,4 +143,4 @@ def test_labels_that_never_count():
     ids = skewed()[0]["input_ids"]
     batches = [{"input_ids": ids, "labels": torch.full_like(ids, -100)}] * 2
     with pytest.raises(ValueError, match=r"a start of '.*lm_head' needs labels.*ignored \(-100\)"):
-        initialize_lreg_weights(model, batches, method="pca", output_start=True, show_progress=False)
+        initialize_lreg_weights(model, batches, method="pca", start_head=True, show_progress=False)

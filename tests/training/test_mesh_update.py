@@ -15,12 +15,12 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, follow_meshes, track_statistics, update_meshes
+from lreg_peft import LRegConfig, LRegLayer, copy_meshes, track_statistics, update_meshes
 from lreg_peft.training.statistics import count_hard_samples, statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
 
-HEADS = ("full", "reduced", "factored")
+WEIGHTINGS = ("full", "reduced", "factored")
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
     "AMSGrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
@@ -30,11 +30,14 @@ OPTIMIZERS = {
 EPS = torch.finfo(torch.float32).eps
 
 
-def toy(head="full", *, dof=9, components=2, track=True, **options) -> LRegLayer:
+def toy(weighting="full", *, n_nodes=9, components=2, track=True, **options) -> LRegLayer:
     """A shortcut around nothing, from one feature to two."""
     layer = LRegLayer(nn.Linear(1, 2), 1, 2)
     layer.update_layer(
-        "default", components, dof, LRegConfig(preset="paper", n_components=components, dof=dof, head=head, **options)
+        "default",
+        components,
+        n_nodes,
+        LRegConfig(preset="paper", n_components=components, n_nodes=n_nodes, weighting=weighting, **options),
     )
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False).weight.zero_()
@@ -61,8 +64,8 @@ def step(layer, optimizer, x):
     return loss.item()
 
 
-def trained(head="full", kind="AdamW", n_steps=5):
-    layer, x = toy(head), 2 * torch.randn(100, 1)
+def trained(weighting="full", kind="AdamW", n_steps=5):
+    layer, x = toy(weighting), 2 * torch.randn(100, 1)
     optimizer = OPTIMIZERS[kind](parameters(layer))
     for _ in range(n_steps):
         step(layer, optimizer, x)
@@ -78,7 +81,7 @@ def sums(layer):
 
 
 def nodal(layer, values):
-    """`[components, dof, ...]`."""
+    """`[components, n_nodes, ...]`."""
     return layer.lreg_encoder["default"].to_nodes(values)
 
 
@@ -92,10 +95,10 @@ def snapshot(layer, optimizer):
 
 
 class TestCarrying:
-    @pytest.mark.parametrize("head", HEADS)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
     @pytest.mark.parametrize("kind", OPTIMIZERS)
-    def test_everything_on_the_mesh_is_interpolated(self, head, kind):
-        layer, optimizer, _ = trained(head, kind)
+    def test_everything_on_the_mesh_is_interpolated(self, weighting, kind):
+        layer, optimizer, _ = trained(weighting, kind)
         before = snapshot(layer, optimizer)
         assert update_meshes(layer, optimizer).accepted
         after = snapshot(layer, optimizer)
@@ -120,9 +123,9 @@ class TestCarrying:
             after = snapshot(layer, optimizer)
             assert all((after[name] >= 0).all() for name in after if "sq" in name)
 
-    @pytest.mark.parametrize("head", HEADS)
-    def test_in_place_with_rising_nodes(self, head):
-        layer, optimizer, x = trained(head)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
+    def test_in_place_with_rising_nodes(self, weighting):
+        layer, optimizer, x = trained(weighting)
         held = optimizer.state[layer.nodal_parameter("default")]
         tensors = [nodes_of(layer), layer.nodal_parameter("default"), held["exp_avg"], held["exp_avg_sq"]]
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -176,7 +179,7 @@ class TestCarrying:
         track_statistics(layer, n_hard_samples=10)
         step(layer, torch.optim.SGD(parameters(layer), lr=0.01), x)
         gathered = sums(layer)
-        assert update_meshes(layer, strategy="mrc").accepted
+        assert update_meshes(layer, strategy="paper").accepted
         lengths = nodes_of(layer).diff(dim=1)
         assert lengths[gathered.hits > 0].mean() < lengths[gathered.hits == 0].mean()
 
@@ -186,10 +189,10 @@ class TestAcceptance:
         given = iter(values)
         return lambda: next(given)
 
-    @pytest.mark.parametrize("head", HEADS)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
     @pytest.mark.parametrize("after", [1.5, float("nan")])
-    def test_refused_moves_leave_no_trace(self, head, after):
-        layer, optimizer, _ = trained(head)
+    def test_refused_moves_leave_no_trace(self, weighting, after):
+        layer, optimizer, _ = trained(weighting)
         before, held = state(layer), snapshot(layer, optimizer)
         update = update_meshes(layer, optimizer, accept=self.losses(1.0, after))
         assert update.refused and not update.accepted and update.n_moved > 0
@@ -200,9 +203,9 @@ class TestAcceptance:
 
     @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), StopIteration()])
     @pytest.mark.parametrize("failing", [1, 2])
-    @pytest.mark.parametrize("head", HEADS)
-    def test_a_loss_that_fails_leaves_no_trace(self, head, failing, error):
-        layer, optimizer, _ = trained(head)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
+    def test_a_loss_that_fails_leaves_no_trace(self, weighting, failing, error):
+        layer, optimizer, _ = trained(weighting)
         before, held = state(layer), snapshot(layer, optimizer)
         gathered = sums(layer)
         calls = []
@@ -295,7 +298,7 @@ class TestAcceptance:
 
     def test_nothing_to_move_asks_nobody(self):
         layer, optimizer, _ = trained()
-        update = update_meshes(layer, optimizer, accept=self.losses(), strategy="exchange", n_refine=0, size=1e-30)
+        update = update_meshes(layer, optimizer, accept=self.losses(), strategy="relocate", n_refine=0, size=1e-30)
         assert update.n_moved == 0
         assert not update.accepted and not update.refused and update.loss_before is None
 
@@ -306,8 +309,8 @@ class TestErrors:
             update_meshes(nn.Linear(2, 2))
 
     def test_no_node_that_could_move(self):
-        with pytest.raises(ValueError, match=r"every mesh has dof=2.*3 or more"):
-            update_meshes(toy(dof=2, track=False))
+        with pytest.raises(ValueError, match=r"every mesh has n_nodes=2.*3 or more"):
+            update_meshes(toy(n_nodes=2, track=False))
 
     def test_no_such_adapter(self):
         with pytest.raises(ValueError, match=r"named 'other'.*\['default'\]"):
@@ -327,7 +330,7 @@ class TestErrors:
     def test_no_hits(self):
         layer, optimizer, _ = trained()
         with pytest.raises(RuntimeError, match="count_hard_samples"):
-            update_meshes(layer, optimizer, strategy="mrc")
+            update_meshes(layer, optimizer, strategy="paper")
 
     def test_optimizer_of_something_else(self):
         layer, _, _ = trained()
@@ -396,7 +399,7 @@ class TestInModels:
         return {**batch, "labels": batch["input_ids"]}
 
     def adapted(self, native=False):
-        config = LRegConfig(target_modules=["mlp"], n_components=2, dof=6)
+        config = LRegConfig(target_modules=["mlp"], n_components=2, n_nodes=6)
         model = gpt2()
         if native:
             model.add_adapter(config)
@@ -433,7 +436,7 @@ class TestInModels:
         losses = {}
         for moving in (False, True):
             torch.manual_seed(0)
-            layer, x = toy(components=1, dof=12, track=moving, train_projection=False), 2 * torch.randn(200, 1)
+            layer, x = toy(components=1, n_nodes=12, track=moving, train_projection=False), 2 * torch.randn(200, 1)
             layer.lreg_projection["default"].weight.data.fill_(1.0)
             layer.lreg_projection["default"].bias.data.zero_()
             optimizer = torch.optim.Adam(parameters(layer), lr=0.03)
@@ -497,15 +500,15 @@ class TestInModels:
 class TestFollowing:
     """Averages of weights over a move."""
 
-    @pytest.mark.parametrize("head", HEADS)
-    def test_a_copy_keeps_its_function_as_far_as_the_new_mesh_holds_it(self, head):
-        layer, optimizer, _ = trained(head)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
+    def test_a_copy_keeps_its_function_as_far_as_the_new_mesh_holds_it(self, weighting):
+        layer, optimizer, _ = trained(weighting)
         twin = copy.deepcopy(layer)
         for parameter in twin.parameters():
             parameter.data.mul_(0.9)  # an average is another model
         before, old = twin.nodal_parameter("default").detach().clone(), nodes_of(twin).clone()
         assert update_meshes(layer, optimizer).accepted
-        follow_meshes(twin, layer)
+        copy_meshes(twin, layer)
         assert torch.equal(nodes_of(twin), nodes_of(layer))
         values, carried = nodal(twin, before), nodal(twin, twin.nodal_parameter("default").detach())
         for i, column in itertools.product(range(2), range(values.shape[2])):
@@ -523,7 +526,7 @@ class TestFollowing:
             step(layer, optimizer, x)
         assert update_meshes(layer, optimizer).accepted
         if follows:
-            follow_meshes(averaged, layer)
+            copy_meshes(averaged, layer)
         mean = (averaged(x) + layer(x)) / 2
         averaged.update_parameters(layer)
         difference = (averaged(x) - mean).abs().max()
@@ -533,31 +536,31 @@ class TestFollowing:
             assert difference > 0.01
 
     def test_every_adapter_of_a_wrapped_model(self):
-        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, dof=6))
-        model.add_adapter("other", LRegConfig(target_modules=["lm_head"], dof=4, head="factored"))
+        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, n_nodes=6))
+        model.add_adapter("other", LRegConfig(target_modules=["lm_head"], n_nodes=4, weighting="factored"))
         for name in ("default", "other"):
             shake(model, name)
         averaged = torch.optim.swa_utils.AveragedModel(model)
         for layer in layers(model):
             for encoder in layer.lreg_encoder.values():
                 encoder.nodes.pow_(1.2)
-        follow_meshes(averaged, model)
+        copy_meshes(averaged, model)
         meshes, followed = (
             {name: value for name, value in state(m).items() if name.endswith(".nodes")}
             for m in (model, averaged.module)
         )
         assert len(meshes) == 3 and same_state(meshes, followed)
 
-    @pytest.mark.parametrize("other", [nn.Linear(1, 2), toy(dof=5, track=False), toy("factored", track=False)])
+    @pytest.mark.parametrize("other", [nn.Linear(1, 2), toy(n_nodes=5, track=False), toy("factored", track=False)])
     def test_what_is_no_copy_is_refused(self, other):
         layer = toy()
         before = state(other)
         with pytest.raises(ValueError, match=r"the copy must have the 1 LReg layers|they are not copies of one model"):
-            follow_meshes(other, layer)
+            copy_meshes(other, layer)
         assert same_state(before, state(other))
-        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, n_nodes=4))
         with pytest.raises(ValueError, match=r"in the copy are \['default'\], those of '' are \['default', 'other'\]"):
-            follow_meshes(toy(), layer)
+            copy_meshes(toy(), layer)
 
 
 def test_two_processes_end_as_one(tmp_path):

@@ -9,7 +9,7 @@ from lreg_peft import parameter_groups, track_statistics, update_meshes
 
 
 def factored(**options):
-    return tiny.adapt(tiny.gpt2(), head="factored", linear_term=True, target_modules=["c_attn", "mlp"], **options)
+    return tiny.adapt(tiny.gpt2(), weighting="factored", linear_term=True, target_modules=["c_attn", "mlp"], **options)
 
 
 def test_everything_that_trains_is_in_one_group():
@@ -38,7 +38,7 @@ def test_trainer_keeps_the_ratio(tmp_path):
 
 
 def test_meshes_move_with_the_moments_of_both_groups():
-    model = factored(dof=8).train()
+    model = factored(n_nodes=8).train()
     tiny.shake(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01))
     track_statistics(model)
@@ -51,7 +51,7 @@ def test_meshes_move_with_the_moments_of_both_groups():
 
 
 def test_without_profiles_one_sentence():
-    with pytest.raises(ValueError, match=r"no profile that trains.*head='factored'"):
+    with pytest.raises(ValueError, match=r"no profile that trains.*weighting='factored'"):
         parameter_groups(tiny.adapt(tiny.gpt2()), 0.01)
     with pytest.raises(ValueError, match="no profile that trains"):
         parameter_groups(factored().requires_grad_(False), 0.01)

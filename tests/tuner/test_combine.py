@@ -13,7 +13,7 @@ IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
 
 def two(one=None, other=None, **common):
     """A model with the adapters "a" and "b", weights as after training."""
-    common = {"target_modules": ["c_attn", "mlp"], "dof": 4, **common}
+    common = {"target_modules": ["c_attn", "mlp"], "n_nodes": 4, **common}
     model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", **{**common, **(one or {})}), adapter_name="a")
     model.add_adapter("b", LRegConfig(preset="paper", **{**common, **(other or {})}))
     for name, seed in (("a", 1), ("b", 2)):
@@ -34,10 +34,10 @@ def check_sum(model, weights=(0.3, -2.0)):
         torch.testing.assert_close(shortcut(layer, "sum", x), sum(terms), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_components_side_by_side_are_the_sum(head, tmp_path):
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_components_side_by_side_are_the_sum(weighting, tmp_path):
     sizes = {"n_components": 3, "component_pattern": {"mlp": 1}}
-    model = two(other=sizes, **head)
+    model = two(other=sizes, **weighting)
     model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum")
     check_sum(model)
     assert model.active_adapters == ["a"]
@@ -50,7 +50,7 @@ def test_components_side_by_side_are_the_sum(head, tmp_path):
 
 def test_adapters_may_cover_different_modules():
     model = two(
-        one={"target_modules": ["c_attn"]}, other={"target_modules": ["mlp", "lm_head"], "dof_pattern": {"mlp": 3}}
+        one={"target_modules": ["c_attn"]}, other={"target_modules": ["mlp", "lm_head"], "node_pattern": {"mlp": 3}}
     )
     model.add_weighted_adapter(["a", "b"], [0.3, -2.0], "sum")
     check_sum(model)
@@ -110,7 +110,7 @@ class Net(nn.Module):
 )
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_the_sum_reads_what_its_parts_read(one, other, order, tmp_path):
-    common = {"target_modules": ["block.fc"], "dof": 3}
+    common = {"target_modules": ["block.fc"], "n_nodes": 3}
     model = get_peft_model(Net(), LRegConfig(preset="paper", **{**common, **one}), adapter_name="a")
     model.add_adapter("b", LRegConfig(preset="paper", **{**common, **other}))
     tiny.shake(model, "a", 1), tiny.shake(model, "b", 2)
@@ -142,9 +142,9 @@ def test_adapters_that_read_a_module_in_another_way_have_no_sum():
         ({}, {"weights": [1.0]}, r"one weight each, got .*weights=\[1.0\]"),
         ({}, {"weights": [1.0, float("nan")]}, "weights must be finite numbers"),
         ({}, {"adapter_name": "b"}, "there is an adapter 'b' already"),
-        ({"other": {"head": "reduced"}}, {}, r"same head and linear_term .*'b': \('reduced', False\)"),
-        ({"other": {"head": "factored", "linear_term": True}}, {}, "same head and linear_term"),
-        ({"other": {"dof": 5}}, {}, "same dof in a module .*got {'a': 4, 'b': 5}"),
+        ({"other": {"weighting": "reduced"}}, {}, r"same weighting and linear_term .*'b': \('reduced', False\)"),
+        ({"other": {"weighting": "factored", "linear_term": True}}, {}, "same weighting and linear_term"),
+        ({"other": {"n_nodes": 5}}, {}, "same n_nodes in a module .*got {'a': 4, 'b': 5}"),
         ({"other": {"modules_to_save": ["ln_f"]}}, {}, "have copies of .*ln_f' in modules_to_save"),
     ],
 )
@@ -200,7 +200,7 @@ class TestScaling:
 
 def test_adapters_of_reduced_heads_sum_their_constants_too():
     """Of which the sum has one."""
-    model = two(head="reduced")
+    model = two(weighting="reduced")
     with torch.no_grad():
         for layer in tiny.layers(model):
             for name, constant in (("a", 3.0), ("b", 5.0)):

@@ -39,7 +39,7 @@ def _fresh():
 
 def adapted(name, **options):
     build, places = MODELS[name]
-    model = tiny.adapt(build(), **{**places, "dof": 5, **options})
+    model = tiny.adapt(build(), **{**places, "n_nodes": 5, **options})
     tiny.shake(model)
     return model
 
@@ -51,16 +51,16 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 def models_and_heads(*first: tuple[str, str]) -> list:
     """All pairs; but for the first ones they are slow."""
-    return [*first, *slow(*(pair for pair in itertools.product(MODELS, tiny.HEADS) if pair not in first))]
+    return [*first, *slow(*(pair for pair in itertools.product(MODELS, tiny.WEIGHTINGS) if pair not in first))]
 
 
 class TestCompiled:
-    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "factored+linear")))
-    def test_training(self, name, head):
+    @pytest.mark.parametrize(("name", "weighting"), models_and_heads(("gpt2", "factored+linear")))
+    def test_training(self, name, weighting):
         """One graph, compiled in the first step, with the losses of eager mode while the weights change."""
         losses = []
         for is_compiled in (False, True):
-            model = adapted(name, **tiny.HEADS[head]).train()
+            model = adapted(name, **tiny.WEIGHTINGS[weighting]).train()
             call = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
             values = []
@@ -75,9 +75,9 @@ class TestCompiled:
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
         assert losses[0].unique().numel() == 3
 
-    @pytest.mark.parametrize(("name", "head"), models_and_heads(("gpt2", "reduced"), ("bert", "full")))
-    def test_inference_also_after_a_move_of_the_mesh(self, name, head):
-        model = adapted(name, **tiny.HEADS[head]).eval()
+    @pytest.mark.parametrize(("name", "weighting"), models_and_heads(("gpt2", "reduced"), ("bert", "full")))
+    def test_inference_also_after_a_move_of_the_mesh(self, name, weighting):
+        model = adapted(name, **tiny.WEIGHTINGS[weighting]).eval()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
             for step in range(3):
@@ -108,7 +108,7 @@ def test_exported_with_a_dynamic_batch_and_length(places):
         assert {"ln_f", "lm_head"} <= {name.rpartition(".")[2] for name in config.target_modules}
         model = get_peft_model(base, config).eval()
     else:
-        model = tiny.adapt(base, target_modules=[places], dof=5).eval()
+        model = tiny.adapt(base, target_modules=[places], n_nodes=5).eval()
     tiny.shake(model)
     length, samples = torch.export.Dim("length", min=2, max=32), torch.export.Dim("batch", min=2, max=64)
     example = torch.randint(3, tiny.VOCABULARY, (3, 9))

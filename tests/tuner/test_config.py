@@ -12,8 +12,8 @@ EVERYTHING = {
     "preset": "paper",
     "task_type": "CAUSAL_LM",
     "n_components": 3,
-    "dof": 4,
-    "head": "factored",
+    "n_nodes": 4,
+    "weighting": "factored",
     "linear_term": True,
     "profile_mean": 0.25,
     "profile_mean_pattern": {"lm_head": 1.0},
@@ -23,7 +23,7 @@ EVERYTHING = {
     "layers_pattern": ["layers"],
     "modules_to_save": ["head"],
     "component_pattern": {"a": 5},
-    "dof_pattern": {r"layers\.\d": 6},
+    "node_pattern": {r"layers\.\d": 6},
     "feature_sizes": {"b": (7, 8)},
     "layout": {"b": "channels_first"},
     "readout": "mean",
@@ -39,12 +39,20 @@ EVERYTHING = {
 }
 
 REFUSED = [
-    ({"linear_term": 1, "head": "factored"}, TypeError, "linear_term must be True or False, got 1"),
-    ({"linear_term": True}, ValueError, "linear_term=True needs head='factored'.*got head='full'"),
-    ({"profile_mean": float("nan"), "head": "factored"}, ValueError, "profile_mean must be a finite number, got nan"),
-    ({"profile_mean": 0}, ValueError, "profile_mean acts on the profiles of head='factored', got head='full'"),
+    ({"linear_term": 1, "weighting": "factored"}, TypeError, "linear_term must be True or False, got 1"),
+    ({"linear_term": True}, ValueError, "linear_term=True needs weighting='factored'.*got weighting='full'"),
     (
-        {"profile_mean_pattern": {"a": "b"}, "head": "factored"},
+        {"profile_mean": float("nan"), "weighting": "factored"},
+        ValueError,
+        "profile_mean must be a finite number, got nan",
+    ),
+    (
+        {"profile_mean": 0},
+        ValueError,
+        "profile_mean acts on the profiles of weighting='factored', got weighting='full'",
+    ),
+    (
+        {"profile_mean_pattern": {"a": "b"}, "weighting": "factored"},
         ValueError,
         r"profile_mean_pattern\['a'\] must be a finite number, got 'b'",
     ),
@@ -53,9 +61,9 @@ REFUSED = [
     ({"n_components": 2.0}, TypeError, "n_components must be a whole number, got 2.0"),
     ({"n_components": True}, TypeError, "n_components must be a whole number, got True"),
     ({"n_components": None}, TypeError, "n_components must be a whole number, got None"),
-    ({"dof": 1}, ValueError, "dof must be at least 2, got 1"),
-    ({"dof": "4"}, TypeError, "dof must be a whole number, got '4'"),
-    ({"head": "whole"}, ValueError, "head must be one of full, reduced, factored, got 'whole'"),
+    ({"n_nodes": 1}, ValueError, "n_nodes must be at least 2, got 1"),
+    ({"n_nodes": "4"}, TypeError, "n_nodes must be a whole number, got '4'"),
+    ({"weighting": "whole"}, ValueError, "weighting must be one of full, reduced, factored, got 'whole'"),
     ({"target_modules": 3}, TypeError, "target_modules must be a list of module names, got 3"),
     ({"target_modules": [1]}, ValueError, "target_modules must hold non-empty module names"),
     ({"target_modules": [""]}, ValueError, "target_modules must hold non-empty module names"),
@@ -78,8 +86,8 @@ REFUSED = [
     ({"layers_pattern": "h"}, ValueError, "layers_pattern='h' only has an effect together with layers_to_transform"),
     ({"component_pattern": {"a": 0}}, ValueError, r"component_pattern\['a'\] must be at least 1, got 0"),
     ({"component_pattern": {"a(": 1}}, ValueError, "component_pattern key='a\\(' is not a valid regular expression"),
-    ({"dof_pattern": {"a": 1}}, ValueError, r"dof_pattern\['a'\] must be at least 2, got 1"),
-    ({"dof_pattern": {"": 3}}, ValueError, "dof_pattern key must be a non-empty string"),
+    ({"node_pattern": {"a": 1}}, ValueError, r"node_pattern\['a'\] must be at least 2, got 1"),
+    ({"node_pattern": {"": 3}}, ValueError, "node_pattern key must be a non-empty string"),
     ({"feature_sizes": {"a": 3}}, ValueError, r"feature_sizes\['a'\] must be a pair \(in_features, out_features\)"),
     ({"feature_sizes": {"a": (3, 4, 5)}}, ValueError, r"feature_sizes\['a'\] must be a pair"),
     ({"feature_sizes": {"a": (0, 4)}}, ValueError, r"feature_sizes\['a'\] in_features must be at least 1, got 0"),
@@ -95,7 +103,7 @@ REFUSED = [
         TypeError,
         "feature_source must be a dictionary with a key for each module, got 'stem'",
     ),
-    ({"dof_pattern": [3]}, TypeError, r"dof_pattern must be a dictionary with a key for each module, got \[3\]"),
+    ({"node_pattern": [3]}, TypeError, r"node_pattern must be a dictionary with a key for each module, got \[3\]"),
     ({"feature_source": {"a": 3}}, ValueError, r"feature_source\['a'\] must be the name of a module, got 3"),
     ({"feature_source": {"": "b"}}, ValueError, "feature_source key must be a non-empty string"),
     ({"init_weights": "random"}, ValueError, "init_weights must be True, False, .*'pca'.*, got 'random'"),
@@ -128,9 +136,9 @@ REFUSED = [
         ({name: value}, ValueError, f"{name}=.* needs target_modules, or preset='paper'")
         for name, value in {
             "n_components": 4,
-            "head": "reduced",
+            "weighting": "reduced",
             "component_pattern": {"a": 1},
-            "dof_pattern": {"a": 3},
+            "node_pattern": {"a": 3},
             "layers_to_transform": [1],
         }.items()
     ),
@@ -138,7 +146,11 @@ REFUSED = [
     ({"lora_alpha": 16}, TypeError, "lora_alpha=16.*learning rate"),
     ({"lora_dropout": 0.1}, TypeError, "lora_dropout=0.1.*dropout="),
     ({"grade_form": "composed"}, ValueError, "reads the basis of a previous grade, and previous_grades is empty"),
-    ({"curvature_weight": 0.1, "dof": 2}, ValueError, "has nothing to act on: a mesh of dof=2 has no interior node"),
+    (
+        {"curvature_weight": 0.1, "n_nodes": 2},
+        ValueError,
+        "has nothing to act on: a mesh of n_nodes=2 has no interior node",
+    ),
 ]
 
 
@@ -157,7 +169,7 @@ def test_refuses(options, error, message):
         {"target_modules": r"layers\.\d+\.mlp"},
         {"layers_to_transform": 1, "target_modules": ["a"], "layers_pattern": "h"},
         {"preset": "paper", "layers_to_transform": [1]},
-        {"preset": "paper", "curvature_weight": 1, "dof": 2, "dof_pattern": {"mlp": 3}},
+        {"preset": "paper", "curvature_weight": 1, "n_nodes": 2, "node_pattern": {"mlp": 3}},
         {"init_weights": "pca"},
         {"trainable_token_indices": [3, 4]},
         {"trainable_token_indices": None},
@@ -214,8 +226,8 @@ def test_pairs_from_json_become_tuples():
 
 def test_defaults_are_not_shared():
     one, other = LRegConfig(), LRegConfig()
-    one.dof_pattern["a"] = 3
-    assert other.dof_pattern == {}
+    one.node_pattern["a"] = 3
+    assert other.node_pattern == {}
 
 
 def test_the_callers_containers_are_not_changed():
@@ -234,6 +246,6 @@ def test_unknown_option_is_refused():
 def test_file_with_a_bad_value_is_refused(tmp_path):
     LRegConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "dof": 1}))
-    with pytest.raises(ValueError, match="dof must be at least 2, got 1"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "n_nodes": 1}))
+    with pytest.raises(ValueError, match="n_nodes must be at least 2, got 1"):
         PeftConfig.from_pretrained(tmp_path)

@@ -12,18 +12,18 @@ X = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[3, 4, 5, 6, 3, 9]])
 
 
-def linear_model(dropout: float, dof: int = 5, **options):
-    config = LRegConfig(target_modules=["0"], dropout=dropout, dof=dof, n_components=4, **options)
+def linear_model(dropout: float, n_nodes: int = 5, **options):
+    config = LRegConfig(target_modules=["0"], dropout=dropout, n_nodes=n_nodes, n_components=4, **options)
     torch.manual_seed(5)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
     tiny.shake(model)
     return model
 
 
-@pytest.mark.parametrize("dof", [5, 40])  # a GEMM with the basis, and a look-up
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_each_basis_function_of_each_row_is_dropped_by_itself(head, dof):
-    model = linear_model(0.4, dof, **head)
+@pytest.mark.parametrize("n_nodes", [5, 40])  # a GEMM with the basis, and a look-up
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_each_basis_function_of_each_row_is_dropped_by_itself(weighting, n_nodes):
+    model = linear_model(0.4, n_nodes, **weighting)
     (layer,) = tiny.layers(model)
     torch.manual_seed(0)
     value = model.train()(X) - layer.base_layer(X)
@@ -33,18 +33,18 @@ def test_each_basis_function_of_each_row_is_dropped_by_itself(head, dof):
     torch.testing.assert_close(value, design @ layer.table("default"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_inference_and_a_rate_of_zero_change_nothing(head):
-    expected = linear_model(0.0, **head).eval()(X)
-    assert torch.equal(linear_model(0.4, **head).eval()(X), expected)
-    assert torch.equal(linear_model(0.0, **head).train()(X), expected)
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_inference_and_a_rate_of_zero_change_nothing(weighting):
+    expected = linear_model(0.0, **weighting).eval()(X)
+    assert torch.equal(linear_model(0.4, **weighting).eval()(X), expected)
+    assert torch.equal(linear_model(0.0, **weighting).train()(X), expected)
 
 
-@pytest.mark.parametrize("dof", [4, 40])
-def test_a_stage_with_a_stride_drops_in_the_positions_of_its_output(dof):
+@pytest.mark.parametrize("n_nodes", [4, 40])
+def test_a_stage_with_a_stride_drops_in_the_positions_of_its_output(n_nodes):
     base, _ = tiny.image_model("resnet")
     stage = "resnet.encoder.stages.3"
-    model = tiny.adapt(base, target_modules=[stage], n_components=3, dof=dof, dropout=0.4)
+    model = tiny.adapt(base, target_modules=[stage], n_components=3, n_nodes=n_nodes, dropout=0.4)
     tiny.shake(model)
     (layer,) = tiny.layers(model.train())
     image, like = torch.randn(2, 16, 6, 6), torch.randn(2, 24, 3, 3)

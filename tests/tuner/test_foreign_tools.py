@@ -37,11 +37,15 @@ IDS = torch.arange(3, 21).view(2, 9)
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("dof", [3, 40])  # few and many nodes take different ways
-@pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-def test_a_traced_model_computes_the_same(head, dof):
+@pytest.mark.parametrize("n_nodes", [3, 40])  # few and many nodes take different ways
+@pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+def test_a_traced_model_computes_the_same(weighting, n_nodes):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    model = get_peft_model(model, LRegConfig(target_modules=["0", "2"], head=head, dof=dof)).eval().double()
+    model = (
+        get_peft_model(model, LRegConfig(target_modules=["0", "2"], weighting=weighting, n_nodes=n_nodes))
+        .eval()
+        .double()
+    )
     tiny.shake(model)
     traced = torch.jit.trace(model.get_base_model(), torch.randn(5, 4, dtype=torch.float64))
     other = torch.randn(7, 4, dtype=torch.float64)
@@ -55,7 +59,7 @@ def test_a_traced_model_computes_the_same(head, dof):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trace_of_a_few_rows_is_one_of_many(dtype, gradients, rows):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    config = LRegConfig(target_modules=["0", "2"], head="factored", linear_term=True, n_components=1)
+    config = LRegConfig(target_modules=["0", "2"], weighting="factored", linear_term=True, n_components=1)
     model = get_peft_model(model, config).eval().to(dtype)
     tiny.shake(model)
     with torch.set_grad_enabled(gradients):
@@ -68,7 +72,7 @@ def test_a_trace_of_a_few_rows_is_one_of_many(dtype, gradients, rows):
 @pytest.mark.parametrize("pre_dispatch", [False, True])  # recorded by a dispatch mode, or before by a function mode
 @pytest.mark.parametrize("rows", [1, 20])
 def test_operations_recorded_for_some_rows_are_those_of_others(rows, pre_dispatch):
-    config = LRegConfig(target_modules=["0"], head="factored", linear_term=True, n_components=1)
+    config = LRegConfig(target_modules=["0"], weighting="factored", linear_term=True, n_components=1)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), config).eval()
     tiny.shake(model)
     with torch.no_grad():
@@ -114,7 +118,7 @@ WORK = {
     "pca": (
         tiny.gpt2,
         {"target_modules": ["mlp", "lm_head"], "init_weights": "pca"},
-        lambda model, folder: initialize_lreg_weights(model, [BATCH] * 3, output_start=True, show_progress=False),
+        lambda model, folder: initialize_lreg_weights(model, [BATCH] * 3, start_head=True, show_progress=False),
     ),
     "gradient": (
         tiny.gpt2,

@@ -44,7 +44,7 @@ from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.sites import all_sites
 
 FORMS = ("additive", "composed")
-OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "dof": 4, "target_modules": ["lm_head", "mlp"]}
+OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "n_nodes": 4, "target_modules": ["lm_head", "mlp"]}
 
 
 def first_grade(base=None, **options) -> PeftModel:
@@ -63,9 +63,9 @@ def stack_of_three(form: str, base=None) -> PeftModel:
 
 class TestAdding:
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-    def test_the_output_does_not_change(self, form, head):
-        model = first_grade(head=head)
+    @pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+    def test_the_output_does_not_change(self, form, weighting):
+        model = first_grade(weighting=weighting)
         before = outputs(model)
         add_grade(model, form=form)
         assert torch.equal(outputs(model), before)
@@ -112,7 +112,7 @@ class TestAdding:
     @pytest.mark.parametrize(("form", "width"), [("additive", HIDDEN), ("composed", HIDDEN + 12)])
     def test_parameter_counts(self, form, width, capsys):
         model = first_grade()
-        config = LRegConfig(preset="paper", **{**OPTIONS, "dof": 6, "n_components": 2, "head": "factored"})
+        config = LRegConfig(preset="paper", **{**OPTIONS, "n_nodes": 6, "n_components": 2, "weighting": "factored"})
         name = add_grade(model, config, form=form)
         report = inspect_targets(model, model.peft_config[name])
         assert [target.in_features for target in report] == [HIDDEN] * 3
@@ -126,7 +126,7 @@ class TestAdding:
         given = copy.deepcopy(model.peft_config["default"])
         add_grade(model)
         config = model.peft_config["grade_2"]
-        assert (config.n_components, config.dof, config.target_modules) == (3, 4, ["lm_head", "mlp"])
+        assert (config.n_components, config.n_nodes, config.target_modules) == (3, 4, ["lm_head", "mlp"])
         assert (config.previous_grades, config.grade_form) == (["default"], "additive")
         assert model.peft_config["default"] == given
 
@@ -176,7 +176,7 @@ class TestAdding:
 
     def test_convolution(self):
         base = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Flatten())
-        model = adapt(base, target_modules=["0"], dof=3)
+        model = adapt(base, target_modules=["0"], n_nodes=3)
         shake(model)
         images = torch.randn(2, 2, 8, 8)
         before = model(images)
@@ -295,9 +295,9 @@ class TestSwitching:
     def test_features_below_a_grade_on_the_output_layer_are_those_of_the_stack(self):
         model = first_grade(target_modules=["mlp"])
         add_grade(
-            model, LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3)
+            model, LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3)
         )  # at the output, on shortcuts inside the network
-        model.add_adapter("alone", LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3))
+        model.add_adapter("alone", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3))
         batch = {**inputs("gpt2"), "labels": inputs("gpt2")["input_ids"]}
         output_layer = find_output_layer(model, "grade_2")
         stamp, rows = fingerprint_below(output_layer), output_layer.rows(batch)
@@ -325,7 +325,7 @@ class TestSwitching:
 
 class TestModulesTrainedInFull:
     def classifier(self) -> PeftModel:
-        model = adapt(roberta("SEQ_CLS"), task_type="SEQ_CLS", dof=3)  # PEFT adds the classifier to modules_to_save
+        model = adapt(roberta("SEQ_CLS"), task_type="SEQ_CLS", n_nodes=3)  # PEFT adds the classifier to modules_to_save
         shake(model)
         model.get_submodule("base_model.model.classifier").modules_to_save["default"].out_proj.weight.data += 1
         return model
@@ -341,7 +341,7 @@ class TestModulesTrainedInFull:
         assert trainable(model) == n_trained
 
     def test_one_adapter_per_sample(self):
-        model = adapt(build("bert", "SEQ_CLS"), task_type="SEQ_CLS", dof=3)
+        model = adapt(build("bert", "SEQ_CLS"), task_type="SEQ_CLS", n_nodes=3)
         model.get_submodule("base_model.model.classifier").modules_to_save["default"].weight.data += 1
         before = outputs(model)
         add_grade(model)
@@ -608,9 +608,9 @@ def fit(model: nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> float:
     rest = y - model(x)
     handle.remove()
     nodes = layer.lreg_encoder[name].nodes
-    n_components, dof = nodes.shape
-    basis = torch.eye(n_components * dof, dtype=x.dtype).view(n_components, dof, -1)
-    columns = evaluate(layer.coords(name, seen[0]), nodes, basis)  # [samples, components * dof]
+    n_components, n_nodes = nodes.shape
+    basis = torch.eye(n_components * n_nodes, dtype=x.dtype).view(n_components, n_nodes, -1)
+    columns = evaluate(layer.coords(name, seen[0]), nodes, basis)  # [samples, components * n_nodes]
     solution = torch.linalg.lstsq(columns, rest, driver="gelsd").solution
     layer.set_table(name, solution)
     return (y - model(x)).square().mean().item()
@@ -631,17 +631,17 @@ class TestRegression:
         losses = {}
         for form in FORMS:
             torch.manual_seed(1)
-            model = self.model(n_components=2, dof=4)
+            model = self.model(n_components=2, n_nodes=4)
             losses[form] = [fit(model, "default", x, y)]
-            for dof in (6, 8, 12):
-                name = add_grade(model, LRegConfig(target_modules=["out"], n_components=2, dof=dof), form=form)
+            for n_nodes in (6, 8, 12):
+                name = add_grade(model, LRegConfig(target_modules=["out"], n_components=2, n_nodes=n_nodes), form=form)
                 losses[form].append(fit(model, name, x, y))
             assert all(later < 0.9 * earlier for earlier, later in itertools.pairwise(losses[form]))
             assert losses[form][-1] < 0.5 * losses[form][0]
 
     def test_the_same_encoder_again_finds_nothing(self):
         x, y = self.data()
-        model = self.model(n_components=2, dof=5)
+        model = self.model(n_components=2, n_nodes=5)
         before = fit(model, "default", x, y)
         name = add_grade(model)
         (layer,) = layers(model)
@@ -664,9 +664,9 @@ class TestRegression:
 
     def test_gradient_training(self):
         x, y = self.data()
-        model = self.model(n_components=2, dof=4)
+        model = self.model(n_components=2, n_nodes=4)
         fit(model, "default", x, y)
-        add_grade(model, LRegConfig(target_modules=["out"], n_components=2, dof=8), form="composed")
+        add_grade(model, LRegConfig(target_modules=["out"], n_components=2, n_nodes=8), form="composed")
         start = (y - model(x)).square().mean()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
         for _ in range(60):

@@ -213,7 +213,7 @@ def _publish() -> dict[str, Any]:
     base.to(torch.bfloat16).push_to_hub(BASE_BF16)
 
     def adapted(base_id: str) -> PeftModel:
-        config = lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=MESH.shape[1], init_weights=False)
+        config = lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=MESH.shape[1], init_weights=False)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), config).eval()
         _set_nodes(model, "default", MESH)
         return model
@@ -223,7 +223,7 @@ def _publish() -> dict[str, Any]:
     logits[PUSHED_BF16] = _logits(bf16)
 
     model = adapted(BASE)
-    blocks = {"n_components": SECOND_MESH.shape[0], "dof": SECOND_MESH.shape[1], "target_modules": ["mlp"]}
+    blocks = {"n_components": SECOND_MESH.shape[0], "n_nodes": SECOND_MESH.shape[1], "target_modules": ["mlp"]}
     model.add_adapter(SECOND, lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", init_weights=False, **blocks))
     _set_nodes(model, SECOND, SECOND_MESH)
     model.push_to_hub(PUSHED)

@@ -52,7 +52,7 @@ class TestDefaults:
         before, base_state = logits(base, batch), state(base)
         report = inspect_targets(base, LRegConfig(preset="paper"), example_inputs=batch)
         assert [(t.name, t.in_features, t.out_features) for t in report] == [PLACEMENTS[model_type]]
-        model = adapt(copy.deepcopy(base), dof=4)
+        model = adapt(copy.deepcopy(base), n_nodes=4)
         assert torch.equal(logits(model, batch), before)
         shake(model)
         after = logits(model, batch)
@@ -98,7 +98,7 @@ class TestClassifierOfConvolutionalNetworks:
     def test_adds_what_the_formula_says(self, model_type):
         base, batch = image_model(model_type)
         before = logits(base, batch)
-        model = adapt(base, target_modules=["classifier"], n_components=3, dof=5)
+        model = adapt(base, target_modules=["classifier"], n_components=3, n_nodes=5)
         assert torch.equal(logits(model, batch), before)
         shake(model)
         (layer,) = layers(model)
@@ -113,7 +113,7 @@ class TestClassifierOfConvolutionalNetworks:
     @pytest.mark.parametrize("model_type", ["resnet", "mobilenet_v2", "vit", "dinov2", "swin"])
     def test_fits_to_the_optimum_and_caches(self, model_type, tmp_path):
         base, batch = image_model(model_type)
-        model = adapt(base, target_modules=["classifier"], dof=4)
+        model = adapt(base, target_modules=["classifier"], n_nodes=4)
         model.eval()
         own = model(**batch).loss.item()
         data = [{name: value[i] for name, value in batch.items()} for i in range(6)]
@@ -144,7 +144,9 @@ class TestClassifierOfConvolutionalNetworks:
 
 def test_as_many_channels_as_the_image_is_wide():
     config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, patch_size=4)
-    model = adapt(ConvNextForImageClassification(config), target_modules=["encoder.stages.0"], n_components=3, dof=4)
+    model = adapt(
+        ConvNextForImageClassification(config), target_modules=["encoder.stages.0"], n_components=3, n_nodes=4
+    )
     shake(model)
     (layer,) = layers(model)
     images = torch.randn(2, 8, 8, 8)
@@ -152,17 +154,17 @@ def test_as_many_channels_as_the_image_is_wide():
     torch.testing.assert_close(layer(images), layer.base_layer(images) + value.movedim(-1, 1))
 
 
-STRIDED = {"target_modules": ["encoder.stages.3"], "n_components": 3, "dof": 6}
+STRIDED = {"target_modules": ["encoder.stages.3"], "n_components": 3, "n_nodes": 6}
 
 
 class TestStridedStages:
     """The target has fewer positions than its input: averages, in the value, the statistics and the start."""
 
-    @pytest.mark.parametrize("head", ["full", "reduced", "factored"])
-    @pytest.mark.parametrize("dof", [4, 12])  # dense and gathered
-    def test_pooling_the_basis_gives_the_pooled_values(self, head, dof):
+    @pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
+    @pytest.mark.parametrize("n_nodes", [4, 12])  # dense and gathered
+    def test_pooling_the_basis_gives_the_pooled_values(self, weighting, n_nodes):
         base, _ = image_model("resnet")
-        model = adapt(base, **{**STRIDED, "dof": dof}, head=head)
+        model = adapt(base, **{**STRIDED, "n_nodes": n_nodes}, weighting=weighting)
         shake(model)
         (layer,) = layers(model)
         features, like = torch.randn(2, 16, 6, 6), torch.randn(2, 24, 3, 3)
@@ -211,7 +213,7 @@ class TestStridedStages:
         # Directions are up to their sign; sums of some hundred fp32 numbers.
         torch.testing.assert_close((found * right[:3]).sum(dim=1).abs(), torch.ones(3), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("strategy", ["exchange", "mrc"])
+    @pytest.mark.parametrize("strategy", ["relocate", "paper"])
     def test_meshes_move(self, strategy):
         base, batch = image_model("resnet")
         model = adapt(base, **STRIDED)

@@ -22,9 +22,9 @@ EPS = torch.finfo(torch.float32).eps
 def layer_around(module: nn.Module, in_features: int, out_features: int, *names: str, **options) -> LRegLayer:
     """A layer with one active adapter per name ("default" without names), zero coefficients."""
     layer = (LRegLinear if isinstance(module, nn.Linear) else LRegLayer)(module, in_features, out_features)
-    config = LRegConfig(preset="paper", **{"n_components": 3, "dof": 4, **options})
+    config = LRegConfig(preset="paper", **{"n_components": 3, "n_nodes": 4, **options})
     for name in names or ("default",):
-        layer.update_layer(name, config.n_components, config.dof, config)
+        layer.update_layer(name, config.n_components, config.n_nodes, config)
     layer.set_adapter(list(names or ("default",)))
     return layer.eval()
 
@@ -59,9 +59,9 @@ class TestArithmetic:
         shake(layer)
         check_shortcut(layer, features, layer(features), layer.base_layer(features))
 
-    @pytest.mark.parametrize("dof", [2, 3, 8, 9, 40])
-    def test_every_dof(self, dof):
-        layer, features = layer_around(nn.Linear(5, 7), 5, 7, dof=dof), torch.randn(50, 5)
+    @pytest.mark.parametrize("n_nodes", [2, 3, 8, 9, 40])
+    def test_every_dof(self, n_nodes):
+        layer, features = layer_around(nn.Linear(5, 7), 5, 7, n_nodes=n_nodes), torch.randn(50, 5)
         shake(layer)
         check_shortcut(layer, features, layer(features), layer.base_layer(features))
 
@@ -232,7 +232,7 @@ class TestPrecision:
 
     def fine_mesh(self, dtype: torch.dtype) -> LRegLayer:
         """A mesh with two nodes that are closer than the dtype's resolution near 1, and a hat between them."""
-        layer = layer_around(nn.Linear(1, 1).to(dtype), 1, 1, n_components=1, dof=3)
+        layer = layer_around(nn.Linear(1, 1).to(dtype), 1, 1, n_components=1, n_nodes=3)
         with torch.no_grad():
             layer.lreg_projection["default"].weight.fill_(1.0)
             layer.lreg_encoder["default"].nodes.copy_(torch.tensor([[0.0, 0.9990, 1.0]]))
@@ -283,7 +283,7 @@ class TestPrecision:
 class TestAdapters:
     def test_update_replaces_the_adapter(self):
         layer = layer_around(nn.Linear(5, 7), 5, 7)
-        layer.update_layer("default", 2, 9, LRegConfig(preset="paper", dof=9))
+        layer.update_layer("default", 2, 9, LRegConfig(preset="paper", n_nodes=9))
         assert layer.table("default").shape == (18, 7)
         assert layer.lreg_encoder["default"].nodes.shape == (2, 9)
 

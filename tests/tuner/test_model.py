@@ -36,16 +36,16 @@ PLACEMENTS = {
     "activation": {"target_modules": ["act"], "feature_sizes": {"act": (64, 64)}},
     "whole layer": {"target_modules": r"transformer\.h\.\d"},
     "all-linear": {"target_modules": "all-linear"},
-    "reduced head": {"head": "reduced", "dof": 4},
-    "factored head": {"head": "factored", "dof": 4, "target_modules": ["mlp"]},
+    "reduced weighting": {"weighting": "reduced", "n_nodes": 4},
+    "factored weighting": {"weighting": "factored", "n_nodes": 4, "target_modules": ["mlp"]},
 }
 placements = pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
 
 
 def two_adapters(model: nn.Module | None = None) -> PeftModel:
     """GPT-2 with two different adapters on partly different modules; the first is active."""
-    model = adapt(model or gpt2(), "one", n_components=2, dof=3)
-    model.add_adapter("two", LRegConfig(n_components=3, dof=5, target_modules=["lm_head", "mlp"]))
+    model = adapt(model or gpt2(), "one", n_components=2, n_nodes=3)
+    model.add_adapter("two", LRegConfig(n_components=3, n_nodes=5, target_modules=["lm_head", "mlp"]))
     shake(model, "one", seed=1)
     shake(model, "two", seed=2)
     return model.eval()
@@ -112,7 +112,7 @@ class TestSeveralAdapters:
         assert not torch.allclose(one, two)
         model.set_adapter("one")
         assert torch.equal(outputs(model), one)
-        alone = adapt(gpt2(), "one", n_components=2, dof=3)
+        alone = adapt(gpt2(), "one", n_components=2, n_nodes=3)
         shake(alone, "one", seed=1)
         assert torch.equal(outputs(alone), one)
         with model.disable_adapter():
@@ -153,7 +153,7 @@ class TestSeveralAdapters:
         assert not [name for name in model.state_dict() if ".one." in name]
         two = outputs(model)
         assert not torch.allclose(one, two)
-        model.add_adapter("one", LRegConfig(n_components=2, dof=4, target_modules=["lm_head"]))
+        model.add_adapter("one", LRegConfig(n_components=2, n_nodes=4, target_modules=["lm_head"]))
         assert torch.equal(outputs(model), two)
 
     def test_deleting_the_active_one_warns_and_switches(self):
@@ -172,7 +172,7 @@ class TestSeveralAdapters:
     def test_all_linear_twice(self):
         model = adapt(gpt2(), "one", target_modules="all-linear")
         first = {name for name, module in model.named_modules() if isinstance(module, LRegLayer)}
-        model.add_adapter("two", LRegConfig(target_modules="all-linear", dof=3))
+        model.add_adapter("two", LRegConfig(target_modules="all-linear", n_nodes=3))
         second = {name for name, module in model.named_modules() if isinstance(module, LRegLayer)}
         assert first == second
         assert all(set(layer.lreg_encoder) == {"one", "two"} for layer in layers(model))
@@ -318,8 +318,8 @@ class TestPrecision:
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_nodes_of_a_second_adapter_stay_fp32(self, autocast):
-        model = adapt(gpt2().to(torch.bfloat16), dof=5)
-        model.add_adapter("two", LRegConfig(preset="paper", dof=7), autocast_adapter_dtype=autocast)
+        model = adapt(gpt2().to(torch.bfloat16), n_nodes=5)
+        model.add_adapter("two", LRegConfig(preset="paper", n_nodes=7), autocast_adapter_dtype=autocast)
         model.to(torch.bfloat16)
         model.half()
         (head,) = layers(model)
@@ -340,12 +340,12 @@ class TestPrecision:
         assert all(p.grad.dtype == torch.float32 for p in head.parameters() if p.requires_grad)
 
     def test_float64_model_is_exact_in_float64(self):
-        model = adapt(gpt2().double(), dof=5)
+        model = adapt(gpt2().double(), n_nodes=5)
         shake(model)
         (head,) = layers(model)
         head.double()
         assert head.lreg_encoder["default"].nodes.dtype == torch.float32  # nodes keep their precision, up or down
-        single = adapt(gpt2(), dof=5)
+        single = adapt(gpt2(), n_nodes=5)
         shake(single)
         assert outputs(model).dtype == torch.float64
         difference = (outputs(model) - outputs(single)).abs().max()
@@ -357,12 +357,12 @@ class TestCompile:
         "options",
         [
             pytest.param({}, id="lm_head"),
-            pytest.param({"target_modules": ["mlp"], "dof": 20}, id="mlp", marks=pytest.mark.slow),
+            pytest.param({"target_modules": ["mlp"], "n_nodes": 20}, id="mlp", marks=pytest.mark.slow),
         ],
     )
     def test_same_result_and_no_recompilation_when_nodes_move(self, options):
         torch._dynamo.reset()
-        model = adapt(gpt2(n_layer=1), **{"dof": 5, **options})
+        model = adapt(gpt2(n_layer=1), **{"n_nodes": 5, **options})
         shake(model)
         batch = inputs(gpt2())
         with torch.no_grad():
@@ -408,7 +408,7 @@ class TestCompile:
         "options",
         [
             pytest.param({}, id="lm_head", marks=pytest.mark.slow),
-            pytest.param({"target_modules": ["mlp"], "dof": 12}, id="mlp"),
+            pytest.param({"target_modules": ["mlp"], "n_nodes": 12}, id="mlp"),
         ],
     )
     def test_graph_stays_whole(self, options):

@@ -10,9 +10,9 @@ def saved_card(model, path) -> ModelCard:
 
 
 def test_it_says_what_the_adapter_is_and_how_to_load_it_once(tmp_path):
-    model = tiny.adapt(tiny.gpt2(), target_modules=["mlp", "c_attn"], modules_to_save=["ln_f"], dof=5)
+    model = tiny.adapt(tiny.gpt2(), target_modules=["mlp", "c_attn"], modules_to_save=["ln_f"], n_nodes=5)
     text = saved_card(model, tmp_path).text
-    assert "piecewise-linear shortcuts around `mlp`, `c_attn`; head `full`, n_components=2, dof=5" in text
+    assert "piecewise-linear shortcuts around `mlp`, `c_attn`; weighting `full`, n_components=2, n_nodes=5" in text
     assert text.rstrip() == saved_card(model, tmp_path).text.rstrip()
     assert text.count("## How to load this adapter") == text.count("import lreg_peft") == 1
     assert saved_card(model, tmp_path).data.to_dict()["tags"].count("lreg") == 1

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lreg_peft import LRegConfig
 
 IDS = torch.arange(3, 30).view(3, 9)
-PLACES = {"target_modules": ["mlp", "c_attn", "lm_head"], "dof": 4}
+PLACES = {"target_modules": ["mlp", "c_attn", "lm_head"], "n_nodes": 4}
 
 
 def adapted(**options):
@@ -65,9 +65,9 @@ class TestLossesThatWriteOverTheLogits:
     def in_place(logits):
         return InPlace.apply(logits[:, :-1].reshape(-1, 61), IDS[:, 1:].reshape(-1))
 
-    @pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-    def test_train_like_the_plain_one(self, head):
-        assert_same(gradients(adapted(**head), self.in_place), gradients(adapted(**head), self.plain))
+    @pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+    def test_train_like_the_plain_one(self, weighting):
+        assert_same(gradients(adapted(**weighting), self.in_place), gradients(adapted(**weighting), self.plain))
 
     def test_over_the_logits_themselves(self):
         """Not over a copy of some rows: what the shortcut has returned is overwritten."""
@@ -115,11 +115,11 @@ def through_identity(value):
     return value
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_hooks_on_every_output(head):
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_hooks_on_every_output(weighting):
     """As DeepSpeed's engine registers them."""
-    expected = gradients(adapted(**head))
-    model = adapted(**head)
+    expected = gradients(adapted(**weighting))
+    model = adapted(**weighting)
     for module in model.modules():
         module.register_forward_hook(lambda m, args, output: through_identity(output))
         module.register_forward_pre_hook(lambda m, args: through_identity(args))
@@ -129,13 +129,13 @@ def test_hooks_on_every_output(head):
 class TestGradientsOfSamples:
     """As tools for differential privacy compute them."""
 
-    @pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-    @pytest.mark.parametrize("dof", [4, 40])
-    def test_by_transforms(self, head, dof):
+    @pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+    @pytest.mark.parametrize("n_nodes", [4, 40])
+    def test_by_transforms(self, weighting, n_nodes):
         torch.manual_seed(0)
         net = get_peft_model(
             nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)),
-            LRegConfig(target_modules=["0", "2"], dof=dof, **head),
+            LRegConfig(target_modules=["0", "2"], n_nodes=n_nodes, **weighting),
         )
         tiny.shake(net)
         net = net.double()
@@ -182,10 +182,10 @@ class TestGradientsOfSamples:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # that FSDP1 is old
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_fsdp_with_the_wrap_policy_of_peft(head, tmp_path):
-    expected = gradients(adapted(**head))
-    model = adapted(**head)
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_fsdp_with_the_wrap_policy_of_peft(weighting, tmp_path):
+    expected = gradients(adapted(**weighting))
+    model = adapted(**weighting)
     model.get_base_model()._no_split_modules = ["GPT2Block"]
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -199,7 +199,7 @@ def test_fsdp_with_the_wrap_policy_of_peft(head, tmp_path):
         own = torch.cat([gradient.flatten() for gradient in expected.values()])
         torch.testing.assert_close(found.norm(), own.norm())
         torch.testing.assert_close(found.abs().max(), own.abs().max())
-        torch.testing.assert_close(loss, adapted(**head)(input_ids=IDS, labels=IDS).loss)
+        torch.testing.assert_close(loss, adapted(**weighting)(input_ids=IDS, labels=IDS).loss)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -25,7 +25,7 @@ def own_accelerator():
 
 
 def model(weight: float = WEIGHT, **options) -> nn.Module:
-    adapted = adapt(gpt2(**NO_DROPOUT), **{"n_components": 2, "dof": 5, "curvature_weight": weight, **options})
+    adapted = adapt(gpt2(**NO_DROPOUT), **{"n_components": 2, "n_nodes": 5, "curvature_weight": weight, **options})
     shake(adapted)
     return adapted
 
@@ -41,24 +41,24 @@ def learning(adapted: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class TestFunction:
-    @pytest.mark.parametrize("head", ["full", "reduced"])
-    def test_is_the_mean_curvature_of_the_coefficients(self, head):
-        adapted = model(target_modules=["mlp", "lm_head"], head=head)
+    @pytest.mark.parametrize("weighting", ["full", "reduced"])
+    def test_is_the_mean_curvature_of_the_coefficients(self, weighting):
+        adapted = model(target_modules=["mlp", "lm_head"], weighting=weighting)
         penalty = curvature_penalty(adapted)
-        # The constant of a reduced head is a straight line, which has no curvature but for its rounding.
+        # The constant of a reduced weighting is a straight line, which has no curvature but for its rounding.
         torch.testing.assert_close(penalty, WEIGHT * explicit_penalty(adapted), rtol=1e-5, atol=1e-6)
         gradients = torch.autograd.grad(penalty, [layer.nodal_parameter("default") for layer in layers(adapted)])
         assert all(gradient.any() for gradient in gradients)
 
     def test_is_that_of_the_profiles_of_a_factored_head(self):
-        adapted = model(head="factored")
+        adapted = model(weighting="factored")
         (encoder,) = (layer.lreg_encoder["default"] for layer in layers(adapted))
         expected = WEIGHT * penalty_of(encoder.nodes, encoder.weight.unsqueeze(-1))
         torch.testing.assert_close(curvature_penalty(adapted), expected)
 
     def test_only_active_adapters_count(self):
         adapted = model()
-        adapted.add_adapter("second", LRegConfig(preset="paper", dof=5, curvature_weight=0.3))
+        adapted.add_adapter("second", LRegConfig(preset="paper", n_nodes=5, curvature_weight=0.3))
         shake(adapted, "second", seed=5)
         adapted.set_adapter("second")
         torch.testing.assert_close(curvature_penalty(adapted), 0.3 * explicit_penalty(adapted, "second"))
@@ -68,7 +68,7 @@ class TestFunction:
         assert curvature_penalty(gpt2()) == 0
 
     def test_a_straight_mesh_takes_part_with_nothing(self):
-        adapted = model(target_modules=["mlp", "lm_head"], dof_pattern={"mlp": 2})
+        adapted = model(target_modules=["mlp", "lm_head"], node_pattern={"mlp": 2})
         head = adapted.base_model.model.lm_head
         expected = WEIGHT * penalty_of(head.lreg_encoder["default"].nodes, head.nodal_coefficients("default"))
         torch.testing.assert_close(curvature_penalty(adapted), expected)
@@ -138,7 +138,7 @@ TRAININGS = {
 
 class TestCallback:
     @pytest.mark.parametrize(
-        ("name", "head"),
+        ("name", "weighting"),
         [
             ("plain", "full"),
             ("accumulated", "reduced"),
@@ -147,9 +147,9 @@ class TestCallback:
             *slow(("plain", "reduced"), ("accumulated", "full"), ("checkpointed", "full"), ("AdamW", "reduced")),
         ],
     )
-    def test_is_a_term_of_the_loss(self, name, head, tmp_path):
+    def test_is_a_term_of_the_loss(self, name, weighting, tmp_path):
         how = TRAININGS[name]
-        options = {"target_modules": ["mlp", "lm_head"], "head": head}
+        options = {"target_modules": ["mlp", "lm_head"], "weighting": weighting}
         expected = trained(model(0.0, **options), tmp_path, WithPenalty, **how)
         check_equal(trained(model(**options), tmp_path, **how), expected)
         without = trained(model(0.0, **options), tmp_path, **how)

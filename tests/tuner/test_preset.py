@@ -33,9 +33,9 @@ def test_the_plain_call_is_the_recipe_with_its_smallest_shares(name, task):
 
 def test_what_else_is_said_stays():
     base = tiny.gpt2()
-    config = LRegConfig(dof=5, init_weights="pca", train_projection=False, exclude_modules=["lm_head"])
+    config = LRegConfig(n_nodes=5, init_weights="pca", train_projection=False, exclude_modules=["lm_head"])
     adapted = {name for name, module in get_peft_model(base, config).named_modules() if hasattr(module, "lreg_encoder")}
-    assert config.dof == 5 and config.init_weights == "pca" and not config.train_projection
+    assert config.n_nodes == 5 and config.init_weights == "pca" and not config.train_projection
     assert adapted and not any(name.endswith("lm_head") for name in adapted)
 
 
@@ -43,20 +43,20 @@ def test_the_papers_placement_by_name():
     config = LRegConfig(task_type="CAUSAL_LM", preset="paper")
     get_peft_model(tiny.gpt2(), config)
     assert config.target_modules == ["lm_head"]
-    assert (config.head, config.n_components, config.dof, config.linear_term) == ("full", 2, 2, False)
+    assert (config.weighting, config.n_components, config.n_nodes, config.linear_term) == ("full", 2, 2, False)
 
 
 def test_looking_does_not_fill_in():
     config = LRegConfig(task_type="CAUSAL_LM")
     assert len(inspect_targets(tiny.gpt2(), config)) > 3
-    assert config.target_modules is None and config.dof is None
+    assert config.target_modules is None and config.n_nodes is None
 
 
 def test_models_without_blocks_of_linear_layers_get_the_papers_placement():
     base, _ = tiny.image_model("resnet")
     config = LRegConfig()
     get_peft_model(base, config)
-    assert config.head == "full" and config.dof == 2
+    assert config.weighting == "full" and config.n_nodes == 2
     with pytest.raises(ValueError, match="no default target_modules for Sequential"):
         get_peft_model(nn.Sequential(nn.Conv2d(2, 2, 1)), LRegConfig())
 
@@ -78,7 +78,7 @@ def test_it_trains_and_comes_back(tmp_path):
     assert losses[-1] < losses[0] - 0.1
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.gpt2(), tmp_path)
-    assert loaded.peft_config["default"].dof == 8
+    assert loaded.peft_config["default"].n_nodes == 8
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 
 

@@ -153,7 +153,7 @@ def test_the_configuration_survives_its_file(tmp_path):
         ({"budget": "lora:0"}, ValueError, "budget must be a number.* got 'lora:0'"),
         ({"budget": "lora:2:nothing"}, ValueError, "LoRA has nothing to adapt"),
         ({"budget": 2.5}, TypeError, "budget must be a number of parameters or a text"),
-        ({"dof": 1}, ValueError, "dof must be at least 2, got 1"),
+        ({"n_nodes": 1}, ValueError, "n_nodes must be at least 2, got 1"),
         ({"target_modules": ["mlp"]}, ValueError, r"chooses \['target_modules'\] itself"),
     ],
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked ch
 
 
 def adapted(seed: int) -> PeftModel:
-    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", dof=4))
+    model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", n_nodes=4))
     tiny.shake(model, seed=seed)
     return model
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lreg_peft import LRegConfig
 
-OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "dof": 5, "target_modules": ["lm_head", "mlp"]}
+OPTIONS = {"task_type": "CAUSAL_LM", "n_components": 3, "n_nodes": 5, "target_modules": ["lm_head", "mlp"]}
 
 
 def trained(base=None, **options) -> PeftModel:
@@ -61,7 +61,7 @@ class TestFiles:
         assert content["inference_mode"] is True
         config = PeftConfig.from_pretrained(folder)
         assert type(config) is LRegConfig
-        assert (config.n_components, config.dof, config.target_modules) == (3, 5, ["lm_head", "mlp"])
+        assert (config.n_components, config.n_nodes, config.target_modules) == (3, 5, ["lm_head", "mlp"])
 
     def test_default_targets_are_written_out(self, tmp_path):
         adapt(gpt2(), task_type="CAUSAL_LM").save_pretrained(tmp_path)
@@ -75,8 +75,8 @@ class TestFiles:
 
     def test_adapters_do_not_leak_into_each_other(self, tmp_path):
         model = trained()
-        model.add_adapter("default_2", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, dof=7))
-        model.add_adapter("fault", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=1, dof=3))
+        model.add_adapter("default_2", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=2, n_nodes=7))
+        model.add_adapter("fault", LRegConfig(preset="paper", task_type="CAUSAL_LM", n_components=1, n_nodes=3))
         model.save_pretrained(tmp_path)
         for folder, shape in ((tmp_path, (3, 5)), (tmp_path / "default_2", (2, 7)), (tmp_path / "fault", (1, 3))):
             tensors = load_file(folder / "adapter_model.safetensors")
@@ -178,7 +178,7 @@ class TestWaysIn:
 
     def test_second_adapter_of_another_size(self, saved, tmp_path):
         folder, expected = saved
-        other = trained(n_components=1, dof=9, target_modules=["attn"])
+        other = trained(n_components=1, n_nodes=9, target_modules=["attn"])
         other.save_pretrained(tmp_path / "other")
         loaded = PeftModel.from_pretrained(gpt2(), folder, adapter_name="one")
         loaded.load_adapter(tmp_path / "other", "two")
@@ -342,7 +342,7 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=r"holds .* tensors of shortcuts that the model does not have"):
             PeftModel.from_pretrained(gpt2(), folder)
 
-    @pytest.mark.parametrize("field", ["n_components", "dof"])
+    @pytest.mark.parametrize("field", ["n_components", "n_nodes"])
     def test_config_that_disagrees_with_the_tensors(self, field, saved):
         folder, _ = saved
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -352,7 +352,7 @@ class TestBadFiles:
 
     def test_loading_another_size_over_an_adapter_changes_nothing(self, saved):
         folder, _ = saved
-        model = trained(dof=9)
+        model = trained(n_nodes=9)
         before = state(model)
         with pytest.raises(ValueError, match="size mismatch"):
             model.load_adapter(folder, "default")
@@ -375,10 +375,10 @@ class TestWhatTrainsAlone:
     def only_what_trains(self, model) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    @pytest.mark.parametrize("head", ["full", "factored"])
-    def test_it_is_saved_with_the_nodes(self, head, tmp_path):
+    @pytest.mark.parametrize("weighting", ["full", "factored"])
+    def test_it_is_saved_with_the_nodes(self, weighting, tmp_path):
         """As trainers under ZeRO-3 do, which gather what trains."""
-        model = trained(head=head)
+        model = trained(weighting=weighting)
         model.save_pretrained(tmp_path, state_dict=self.only_what_trains(model))
         keys = load_file(tmp_path / "adapter_model.safetensors")
         assert sum(key.endswith("lreg_encoder.nodes") for key in keys) == 3
@@ -459,7 +459,7 @@ class TestTrainer:
         )
 
     def test_trains_saves_resumes_and_loads_the_best(self, tmp_path):
-        options = {"task_type": "CAUSAL_LM", "dof": 4}
+        options = {"task_type": "CAUSAL_LM", "n_nodes": 4}
         model = adapt(gpt2(), **options)
         before, frozen = outputs(model), state(gpt2())
         start = state(model)
@@ -486,7 +486,7 @@ class TestTrainer:
                 for layer in layers(model):
                     layer.lreg_encoder["default"].nodes.pow_(1.1)
 
-        model = adapt(gpt2(), task_type="CAUSAL_LM", dof=4)
+        model = adapt(gpt2(), task_type="CAUSAL_LM", n_nodes=4)
         trainer = self.trainer(
             tmp_path, model, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
         )

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lreg_peft import LRegConfig, initialize_lreg_weights, inspect_targets
 
-SPAN = {"target_modules": ["last"], "feature_source": {"last": "first"}, "n_components": 3, "dof": 4}
+SPAN = {"target_modules": ["last"], "feature_source": {"last": "first"}, "n_components": 3, "n_nodes": 4}
 
 
 class Net(nn.Module):
@@ -222,7 +222,7 @@ def test_names_that_cannot_be(source, message):
 
 def test_an_embedding_has_its_width_to_read():
     base = gpt2().eval()
-    config = LRegConfig(target_modules=["mlp"], feature_source={"mlp": "transformer.wte"}, n_components=3, dof=4)
+    config = LRegConfig(target_modules=["mlp"], feature_source={"mlp": "transformer.wte"}, n_components=3, n_nodes=4)
     batch = inputs("gpt2")
     report = inspect_targets(base, config, example_inputs={"input_ids": batch["input_ids"]})
     width = base.config.n_embd
@@ -250,7 +250,7 @@ def test_adapters_of_a_module_have_one_source():
 def test_a_module_that_has_no_adapter_left_may_get_another_source():
     model = spanned(net())
     model.delete_adapter("default")
-    model.add_adapter("other", LRegConfig(target_modules=["last"], n_components=3, dof=4))
+    model.add_adapter("other", LRegConfig(target_modules=["last"], n_components=3, n_nodes=4))
     model.set_adapter("other")
     (layer,) = layers(model)
     assert layer.in_features == 5

@@ -17,8 +17,8 @@ from lreg_peft.training.statistics import MeshStatistics, count_hard_samples, st
 from lreg_peft.tuner.layout import UNSAID, Reading
 from lreg_peft.tuner.sites import Site
 
-HEADS = ("full", "reduced", "factored")
-COMPONENTS, DOF, IN, OUT = 3, 5, 4, 6
+WEIGHTINGS = ("full", "reduced", "factored")
+COMPONENTS, N_NODES, IN, OUT = 3, 5, 4, 6
 # The two sides add up to a hundred fp32 numbers in different orders.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -34,10 +34,10 @@ class Merging(nn.Module):
         return self.merge(tokens.unflatten(1, (4, 4)).movedim(-1, 1)).flatten(2).transpose(1, 2)
 
 
-def tracked(head="full", *, n_rows=1000, n_hard_samples=None, base=None, reading=UNSAID, **options) -> LRegLayer:
+def tracked(weighting="full", *, n_rows=1000, n_hard_samples=None, base=None, reading=UNSAID, **options) -> LRegLayer:
     layer = LRegLayer(base or nn.Linear(IN, OUT), IN, OUT)
-    config = LRegConfig(preset="paper", n_components=COMPONENTS, dof=DOF, head=head, **options)
-    layer.update_layer("default", COMPONENTS, DOF, config, reading=reading)
+    config = LRegConfig(preset="paper", n_components=COMPONENTS, n_nodes=N_NODES, weighting=weighting, **options)
+    layer.update_layer("default", COMPONENTS, N_NODES, config, reading=reading)
     layer.set_adapter("default")
     layer.base_layer.requires_grad_(False)
     shake(layer)
@@ -75,14 +75,14 @@ def expected(layer, features) -> MeshStatistics:
     base = layer.base_layer(features).detach().double().reshape(-1, OUT)
     value.retain_grad()
     loss_of(base + value).backward()
-    energy, moments = torch.zeros(COMPONENTS, DOF - 1), torch.zeros(COMPONENTS, DOF - 1, 3)
+    energy, moments = torch.zeros(COMPONENTS, N_NODES - 1), torch.zeros(COMPONENTS, N_NODES - 1, 3)
     element, local = locate(coords, nodes.detach())
     for row in range(len(coords)):
         for i in range(COMPONENTS):
             j, t = element[row, i], local[row, i]
             energy[i, j] += value.grad[row].square().sum()
             moments[i, j] += torch.stack(((1 - t) ** 2, t * (1 - t), t**2))
-    return MeshStatistics(energy, moments, nodes.grad.float(), torch.zeros(COMPONENTS, DOF - 1))
+    return MeshStatistics(energy, moments, nodes.grad.float(), torch.zeros(COMPONENTS, N_NODES - 1))
 
 
 def assert_same(actual: MeshStatistics, wanted: MeshStatistics, **tolerance) -> None:
@@ -100,18 +100,18 @@ def run(layer, features):
 
 
 class TestSums:
-    @pytest.mark.parametrize("head", HEADS)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
     @pytest.mark.parametrize("train_projection", [True, False])
-    def test_equal_loops_and_autograd(self, head, train_projection):
-        layer, features = tracked(head, train_projection=train_projection), torch.randn(7, 9, IN)
+    def test_equal_loops_and_autograd(self, weighting, train_projection):
+        layer, features = tracked(weighting, train_projection=train_projection), torch.randn(7, 9, IN)
         run(layer, features)
         wanted = expected(layer, features)
         assert wanted.node_gradient[:, 1:-1].abs().min() > 1e-3
         assert_same(sums(layer), wanted)
 
-    @pytest.mark.parametrize("head", HEADS)
-    def test_of_a_scaled_shortcut(self, head):
-        layer, features = tracked(head), torch.randn(7, 9, IN)
+    @pytest.mark.parametrize("weighting", WEIGHTINGS)
+    def test_of_a_scaled_shortcut(self, weighting):
+        layer, features = tracked(weighting), torch.randn(7, 9, IN)
         layer.set_scale("default", 0.3)
         run(layer, features)
         assert_same(sums(layer), expected(layer, features))
@@ -164,7 +164,7 @@ class TestSums:
         stride = 1 if n_rows == 1000 else 7
         coords, energy = layer.coords("default", rows).flatten(0, 1)[::stride], everywhere.square().sum(-1).flatten()
         element, _ = locate(coords.detach(), layer.lreg_encoder["default"].nodes)
-        expected = torch.zeros(COMPONENTS, DOF - 1)
+        expected = torch.zeros(COMPONENTS, N_NODES - 1)
         expected.scatter_add_(1, element.T, energy[::stride].expand(COMPONENTS, -1))
         torch.testing.assert_close(sums(layer).energy, expected)
 
@@ -215,7 +215,7 @@ class TestSums:
 
     def test_two_adapters_of_one_module(self):
         layer, features = tracked(), torch.randn(30, IN)
-        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, dof=4))
+        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, n_nodes=4))
         layer.set_adapter(["default", "other"])
         shake(layer, "other", seed=5)
         track_statistics(layer, n_rows=1000)
@@ -278,7 +278,7 @@ class TestWhatCounts:
         assert_same(sums(layer), expected(layer, features.detach()))
 
     def test_hooks_are_gone_when_it_ends(self):
-        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], dof=4))
+        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_nodes=4))
         before = n_hooks(model)
         track_statistics(model)
         assert n_hooks(model) == before + 4
@@ -298,7 +298,7 @@ class TestWhatCounts:
         assert n_hooks(layer) == 0
 
     def test_only_meshes_that_can_move_are_tracked(self):
-        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], dof=4, dof_pattern={"h.0.mlp": 2}))
+        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_nodes=4, node_pattern={"h.0.mlp": 2}))
         track_statistics(model)
         assert [gathering(layer) is None for layer in layers(model)] == [True, False]
 
@@ -307,7 +307,7 @@ class TestHits:
     def hits_of(self, layer, features):
         coords = layer.coords("default", features).detach()
         element, _ = locate(coords.reshape(-1, COMPONENTS), layer.lreg_encoder["default"].nodes)
-        return torch.stack([torch.bincount(column, minlength=DOF - 1) for column in element.T]).float()
+        return torch.stack([torch.bincount(column, minlength=N_NODES - 1) for column in element.T]).float()
 
     def test_samples_with_the_largest_loss(self):
         layer, features = tracked(), torch.randn(9, 2, IN)
@@ -379,14 +379,14 @@ class TestState:
         assert not is_empty(sums(layer))
 
     def test_go_with_the_adapter(self):
-        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], dof=4))
-        model.add_adapter("other", LRegConfig(target_modules=["mlp"], dof=6))
+        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_nodes=4))
+        model.add_adapter("other", LRegConfig(target_modules=["mlp"], n_nodes=6))
         track_statistics(model)
         track_statistics(model, adapter_name="other")
         model.set_adapter("other")
         model.delete_adapter("default")
         assert all(gathering(layer, "other") is not None for layer in layers(model))
-        model.add_adapter("default", LRegConfig(target_modules=["mlp"], dof=4))
+        model.add_adapter("default", LRegConfig(target_modules=["mlp"], n_nodes=4))
         assert all(gathering(layer) is None for layer in layers(model))
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -395,7 +395,7 @@ class TestState:
         seen = []
         for checkpointing in (False, True):
             base = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-            model = get_peft_model(base, LRegConfig(target_modules=["mlp"], dof=4, n_components=2))
+            model = get_peft_model(base, LRegConfig(target_modules=["mlp"], n_nodes=4, n_components=2))
             shake(model)
             track_statistics(model)
             if checkpointing:

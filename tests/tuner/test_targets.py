@@ -150,7 +150,7 @@ class TestInspection:
         "options",
         [
             {},
-            {"target_modules": ["mlp", "lm_head"], "dof": 5, "dof_pattern": {"lm_head": 3}},
+            {"target_modules": ["mlp", "lm_head"], "n_nodes": 5, "node_pattern": {"lm_head": 3}},
             {"target_modules": "all-linear", "component_pattern": {r"h\.0\.mlp\.c_fc": 7, "c_attn": 1}},
             {"target_modules": ["attn"], "train_projection": False},
             {"target_modules": ["act"], "feature_sizes": {"act": [64, 64]}},
@@ -171,13 +171,13 @@ class TestInspection:
         for target in report:
             layer = found[target.name]
             assert (target.in_features, target.out_features) == (layer.in_features, layer.out_features)
-            assert tuple(layer.lreg_encoder["default"].nodes.shape) == (target.n_components, target.dof)
+            assert tuple(layer.lreg_encoder["default"].nodes.shape) == (target.n_components, target.n_nodes)
             assert target.module_type == type(layer.base_layer).__name__
             assert target.trainable_parameters == sum(p.numel() for n, p in layer.named_parameters() if p.requires_grad)
 
     def test_table(self):
         lines = str(inspect_targets(gpt2(), LRegConfig(target_modules=["mlp"]))).splitlines()
-        assert lines[0].split() == ["module", "type", "in", "out", "components", "dof", "trainable"]
+        assert lines[0].split() == ["module", "type", "in", "out", "components", "n_nodes", "trainable"]
         assert lines[1].split() == ["transformer.h.0.mlp", "GPT2MLP", "16", "16", "2", "2", "98"]
         assert lines[-1].split() == ["2", "modules", "196"]
         assert len({len(line) for line in lines}) == 1
@@ -233,10 +233,10 @@ class TestSelection:
         options = {
             "target_modules": ["c_fc", "c_attn"],
             "component_pattern": {"c_fc": 3, r"h\.1\.attn\.c_attn": 4},
-            "dof_pattern": {r".*attn.*": 6},
+            "node_pattern": {r".*attn.*": 6},
         }
         sizes = {
-            t.name: (t.n_components, t.dof) for t in inspect_targets(gpt2(), LRegConfig(preset="paper", **options))
+            t.name: (t.n_components, t.n_nodes) for t in inspect_targets(gpt2(), LRegConfig(preset="paper", **options))
         }
         assert sizes == {
             "transformer.h.0.attn.c_attn": (2, 6),
@@ -247,13 +247,13 @@ class TestSelection:
 
     def test_key_of_one_module_is_not_taken_for_another(self):
         model = nn.ModuleDict({"lin": nn.Linear(2, 2), "olin": nn.Linear(2, 2)})
-        report = inspect_targets(model, LRegConfig(target_modules=["lin", "olin"], dof_pattern={"lin": 5}))
-        assert [target.dof for target in report] == [5, 2]
+        report = inspect_targets(model, LRegConfig(target_modules=["lin", "olin"], node_pattern={"lin": 5}))
+        assert [target.n_nodes for target in report] == [5, 2]
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"dof_pattern": {"c_fx": 3}}, r"dof_pattern keys \['c_fx'\] match no adapted module"),
+            ({"node_pattern": {"c_fx": 3}}, r"node_pattern keys \['c_fx'\] match no adapted module"),
             ({"component_pattern": {"attn": 3}}, r"component_pattern keys \['attn'\] match no adapted module"),
             ({"feature_sizes": {"lm_head": (1, 1)}}, r"feature_sizes keys \['lm_head'\] match no adapted module"),
             ({"target_modules": ["mlp", "mpl"]}, r"target_modules \['mpl'\] match no module"),
@@ -335,8 +335,8 @@ class TestRefusals:
             ValueError, match=r"component_pattern has two keys for 'transformer.h.0.mlp.c_fc', 'mlp.c_fc' and"
         ):
             inspect_targets(gpt2(), LRegConfig(target_modules=["c_fc"], component_pattern=clash))
-        agreeing = LRegConfig(target_modules=["c_fc"], dof_pattern={".*c_fc": 3, "mlp.c_fc": 4})
-        assert {target.dof for target in inspect_targets(gpt2(), agreeing)} == {3}
+        agreeing = LRegConfig(target_modules=["c_fc"], node_pattern={".*c_fc": 3, "mlp.c_fc": 4})
+        assert {target.n_nodes for target in inspect_targets(gpt2(), agreeing)} == {3}
 
     def test_layers_of_the_default_head(self):
         self.check(r"layers_to_transform has no effect on the default target 'lm_head'", layers_to_transform=[0])

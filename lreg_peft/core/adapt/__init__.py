@@ -5,10 +5,10 @@ Decisions are taken in fp64 from elementwise arithmetic, fixed-order scans and s
 so that processes holding identical inputs get bit-identical nodes.
 """
 
-from .exchange import MAX_SHIFT, independent_nodes, remove
 from .indicators import element_moments, element_sums, mark, node_gradient, removal_cost
 from .move import AdaptedMesh, Strategy, adapt_mesh
 from .mrc import coarsen, refine
+from .relocate import MAX_SHIFT, independent_nodes, remove
 from .transfer import interpolate
 
 __all__ = [

@@ -16,7 +16,7 @@ def element_sums(element: Tensor, values: Tensor, n_elements: int) -> Tensor:
     Args:
         element: int64 `[..., components]`, from `locate`.
         values: broadcastable to the shape of `element`, one value per sample and component.
-        n_elements: `dof - 1`.
+        n_elements: `n_nodes - 1`.
 
     Returns:
         `[components, n_elements]`, fp32 (fp64 for fp64 values). On a GPU the order of summation, and with it the last
@@ -34,7 +34,7 @@ def element_moments(element: Tensor, local: Tensor, n_elements: int) -> Tensor:
     Args:
         element: int64 `[..., components]`, from `locate`.
         local: `[..., components]`, from `locate`.
-        n_elements: `dof - 1`.
+        n_elements: `n_nodes - 1`.
 
     Returns:
         `[components, n_elements, 3]`: the sums over samples of `(1 - local)**2`, `local * (1 - local)`, `local**2`.
@@ -53,7 +53,7 @@ def node_gradient(element: Tensor, local: Tensor, coords_gradient: Tensor, n_ele
         element: int64 `[..., components]`, from `locate`.
         local: `[..., components]`, from `locate`.
         coords_gradient: `[..., components]`, dL/du.
-        n_elements: `dof - 1`.
+        n_elements: `n_nodes - 1`.
 
     Returns:
         `[components, n_elements + 1]`, one entry per node (`adapt_mesh` ignores the two ends, which are fixed).
@@ -96,15 +96,15 @@ def removal_cost(nodes: Tensor, coefficients: Tensor, moments: Tensor) -> Tensor
     other components held fixed.
 
     Only the band of H^-1 next to its diagonal is needed. It follows from the pivots of H taken from the left and
-    from the right, so that the cost is O(components * dof * (out_features + log dof)).
+    from the right, so that the cost is O(components * n_nodes * (out_features + log n_nodes)).
 
     Args:
-        nodes: `[components, dof]`, strictly increasing.
-        coefficients: `[components, dof, out_features]`.
-        moments: `[components, dof - 1, 3]`, from `element_moments`; its scale sets the scale of the result.
+        nodes: `[components, n_nodes]`, strictly increasing.
+        coefficients: `[components, n_nodes, out_features]`.
+        moments: `[components, n_nodes - 1, 3]`, from `element_moments`; its scale sets the scale of the result.
 
     Returns:
-        fp64 `[components, dof - 2]`.
+        fp64 `[components, n_nodes - 2]`.
 
     Raises:
         ValueError: for invalid nodes or shapes that do not fit.
@@ -112,15 +112,15 @@ def removal_cost(nodes: Tensor, coefficients: Tensor, moments: Tensor) -> Tensor
     check_nodes(nodes)
     check_coefficients(coefficients, nodes)
     check_moments(moments, nodes)
-    share = _left_share(nodes.double())  # [components, dof - 2]
+    share = _left_share(nodes.double())  # [components, n_nodes - 2]
     # The jump is a difference of neighbours: taken in the working precision, squared and summed in fp64.
     working = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
     line = torch.lerp(working[:, :-2], working[:, 2:], share.unsqueeze(-1).to(working.dtype))
     jump = (line - working[:, 1:-1]).square().sum(dim=-1, dtype=torch.float64)  # |a^T c|^2
 
     moments = moments.double()
-    diagonal = assemble(moments[..., 0], moments[..., 2])  # [components, dof]
-    off = moments[..., 1]  # [components, dof - 1]
+    diagonal = assemble(moments[..., 0], moments[..., 2])  # [components, n_nodes]
+    off = moments[..., 1]  # [components, n_nodes - 1]
     diagonal = diagonal + _MASS_RIDGE * diagonal.mean(dim=1, keepdim=True).clamp_min(_SMALLEST_MASS)
     from_left = _pivots(diagonal, off)
     from_right = _pivots(diagonal.flip(1), off.flip(1)).flip(1)
@@ -144,11 +144,11 @@ def _pivots(diagonal: Tensor, off: Tensor) -> Tensor:
     """Pivots d_0 = h_0, d_j = h_j - o_{j-1}^2 / d_{j-1} of symmetric positive definite tridiagonal matrices.
 
     d_j is a ratio of two entries of the product of the 2 x 2 matrices [[h_j, -o_{j-1}^2], [1, 0]], and the products
-    come from a scan of log2(dof) rounds, each O(components * dof), in place of a loop over nodes.
+    come from a scan of log2(n_nodes) rounds, each O(components * n_nodes), in place of a loop over nodes.
     """
     below = torch.nn.functional.pad(off.square(), (1, 0))  # o_{j-1}^2, zero for the first
     zero, one = torch.zeros_like(diagonal), torch.ones_like(diagonal)
-    products = torch.stack((diagonal, -below, one, zero), dim=-1).unflatten(-1, (2, 2))  # [components, dof, 2, 2]
+    products = torch.stack((diagonal, -below, one, zero), dim=-1).unflatten(-1, (2, 2))  # [components, n_nodes, 2, 2]
     span = 1
     while span < diagonal.shape[1]:
         later, earlier = products[:, span:], products[:, :-span]
@@ -160,39 +160,43 @@ def _pivots(diagonal: Tensor, off: Tensor) -> Tensor:
 
 
 def assemble(left: Tensor, right: Tensor) -> Tensor:
-    """Per-element contributions to the left and right node, `[components, dof - 1]` twice -> `[components, dof]`."""
+    """Per-element shares of the left and right node, `[components, n_nodes - 1]` twice -> `[components, n_nodes]`."""
     pad = torch.nn.functional.pad
     return pad(left, (0, 1)) + pad(right, (1, 0))
 
 
 def _left_share(nodes: Tensor) -> Tensor:
-    """Where each interior node lies between its neighbours, in (0, 1): `[components, dof - 2]`."""
+    """Where each interior node lies between its neighbours, in (0, 1): `[components, n_nodes - 2]`."""
     return (nodes[:, 1:-1] - nodes[:, :-2]) / (nodes[:, 2:] - nodes[:, :-2])
 
 
 def check_coefficients(coefficients: Tensor, nodes: Tensor) -> None:
-    """Raise a `ValueError` unless `coefficients` is `[components, dof, out_features]` for `nodes`."""
+    """Raise a `ValueError` unless `coefficients` is `[components, n_nodes, out_features]` for `nodes`."""
     if coefficients.ndim != 3 or coefficients.shape[:2] != nodes.shape:
         raise ValueError(
-            f"coefficients must have shape [components, dof, out_features] with the components and dof of nodes, got "
+            f"coefficients must have shape [components, n_nodes, out_features] as nodes has, got "
             f"coefficients {tuple(coefficients.shape)} and nodes {tuple(nodes.shape)}."
         )
 
 
 def check_indicator(indicator: Tensor, nodes: Tensor, name: str) -> None:
-    """Raise a `ValueError` that names it unless `indicator` is `[components, dof - 1]`, finite and non-negative."""
+    """Raise a `ValueError` that names it unless `indicator` is `[components, n_nodes - 1]`, finite and non-negative."""
     expected = (nodes.shape[0], nodes.shape[1] - 1)
     if tuple(indicator.shape) != expected:
-        raise ValueError(f"{name} must have shape [components, dof - 1] = {expected}, got {tuple(indicator.shape)}.")
+        raise ValueError(
+            f"{name} must have shape [components, n_nodes - 1] = {expected}, got {tuple(indicator.shape)}."
+        )
     if not (torch.isfinite(indicator) & (indicator >= 0)).all():
         raise ValueError(f"{name} must be finite and non-negative, got {first_bad(indicator, minimum=0)}.")
 
 
 def check_moments(moments: Tensor, nodes: Tensor) -> None:
-    """Raise a `ValueError` unless `moments` is `[components, dof - 1, 3]`, finite and non-negative."""
+    """Raise a `ValueError` unless `moments` is `[components, n_nodes - 1, 3]`, finite and non-negative."""
     expected = (nodes.shape[0], nodes.shape[1] - 1, 3)
     if tuple(moments.shape) != expected:
-        raise ValueError(f"moments must have shape [components, dof - 1, 3] = {expected}, got {tuple(moments.shape)}.")
+        raise ValueError(
+            f"moments must have shape [components, n_nodes - 1, 3] = {expected}, got {tuple(moments.shape)}."
+        )
     if not (torch.isfinite(moments) & (moments >= 0)).all():
         raise ValueError(f"moments must be finite and non-negative, got {first_bad(moments, minimum=0)}.")
 

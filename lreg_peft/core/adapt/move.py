@@ -1,7 +1,7 @@
 """One proposal for a mesh, by either strategy.
 
-- `"mrc"`: mesh refinement-coarsening as published (Li, Cheng & Gu 2025, Algorithms 1-3);
-- `"exchange"` (default): nodes leave where removing them costs least and enter where the residual is largest, and
+- `"paper"`: mesh refinement-coarsening as published (Li, Cheng & Gu 2025, Algorithms 1-3);
+- `"relocate"` (default): nodes leave where removing them costs least and enter where the residual is largest, and
   the nodes that stay slide along the gradient of the loss in their positions.
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..checks import number, whole
 from ..mesh import check_nodes
-from .exchange import exchange
 from .indicators import check_coefficients, check_indicator, check_moments, first_bad
 from .mrc import resample
+from .relocate import relocate
 from .transfer import interpolate
 
-Strategy = Literal["exchange", "mrc"]
+Strategy = Literal["relocate", "paper"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class AdaptedMesh:
     """The result of one mesh update.
 
     Attributes:
-        nodes: `[components, dof]`, the new mesh; shape, dtype and ends of the old one.
-        old_nodes: `[components, dof]`, the mesh it replaces.
+        nodes: `[components, n_nodes]`, the new mesh; shape, dtype and ends of the old one.
+        old_nodes: `[components, n_nodes]`, the mesh it replaces.
     """
 
     nodes: Tensor
     old_nodes: Tensor
 
     def carry(self, values: Tensor) -> Tensor:
-        """Bring a per-node tensor `[components, dof, ...]` from the old mesh to the new one; see `interpolate`."""
+        """Bring a per-node tensor `[components, n_nodes, ...]` from the old mesh to the new one; see `interpolate`."""
         return interpolate(self.old_nodes, self.nodes, values)
 
 
@@ -49,7 +49,7 @@ def adapt_mesh(
     coefficients: Tensor,
     indicator: Tensor,
     *,
-    strategy: Strategy = "exchange",
+    strategy: Strategy = "relocate",
     n_refine: int | None = None,
     pseudocount: float = 1.0,
     moments: Tensor | None = None,
@@ -61,11 +61,11 @@ def adapt_mesh(
     Decide after the coefficients have been refitted or trained for some steps: a node that enters does not change the
     function yet, whereas the one that leaves does.
 
-    `"mrc"` (Li, Cheng & Gu 2025, Algorithms 2-3): `pseudocount` is added to each hit count, the most-hit elements are
+    `"paper"` (Li, Cheng & Gu 2025, Algorithms 2-3): `pseudocount` is added to each hit count, the most-hit elements are
     split, and the new nodes are the quantiles of the resulting density. (Halving an element and its count does not
     change a density, so `n_refine` does not influence the new nodes.)
 
-    `"exchange"`: up to `n_refine` nodes per component move from where `removal_cost` is lowest to the midpoints of the
+    `"relocate"`: up to `n_refine` nodes per component move from where `removal_cost` is lowest to the midpoints of the
     elements with the largest indicator, provided these hold more than the median element. With `node_gradient`, the
     other nodes slide downhill, each by `size * MAX_SHIFT * r` of the element it slides into, where
 
@@ -77,19 +77,19 @@ def adapt_mesh(
     that are.
 
     Args:
-        nodes: `[components, dof]`, strictly increasing, fp32 or fp64. With dof 2 nothing moves.
-        coefficients: `[components, dof, out_features]`.
-        indicator: `[components, dof - 1]`, non-negative: for `"mrc"` the hits of the hardest samples, for
-            `"exchange"` the sum over the samples in the element of the squared gradient at the output.
-        strategy: `"exchange"` or `"mrc"`.
+        nodes: `[components, n_nodes]`, strictly increasing, fp32 or fp64. With n_nodes 2 nothing moves.
+        coefficients: `[components, n_nodes, out_features]`.
+        indicator: `[components, n_nodes - 1]`, non-negative: for `"paper"` the hits of the hardest samples, for
+            `"relocate"` the sum over the samples in the element of the squared gradient at the output.
+        strategy: `"relocate"` or `"paper"`.
         n_refine: elements to split per component; None takes an eighth of the nodes, at least one. More than the
             mesh has room for is reduced to that.
-        pseudocount: hits added to every element of the given mesh, before splitting (`"mrc"` only).
-        moments: `[components, dof - 1, 3]`, from `element_moments` over the samples that made the indicator
-            (`"exchange"` only); None assumes the same number of samples, evenly spread, in every element.
-        node_gradient: `[components, dof]`, from the function of that name, in the units of the gradients in the
-            indicator (`"exchange"` only); needs `moments`.
-        size: in (0, 1], scales the move (`"exchange"` only): halve it when a move is refused. Once it has come below
+        pseudocount: hits added to every element of the given mesh, before splitting (`"paper"` only).
+        moments: `[components, n_nodes - 1, 3]`, from `element_moments` over the samples that made the indicator
+            (`"relocate"` only); None assumes the same number of samples, evenly spread, in every element.
+        node_gradient: `[components, n_nodes]`, from the function of that name, in the units of the gradients in the
+            indicator (`"relocate"` only); needs `moments`.
+        size: in (0, 1], scales the move (`"relocate"` only): halve it when a move is refused. Once it has come below
             `1 / n_refine`, nodes only slide, if a `node_gradient` is given.
 
     Returns:
@@ -117,13 +117,13 @@ def adapt_mesh(
                 f"node_gradient must be finite with the shape of nodes {tuple(nodes.shape)}, got shape "
                 f"{tuple(node_gradient.shape)} and values {first_bad(node_gradient)}."
             )
-    dof = nodes.shape[1]
-    if dof == 2:
+    n_nodes = nodes.shape[1]
+    if n_nodes == 2:
         return AdaptedMesh(nodes.clone(), nodes)
-    n_refine = max(1, dof // 8) if n_refine is None else n_refine
+    n_refine = max(1, n_nodes // 8) if n_refine is None else n_refine
     with torch.no_grad():
-        if strategy == "mrc":
-            new = resample(nodes, indicator, min(n_refine, dof - 1), pseudocount)
+        if strategy == "paper":
+            new = resample(nodes, indicator, min(n_refine, n_nodes - 1), pseudocount)
         else:
-            new = exchange(nodes, coefficients, indicator, min(n_refine, dof - 2), moments, node_gradient, size)
+            new = relocate(nodes, coefficients, indicator, min(n_refine, n_nodes - 2), moments, node_gradient, size)
     return AdaptedMesh(new, nodes)

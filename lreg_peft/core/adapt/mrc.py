@@ -8,7 +8,7 @@ from .indicators import check_indicator, mark
 
 
 def resample(nodes: Tensor, hits: Tensor, n_refine: int, pseudocount: float) -> Tensor:
-    """The `"mrc"` move."""
+    """The `"paper"` move."""
     hits = hits.double()
     seen = hits.sum(dim=1, keepdim=True) + pseudocount > 0
     hits = torch.where(seen, hits, 1.0)  # equal masses keep the mesh
@@ -20,14 +20,14 @@ def refine(nodes: Tensor, marked: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
     """Split marked elements at their midpoints and their mass in halves (Li, Cheng & Gu 2025, Algorithm 2).
 
     Args:
-        nodes: `[components, dof]`, strictly increasing; elements must be longer than one ulp of their ends.
+        nodes: `[components, n_nodes]`, strictly increasing; elements must be longer than one ulp of their ends.
         marked: int64 `[components, n_refine]`, distinct elements in each row, from `mark`.
-        mass: `[components, dof - 1]`.
+        mass: `[components, n_nodes - 1]`.
 
     Returns:
-        nodes: `[components, dof + n_refine]`, every old node among them. `interpolate` to this mesh leaves a
+        nodes: `[components, n_nodes + n_refine]`, every old node among them. `interpolate` to this mesh leaves a
             piecewise-linear function unchanged.
-        mass: `[components, dof - 1 + n_refine]`.
+        mass: `[components, n_nodes - 1 + n_refine]`.
 
     Raises:
         ValueError: for invalid nodes or shapes that do not fit.
@@ -47,38 +47,39 @@ def refine(nodes: Tensor, marked: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
     return fine, (mass / parts).gather(1, parent)
 
 
-def coarsen(nodes: Tensor, mass: Tensor, dof: int) -> Tensor:
+def coarsen(nodes: Tensor, mass: Tensor, n_nodes: int) -> Tensor:
     """Nodes that give every element the same mass (Li, Cheng & Gu 2025, Algorithm 3).
 
     The mass is spread evenly over each element; the new nodes are where its cumulative distribution, a
     piecewise-linear function on the given mesh, reaches equal steps.
 
     Args:
-        nodes: `[components, dof_fine]`, strictly increasing.
-        mass: `[components, dof_fine - 1]`, finite, non-negative, positive in sum.
-        dof: nodes of the new mesh, at least 2.
+        nodes: `[components, n_fine]`, strictly increasing.
+        mass: `[components, n_fine - 1]`, finite, non-negative, positive in sum.
+        n_nodes: nodes of the new mesh, at least 2.
 
     Returns:
-        `[components, dof]` in the dtype of `nodes`, same ends, elements at least `MIN_RELATIVE_ELEMENT` of the mesh.
+        `[components, n_nodes]` in the dtype of `nodes`, same ends, elements at least
+        `MIN_RELATIVE_ELEMENT` of the mesh.
 
     Raises:
-        ValueError: for invalid nodes or mass, or `dof < 2`.
+        ValueError: for invalid nodes or mass, or `n_nodes < 2`.
     """
     check_nodes(nodes)
     check_indicator(mass, nodes, "mass")
-    if dof < 2:
-        raise ValueError(f"a mesh needs dof >= 2, got dof={dof}.")
+    if n_nodes < 2:
+        raise ValueError(f"a mesh needs n_nodes >= 2, got n_nodes={n_nodes}.")
     if not (mass.sum(dim=1) > 0).all():
         i = int((~(mass.sum(dim=1) > 0)).nonzero()[0])
         raise ValueError(f"mass must be positive in sum, got {mass[i].tolist()} for component {i}.")
     fine = nodes.double()
     mass = mass.double() / mass.double().sum(dim=1, keepdim=True)
     # Cumulative mass at the right end of each element; rounding must not make it fall where the mass is zero.
-    reached = _prefix_sums(mass).cummax(dim=1).values  # [components, dof_fine - 1]
+    reached = _prefix_sums(mass).cummax(dim=1).values  # [components, n_fine - 1]
     before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
-    level = torch.arange(1, dof - 1, dtype=torch.float64, device=nodes.device) / (dof - 1) * reached[:, -1:]
+    level = torch.arange(1, n_nodes - 1, dtype=torch.float64, device=nodes.device) / (n_nodes - 1) * reached[:, -1:]
     # The first element that reaches the level; it has mass, since the one before falls short.
-    element = torch.searchsorted(reached[:, :-1].contiguous(), level.contiguous())  # [components, dof - 2]
+    element = torch.searchsorted(reached[:, :-1].contiguous(), level.contiguous())  # [components, n_nodes - 2]
     before, reached = before.gather(1, element), reached.gather(1, element)
     share = (level - before) / (reached - before)
     inner = torch.lerp(fine.gather(1, element), fine.gather(1, element + 1), share)

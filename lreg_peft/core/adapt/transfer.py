@@ -13,12 +13,12 @@ def interpolate(nodes_old: Tensor, nodes_new: Tensor, values: Tensor) -> Tensor:
     values, so that non-negative values stay non-negative; a node present in both meshes keeps its value exactly.
 
     Args:
-        nodes_old: `[components, dof_old]`, strictly increasing.
-        nodes_new: `[components, dof_new]`; clamped to the ends of the old mesh.
-        values: `[components, dof_old, ...]`.
+        nodes_old: `[components, n_old]`, strictly increasing.
+        nodes_new: `[components, n_new]`; clamped to the ends of the old mesh.
+        values: `[components, n_old, ...]`.
 
     Returns:
-        `[components, dof_new, ...]` in the dtype of `values`.
+        `[components, n_new, ...]` in the dtype of `values`.
 
     Raises:
         ValueError: for invalid nodes or shapes that do not fit; the message gives the shapes.
@@ -27,13 +27,13 @@ def interpolate(nodes_old: Tensor, nodes_new: Tensor, values: Tensor) -> Tensor:
     check_nodes(nodes_new)
     if nodes_new.shape[0] != nodes_old.shape[0] or values.shape[:2] != nodes_old.shape:
         raise ValueError(
-            f"values must have shape [components, dof_old, ...] and both meshes the same components, got values "
+            f"values must have shape [components, n_old, ...] and both meshes the same components, got values "
             f"{tuple(values.shape)}, nodes_old {tuple(nodes_old.shape)} and nodes_new {tuple(nodes_new.shape)}."
         )
-    element, local = locate(nodes_new.T, nodes_old, validate=False)  # [dof_new, components]
-    element, local = element.T, local.T  # [components, dof_new]
+    element, local = locate(nodes_new.T, nodes_old, validate=False)  # [n_new, components]
+    element, local = element.T, local.T  # [components, n_new]
     row = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
     weight = local.reshape(*local.shape, *[1] * (values.ndim - 2))
     dtype = torch.promote_types(values.dtype, weight.dtype)
-    left, right = values[row, element].to(dtype), values[row, element + 1].to(dtype)  # [components, dof_new, ...]
+    left, right = values[row, element].to(dtype), values[row, element + 1].to(dtype)  # [components, n_new, ...]
     return torch.lerp(left, right, weight.to(dtype)).to(values.dtype)

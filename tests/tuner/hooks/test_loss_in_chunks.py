@@ -62,16 +62,18 @@ def assert_same_training(fused: nn.Module, usual: nn.Module, batch: dict = BATCH
 
 @pytest.mark.parametrize("name", MODELS)
 def test_same_loss_and_gradients(name):
-    assert_same_training(*twins(MODELS[name], n_components=3, dof=5))
+    assert_same_training(*twins(MODELS[name], n_components=3, n_nodes=5))
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-def test_every_head(head):
-    assert_same_training(*twins(n_components=3, dof=12, **head))
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+def test_every_head(weighting):
+    assert_same_training(*twins(n_components=3, n_nodes=12, **weighting))
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_modules": ["mlp", "lm_head"], "dof": 3}, {"train_projection": False}], ids=["inside", "fixed"]
+    "options",
+    [{"target_modules": ["mlp", "lm_head"], "n_nodes": 3}, {"train_projection": False}],
+    ids=["inside", "fixed"],
 )
 def test_other_placements(options):
     assert_same_training(*twins(**options))
@@ -86,7 +88,7 @@ def test_two_active_adapters_and_a_scale():
     for model, fused_loss in zip(models, (True, False), strict=True):
         torch.manual_seed(2)
         model.add_adapter(
-            "b", LRegConfig(preset="paper", init_weights=False, dof=4, head="factored", fused_loss=fused_loss)
+            "b", LRegConfig(preset="paper", init_weights=False, n_nodes=4, weighting="factored", fused_loss=fused_loss)
         )
         model.base_model.set_adapter(["default", "b"])
         tiny.layers(model)[0].set_scale("b", 0.5)

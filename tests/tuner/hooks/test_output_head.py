@@ -59,7 +59,7 @@ class TestTying:
         keys, expanded = copy.deepcopy(base._tied_weights_keys), copy.deepcopy(base.all_tied_weights_keys)
         expected, tied = outputs(base), is_tied(base)
         model = adapt(base)
-        model.add_adapter("second", LRegConfig(preset="paper", dof=4))
+        model.add_adapter("second", LRegConfig(preset="paper", n_nodes=4))
         base = model.unload()
         assert base._tied_weights_keys == keys
         assert base.all_tied_weights_keys == expanded
@@ -78,7 +78,7 @@ class TestTying:
 class TestSaving:
     @heads
     def test_file_holds_the_adapter_alone(self, builder, tmp_path):
-        model = adapt(builder(), dof=4)
+        model = adapt(builder(), n_nodes=4)
         shake(model)
         model.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "adapter_model.safetensors")

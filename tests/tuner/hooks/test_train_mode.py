@@ -169,7 +169,7 @@ class TestCheckpointing:
     @pytest.mark.parametrize("targets", [["mlp"], ["mlp", "lm_head"]], ids=str)
     @pytest.mark.parametrize("builder", [gpt2, llama], ids=["gpt2", "llama"])
     def test_gradients_are_the_same_and_layers_are_recomputed(self, builder, targets, use_reentrant):
-        model = adapt(builder(), target_modules=targets, dof=4)
+        model = adapt(builder(), target_modules=targets, n_nodes=4)
         shake(model)
         expected = gradients(model)
         assert checkpointed_calls(model) == 1

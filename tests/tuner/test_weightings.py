@@ -19,49 +19,51 @@ X = torch.randn(40, 6, generator=torch.Generator().manual_seed(2), dtype=torch.f
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def layer_with(head: dict, **options) -> LRegLinear:
+def layer_with(weighting: dict, **options) -> LRegLinear:
     """In fp64, with weights as training leaves them."""
     layer = LRegLinear(nn.Linear(6, C).double(), 6, C)
-    layer.update_layer("default", D, N, LRegConfig(preset="paper", **head), **options)
+    layer.update_layer("default", D, N, LRegConfig(preset="paper", **weighting), **options)
     layer.set_adapter("default")
     tiny.shake(layer)
     return layer.double().eval()
 
 
-@pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
+@pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
 class TestEveryHead:
-    def test_value_is_design_times_table(self, head):
-        layer = layer_with(head)
+    def test_value_is_design_times_table(self, weighting):
+        layer = layer_with(weighting)
         product = layer.design("default", X) @ layer.table("default")
         torch.testing.assert_close(layer(X), layer.base_layer(X) + product, **TOLERANCE)
 
-    def test_value_is_the_nodal_coefficients_on_the_hat_basis_and_the_linear_term(self, head):
-        layer = layer_with(head)
+    def test_value_is_the_nodal_coefficients_on_the_hat_basis_and_the_linear_term(self, weighting):
+        layer = layer_with(weighting)
         basis = hat_basis(layer.coords("default", X), layer.lreg_encoder["default"].nodes.double())
         expected = torch.einsum("bij,ijc->bc", basis, layer.nodal_coefficients("default"))
-        if head.get("linear_term"):
+        if weighting.get("linear_term"):
             expected += layer.latent("default", X) / 1.702 @ layer.table("default")
         torch.testing.assert_close(layer(X) - layer.base_layer(X), expected, rtol=1e-11, atol=1e-11)
 
-    def test_table_is_the_weight_of_the_last_map_and_nothing_else(self, head):
-        layer = layer_with(head)
+    def test_table_is_the_weight_of_the_last_map_and_nothing_else(self, weighting):
+        layer = layer_with(weighting)
         *_, coefficients = layer.parts("default")
         assert torch.equal(layer.table("default"), coefficients.weight.T)
         table = torch.randn_like(layer.table("default"))
         layer.set_table("default", table)
         assert torch.equal(layer.table("default"), table)
-        rows = {"full": D * N, "reduced": D * (N - 1) + 1, "factored": D}[head["head"]]
+        rows = {"full": D * N, "reduced": D * (N - 1) + 1, "factored": D}[weighting["weighting"]]
         assert table.shape == (rows, C)
 
-    def test_what_lives_on_the_mesh(self, head):
-        layer = layer_with(head)
+    def test_what_lives_on_the_mesh(self, weighting):
+        layer = layer_with(weighting)
         _, encoder, coefficients = layer.parts("default")
-        expected = encoder.weight if head["head"] == "factored" else coefficients.weight
+        expected = encoder.weight if weighting["weighting"] == "factored" else coefficients.weight
         assert layer.nodal_parameter("default") is expected
         assert layer.nodal_coefficients("default").shape == (D, N, C)
 
-    def test_in_a_model_it_starts_as_the_identity(self, head):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp", "lm_head"], dof=4, **head)).eval()
+    def test_in_a_model_it_starts_as_the_identity(self, weighting):
+        model = get_peft_model(
+            tiny.gpt2(), LRegConfig(target_modules=["mlp", "lm_head"], n_nodes=4, **weighting)
+        ).eval()
         ids = torch.arange(9).view(1, 9) + 3
         assert torch.equal(model(ids).logits, tiny.gpt2().eval()(ids).logits)
         assert all(layer.is_identity("default") for layer in tiny.layers(model))
@@ -71,7 +73,7 @@ class TestEveryHead:
 
 class TestLinearTerm:
     def test_with_constant_profiles_it_is_lora_with_a_bias(self):
-        layer = layer_with(tiny.HEADS["factored+linear"])
+        layer = layer_with(tiny.WEIGHTINGS["factored+linear"])
         projection, encoder, _ = layer.parts("default")
         with torch.no_grad():
             encoder.weight.fill_(0.5)
@@ -80,7 +82,9 @@ class TestLinearTerm:
             torch.testing.assert_close(layer(X), layer.base_layer(X) + lora, **TOLERANCE)
 
     def test_meshes_move_and_the_file_remembers(self, tmp_path):
-        config = LRegConfig(task_type="CAUSAL_LM", head="factored", linear_term=True, dof=6, target_modules=["mlp"])
+        config = LRegConfig(
+            task_type="CAUSAL_LM", weighting="factored", linear_term=True, n_nodes=6, target_modules=["mlp"]
+        )
         model = get_peft_model(tiny.gpt2(), config).train()
         with torch.no_grad():
             for layer in tiny.layers(model):
@@ -103,7 +107,7 @@ class TestLinearTerm:
         assert torch.equal(native.eval()(ids).logits, model.eval()(ids).logits)
 
     def test_certified_fit_and_cache_and_grade(self, tmp_path):
-        options = {"head": "factored", "linear_term": True, "dof": 4}
+        options = {"weighting": "factored", "linear_term": True, "n_nodes": 4}
         model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", **options))
         data = [{"input_ids": row, "labels": row} for row in torch.randint(3, tiny.VOCABULARY, (6, 9))]
         cache = lreg_peft.cache_features(model, data, tmp_path / "c", dtype=torch.float32, show_progress=False)
@@ -123,7 +127,7 @@ class TestLinearTerm:
     def test_neighbouring_latents_stay_apart_in_half_precision(self):
         """z is not rounded to bf16 before it is weighted: at 300 a bf16 step is 2."""
         layer = LRegLinear(nn.Linear(1, 1), 1, 1)
-        layer.update_layer("default", 1, 2, LRegConfig(preset="paper", head="factored", linear_term=True))
+        layer.update_layer("default", 1, 2, LRegConfig(preset="paper", weighting="factored", linear_term=True))
         with torch.no_grad():
             layer.lreg_projection["default"].weight.fill_(300.0)
             z = layer.latent("default", torch.tensor([[1.0], [1.0 + 2**-7]], dtype=torch.bfloat16))
@@ -132,7 +136,7 @@ class TestLinearTerm:
 
 class TestNames:
     def test_parameters_are_called_as_those_of_lora(self):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(head="factored", target_modules=["mlp"], dof=4))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(weighting="factored", target_modules=["mlp"], n_nodes=4))
         names = {name.partition("lreg_")[2] for name, p in model.named_parameters() if p.requires_grad}
         assert names == {
             "projection.default.weight",
@@ -143,7 +147,7 @@ class TestNames:
 
     def test_a_copy_by_name_is_the_same_function(self):
         """What trainers with a reference policy do: a second adapter, and every parameter with `.default.` copied."""
-        config = LRegConfig(task_type="CAUSAL_LM", head="factored", target_modules=["mlp"], dof=5)
+        config = LRegConfig(task_type="CAUSAL_LM", weighting="factored", target_modules=["mlp"], n_nodes=5)
         model = get_peft_model(tiny.gpt2(), config)
         with torch.no_grad():
             for layer in tiny.layers(model):
@@ -162,20 +166,20 @@ class TestNames:
         assert moved.diff().min() > MIN_RELATIVE_ELEMENT
 
     def test_another_configuration_begins_on_meshes_of_its_own(self):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"], dof=5))
+        model = get_peft_model(tiny.gpt2(), LRegConfig(target_modules=["mlp"], n_nodes=5))
         with torch.no_grad():
             for layer in tiny.layers(model):
                 layer.lreg_encoder["default"].nodes.copy_(layer.lreg_encoder["default"].nodes ** 2)
-        model.add_adapter("other", LRegConfig(target_modules=["mlp"], dof=5, backbone_eval=True))
+        model.add_adapter("other", LRegConfig(target_modules=["mlp"], n_nodes=5, backbone_eval=True))
         for layer in tiny.layers(model):
             assert torch.equal(layer.lreg_encoder["other"].nodes, uniform_nodes(2, 5))
 
-    @pytest.mark.parametrize("head", tiny.HEADS.values(), ids=tiny.HEADS)
-    def test_keys_of_files(self, head, tmp_path):
-        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", dof=3, **head))
+    @pytest.mark.parametrize("weighting", tiny.WEIGHTINGS.values(), ids=tiny.WEIGHTINGS)
+    def test_keys_of_files(self, weighting, tmp_path):
+        model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3, **weighting))
         model.save_pretrained(tmp_path)
         parts = ["projection.weight", "projection.bias", "encoder.nodes", "coefficients.weight"]
-        if head["head"] == "factored":
+        if weighting["weighting"] == "factored":
             parts.append("encoder.weight")
         keys = {f"base_model.model.lm_head.lreg_{part}" for part in parts}
         assert set(load_file(tmp_path / "adapter_model.safetensors")) == keys

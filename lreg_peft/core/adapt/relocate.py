@@ -15,7 +15,7 @@ MAX_SHIFT = 0.45
 _MARK_MARGIN = 1e-3
 
 
-def exchange(
+def relocate(
     nodes: Tensor,
     coefficients: Tensor,
     energy: Tensor,
@@ -24,37 +24,39 @@ def exchange(
     gradient: Tensor | None,
     size: float,
 ) -> Tensor:
-    """The `"exchange"` move."""
+    """The `"relocate"` move."""
     fine, energy = nodes.double(), energy.double()
-    dof = nodes.shape[1]
+    n_nodes = nodes.shape[1]
     if moments is None:
         moments = energy.new_tensor((1 / 3, 1 / 6, 1 / 3)).expand(*energy.shape, 3)
-    n_exchange = int(size * n_refine)
+    n_relocated = int(size * n_refine)
     if gradient is not None:
         slid = _slide(fine, coefficients, energy, moments.double(), gradient.double(), size * MAX_SHIFT)
     else:
-        slid, n_exchange = fine, max(n_exchange, min(n_refine, 1))
-    if n_exchange == 0:
+        slid, n_relocated = fine, max(n_relocated, min(n_refine, 1))
+    if n_relocated == 0:
         return as_mesh(slid, nodes)
 
     cost = removal_cost(nodes, coefficients, moments)
     # Coefficients still at zero make every node worthless: then the one amid the smallest residual goes first.
     rank = _ranks(cost, energy[:, :-1] + energy[:, 1:])
     free = independent_nodes(rank)
-    leaving = torch.where(free, rank, dof).sort(dim=1, stable=True).indices[:, :n_exchange]  # [components, n_exchange]
+    leaving = (
+        torch.where(free, rank, n_nodes).sort(dim=1, stable=True).indices[:, :n_relocated]
+    )  # [components, n_relocated]
 
     lengths = fine.diff(dim=1)
     long_enough = lengths > 2 * MIN_RELATIVE_ELEMENT * (fine[:, -1:] - fine[:, :1])
-    median = energy.sort(dim=1, descending=True).values[:, (dof - 1) // 2, None]
+    median = energy.sort(dim=1, descending=True).values[:, (n_nodes - 1) // 2, None]
     wanted = (energy > (1 + _MARK_MARGIN) * median) & long_enough
-    marked = mark(torch.where(wanted, energy, -1.0), n_exchange)
+    marked = mark(torch.where(wanted, energy, -1.0), n_relocated)
 
     # The i-th cheapest node goes to the i-th richest element, if there are both.
     agreed = free.gather(1, leaving) & wanted.gather(1, marked)
     gone = torch.zeros_like(nodes, dtype=torch.bool).scatter_(1, leaving + 1, agreed)
     entering = torch.where(agreed, midpoints(slid, marked), torch.inf)
     kept = slid.masked_fill(gone, torch.inf)
-    return as_mesh(torch.cat((kept, entering), dim=1).sort(dim=1).values[:, :dof], nodes)
+    return as_mesh(torch.cat((kept, entering), dim=1).sort(dim=1).values[:, :n_nodes], nodes)
 
 
 def _slide(
@@ -63,8 +65,8 @@ def _slide(
     """Interior nodes moved downhill by their correlation with the residual; see `adapt_mesh`. All fp64."""
     lengths = nodes.diff(dim=1)
     rise = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32)).diff(dim=1)
-    slope2 = rise.square().sum(dim=-1, dtype=torch.float64) / lengths.square()  # [components, dof - 1]
-    power = (slope2 * moments[..., 2])[:, :-1] + (slope2 * moments[..., 0])[:, 1:]  # K, [components, dof - 2]
+    slope2 = rise.square().sum(dim=-1, dtype=torch.float64) / lengths.square()  # [components, n_nodes - 1]
+    power = (slope2 * moments[..., 2])[:, :-1] + (slope2 * moments[..., 0])[:, 1:]  # K, [components, n_nodes - 2]
     scale = ((energy[:, :-1] + energy[:, 1:]) * power).sqrt()
     down = -gradient[:, 1:-1]
     correlation = torch.where(scale > 0, down / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0).clamp(-1, 1)
@@ -80,10 +82,10 @@ def independent_nodes(rank: Tensor) -> Tensor:
     node that ranks below both its neighbours and at least a quarter of all nodes.
 
     Args:
-        rank: `[components, dof - 2]`, without equal neighbours; low ranks go first.
+        rank: `[components, n_nodes - 2]`, without equal neighbours; low ranks go first.
 
     Returns:
-        bool `[components, dof - 2]`.
+        bool `[components, n_nodes - 2]`.
     """
     # Nodes are paired (0, 1), (2, 3), ...; the lower of each pair wins. Winners of adjacent pairs can be neighbours,
     # and each has at most one such neighbour: the higher of the two steps back.
@@ -101,13 +103,13 @@ def remove(nodes: Tensor, cost: Tensor, n_remove: int) -> Tensor:
     """Remove up to `n_remove` of the cheapest nodes of every component, no two of them neighbours.
 
     Args:
-        nodes: `[components, dof]`, strictly increasing.
-        cost: `[components, dof - 2]`, from `removal_cost`.
+        nodes: `[components, n_nodes]`, strictly increasing.
+        cost: `[components, n_nodes - 2]`, from `removal_cost`.
         n_remove: at least 0. All components lose the same number of nodes: as many as the one with the fewest
             `independent_nodes` can spare, which is at least one.
 
     Returns:
-        `[components, dof - removed]`.
+        `[components, n_nodes - removed]`.
     """
     rank = _ranks(cost)
     free = independent_nodes(rank)

@@ -11,7 +11,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 from transformers import PreTrainedModel
 
-from comparison.method import Batches
+from examples.comparison.methods import Batches
 
 
 def start_eva(model: PreTrainedModel, config: LoraConfig, batches: Batches) -> nn.Module:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from comparison.architecture import longest_sequence
-from comparison.method import WITH_HEAD, Fit
-from comparison.placements import LinearLayers, layer_sizes, linear_layers, output_embedding_name
+from examples.comparison.methods import Fit, layer_sizes, linear_layers
+from examples.comparison.task import longest_sequence
 
+WITH_HEAD = "linear layers and head"  # of language models alone
 LINEAR, ATTENTION, ATTENTION_OUTPUT = "linear layers", "attention", "attention output"
 NORMS, EMBEDDING, INPUT = "normalisations", "embedding", "before the input"
 #: From the widest to the narrowest: where LReg's recipe goes, and where a tuner goes that is too large for that.
@@ -25,11 +25,7 @@ class Site:
 
     model: PreTrainedModel
     fit: Fit
-
-    @property
-    def layers(self) -> LinearLayers:
-        """The linear layers of the architecture."""
-        return linear_layers(self.model)
+    placement: str
 
     @property
     def size(self) -> int:
@@ -44,13 +40,11 @@ class Site:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Size per module as the recipe has it: half of it, rounded up, on feed-forward block and head."""
-        sizes = layer_sizes(self.layers, self.size)
-        if self.fit.placement == ATTENTION:
-            sizes = {name: sizes[name] for name in self.layers.attention}
-        if self.fit.placement == ATTENTION_OUTPUT:
-            sizes = {name: sizes[name] for name in self.layers.attention[-1:]}
-        if self.fit.placement == WITH_HEAD:
-            sizes[output_embedding_name(self.model)] = -(-self.size // 2)
+        sizes = layer_sizes(self.model, self.size, with_head=self.placement == WITH_HEAD)
+        attention, _ = linear_layers(self.model)
+        if self.placement in (ATTENTION, ATTENTION_OUTPUT):
+            names = attention if self.placement == ATTENTION else attention[-1:]
+            sizes = {name: sizes[name] for name in names}
         return sizes
 
     @property
@@ -95,14 +89,12 @@ class Site:
     @property
     def free_positions(self) -> int:
         """Tokens the model has positions for beside those of the longest sample."""
-        return (longest_sequence(self.model.config) or 1024) - (self.fit.longest or 0)
+        return (longest_sequence(self.model.config) or 1024) - (self.fit.task.longest_sample or 0)
 
     @property
     def common(self) -> dict[str, Any]:
         """What every configuration of PEFT wants."""
-        # PEFT has no class of its own for masked language models; its general one does what is needed.
-        task = None if self.fit.task_type == "MASKED_LM" else self.fit.task_type
-        return {"task_type": task, "modules_to_save": self.fit.modules_to_save}
+        return {"task_type": self.fit.peft_task, "modules_to_save": self.fit.modules_to_save}
 
 
 def divisors(number: int, least: int = 1) -> Sequence[int]:

@@ -6,18 +6,17 @@ from typing import Any
 
 import matplotlib
 
-from comparison.study_report import StudyReport, StudyRow
+from benchmarks.peft_methods.study_report import StudyReport, StudyRow
 
 matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-STUDY_PICTURE = "study.png"
 OURS, OTHERS = "#c23b22", "#4a5568"
 _FAR_APART = 5  # times the smallest figure, from which on they stand on a logarithmic axis
 
 
-def draw_study(report: StudyReport, directory: Path) -> None:
+def draw_study(report: StudyReport, path: Path, title: str | None = None) -> None:
     """One panel with all methods of the largest cell, one per axis, one of figures against time where there are any."""
     cells = report.cells()
     if not cells:
@@ -35,13 +34,13 @@ def draw_study(report: StudyReport, directory: Path) -> None:
     figure, panels = plt.subplots(
         1, n_panels, figsize=(6.5 * n_panels, max(4.0, 0.24 * len(rows) + 1.5)), layout="constrained", squeeze=False
     )
-    figure.suptitle(report.title, fontsize=10)
+    figure.suptitle(title or report.title, fontsize=10)
     _ranking(report, panels[0][0], rows, centre)
     for panel, (name, lines) in zip(panels[0][1:], curves.items(), strict=False):
         _axis(report, panel, name, lines)
     if timed:
         _time(report, panels[0][-1], timed)
-    figure.savefig(directory / STUDY_PICTURE, dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

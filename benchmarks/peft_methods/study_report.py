@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from comparison.report import finite, format_bytes, markdown_table
-from comparison.task import Metric
+from examples.comparison.report import finite, format_bytes, markdown_table
+from examples.comparison.task import Metric
 
-STUDY_JSON, STUDY_MARKDOWN = "study.json", "study.md"
+STUDY_JSON, STUDY_MARKDOWN, STUDY_PICTURE = "study.json", "study.md", "study.png"
 
 
 @dataclass
@@ -177,7 +177,7 @@ class StudyReport:
         (directory / STUDY_JSON).write_text(text, encoding="utf-8")
         (directory / STUDY_MARKDOWN).write_text(self.markdown(), encoding="utf-8")
         if draw is not None:
-            draw(self, directory)
+            draw(self, directory / STUDY_PICTURE)
 
     def closing(self, directory: Path) -> str:
         """What the terminal shows at the end."""

@@ -3,15 +3,17 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from comparison.base_layers import linear_instead_of_conv1d, untie_head
-from comparison.method import EVERYWHERE, Batches, Fit, Method, Rates
-from comparison.site import ALL_PLACEMENTS, Site
+from benchmarks.peft_methods.base_layers import linear_instead_of_conv1d, untie_head
+from benchmarks.peft_methods.site import ALL_PLACEMENTS, WITH_HEAD, Site
+from examples.comparison.methods import Batches, Fit, Method, rates
+from examples.comparison.task import LANGUAGE_MODELS
 
 Start = Callable[[PreTrainedModel, LoraConfig, Batches], nn.Module]
 
@@ -35,7 +37,9 @@ class Tuner:
         placements: where it may go.
         tasks: the task types it exists for.
         changes_weights: whether the frozen weights change under it, so that a tied head needs its own.
-        reads_weights, after_step, faster: as in `Method`.
+        reads_weights: whether its parameters can only be counted on a model that has weights.
+        after_step: (model, step) -> None, what it does after each optimiser step, its gradients still there.
+        faster: part of the names of the parameters that learn faster than the others, and how many times faster.
         start: makes a LoRA from training batches.
     """
 
@@ -46,7 +50,7 @@ class Tuner:
     size_name: str | None = "r"
     sizes: Callable[[Site], Sequence[int]] | None = up_to_width
     placements: tuple[str, ...] = ALL_PLACEMENTS
-    tasks: tuple[str, ...] = EVERYWHERE
+    tasks: tuple[str, ...] = (*LANGUAGE_MODELS, "SEQ_CLS")
     changes_weights: bool = False
     reads_weights: bool = False
     start: Start | None = None
@@ -58,40 +62,73 @@ class Tuner:
         linear_instead_of_conv1d(model)
         return untie_head(model) if self.changes_weights else model
 
-    def attach(self, model: PreTrainedModel, fit: Fit) -> nn.Module:
-        """The tuner in the model, without a start from data."""
+    def attach(self, placement: str, model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
+        """The tuner in the model, started from batches if it has such a start and they are given."""
         with quiet():
-            return get_peft_model(self.prepared(model), self.config(Site(model, fit)))
+            config = self.config(Site(self.prepared(model), fit, placement))
+            if self.start is not None and batches is not None:
+                return self.start(model, config, batches)
+            return get_peft_model(model, config)
 
-    def attach_on_data(self, model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
-        """The tuner in the model, started from batches."""
-        assert self.start is not None
-        with quiet():
-            return self.start(self.prepared(model), self.config(Site(model, fit)), batches)
-
-    def sizes_at(self, model: PreTrainedModel, fit: Fit) -> Sequence[int]:
+    def sizes_at(self, placement: str, model: PreTrainedModel, fit: Fit) -> Sequence[int]:
         """The sizes it can have."""
         assert self.sizes is not None
-        return self.sizes(Site(linear_instead_of_conv1d(model), fit))
+        return self.sizes(Site(linear_instead_of_conv1d(model), fit, placement))
 
-    def method(self) -> Method:
-        """The same as a row of the comparison."""
-        return Method(
-            self.name,
-            self.summary,
-            self.attach,
-            # The ratios that LoRA's own centres have.
-            Rates(self.rate, self.rate, self.rate / 20, self.rate / 6),
-            self.size_name,
-            tasks=self.tasks,
-            by_default=False,
-            placements=self.placements,
-            sizes=None if self.sizes is None or self.size_name is None else self.sizes_at,
-            reads_weights=self.reads_weights,
-            attach_on_data=None if self.start is None else self.attach_on_data,
-            after_step=self.after_step,
-            faster=self.faster,
-        )
+    def methods(self) -> list[Method]:
+        """The same as rows of the comparison, one for each place."""
+        own_sizes = self.size_name is not None and self.sizes is not None
+        return [
+            Method(
+                self.name,
+                self.summary,
+                partial(self.attach, place),
+                # The ratios that LoRA's own centres have.
+                rates(self.rate, self.rate, self.rate / 20, self.rate / 6),
+                self.size_name,
+                tasks=tuple(task for task in self.tasks if place != WITH_HEAD or task in LANGUAGE_MODELS),
+                place=place,
+                sizes=partial(self.sizes_at, place) if own_sizes else None,
+                customize=customized(self.after_step, self.faster),
+            )
+            for place in self.placements
+        ]
+
+
+def customized(
+    after_step: Callable[[nn.Module, int], None] | None = None, faster: tuple[str, float] | None = None
+) -> Callable[[Any], None] | None:
+    """What makes a Trainer call something after each step, or lets some parameters learn faster."""
+    if after_step is None and faster is None:
+        return None
+
+    def customize(trainer: Any) -> None:
+        if after_step is not None:
+            trainer.add_callback(AfterStep(after_step))
+        if faster is not None:
+            part, factor = faster
+            optimizer = trainer.create_optimizer()
+            own = {parameter for name, parameter in trainer.model.named_parameters() if part in name}
+            for group in list(optimizer.param_groups):
+                taken = [parameter for parameter in group["params"] if parameter in own]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+                if taken:
+                    optimizer.add_param_group({**group, "params": taken, "lr": factor * group["lr"]})
+
+    return customize
+
+
+class AfterStep(TrainerCallback):
+    """Lets a method do its own after each optimiser step, while the gradients are still there."""
+
+    def __init__(self, act: Callable[[nn.Module, int], None]) -> None:
+        self._act = act
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """The step that has just been taken, counted from one."""
+        self._act(model, state.global_step + 1)
 
 
 class quiet(warnings.catch_warnings):

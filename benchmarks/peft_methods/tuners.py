@@ -4,7 +4,7 @@ The rule for all of them: the places of LReg's recipe (all linear layers, and th
 language model) if the smallest size fits into the budget there, else the narrower ones of `ALL_PLACEMENTS`; there the
 largest size within the budget. A tuner that cannot go there, or has no size, stands where its authors have it.
 
-The centres of the learning rates were found on the tuning part of the text in the study of `examples/wikitext`, or are
+The centres of the learning rates were found on the tuning part of the text in the study, or are
 a guess from the scale of the update; the search goes on beyond the edge of a grid that missed.
 """
 
@@ -16,10 +16,11 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.config import CordaConfig, EvaConfig, KasaConfig
 from torch import nn
 
-from comparison.data_starts import start_corda, start_eva, start_gradient, start_lora_ga
-from comparison.method import LANGUAGE_MODELS
-from comparison.site import ATTENTION, EMBEDDING, INPUT, NORMS, Site, divisors
-from comparison.tuner import Tuner, lora, of, prompt
+from benchmarks.peft_methods.data_starts import start_corda, start_eva, start_gradient, start_lora_ga
+from benchmarks.peft_methods.site import ATTENTION, EMBEDDING, INPUT, NORMS, Site, divisors
+from benchmarks.peft_methods.tuner import Tuner, lora, of, prompt
+from examples.comparison.methods import linear_layers
+from examples.comparison.task import LANGUAGE_MODELS
 
 PROMPTED = ("CAUSAL_LM", "SEQ_CLS")  # PEFT's classes that put tokens before the input
 
@@ -31,13 +32,13 @@ def pattern(site: Site) -> dict[str, int]:
 
 def eva(site: Site) -> LoraConfig:
     """Every rank where it was; which tokens count is in the labels of running text, and else in the attention mask."""
-    options = EvaConfig(rho=1.0, use_label_mask=site.fit.task_type == "CAUSAL_LM")
+    options = EvaConfig(rho=1.0, use_label_mask=site.fit.task.task_type == "CAUSAL_LM")
     return lora(init_lora_weights="eva", eva_config=options)(site)
 
 
 def ada_lora(site: Site) -> PeftConfig:
     """Starts with the ranks the budget allows, and ends with two thirds of them, where they count most."""
-    steps = site.fit.steps or 100
+    steps = site.fit.steps
     return peft.AdaLoraConfig(
         init_r=site.size,
         target_r=max(1, round(site.size * 2 / 3)),
@@ -58,7 +59,7 @@ def allocate(model: nn.Module, step: int) -> None:
 
 def ia3(site: Site) -> PeftConfig:
     """Scales of what attention and first feed-forward layer put out, and of what the last one takes in."""
-    inputs = list(site.layers.feed_forward[-1:])
+    inputs = list(linear_layers(site.model)[1][-1:])
     return peft.IA3Config(
         target_modules=site.targets,
         feedforward_modules=[name for name in inputs if name in site.targets],

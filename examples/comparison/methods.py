@@ -65,6 +65,7 @@ class Method:
             number of parameters that it may have.
         n_nodes: nodes per component unless `--n_nodes` says otherwise; None for methods without a mesh.
         tasks: the task types it exists for.
+        place: where it goes, of a method that may go to several places.
         is_paper: whether it is the paper's placement, which sets the budget.
         sizes: (model, fit) -> the sizes it can have, by rising counts; None for all whole numbers from one.
         customize: (trainer) -> None, what it wants of the Trainer before the training.
@@ -80,6 +81,7 @@ class Method:
     size_name: str | None = None
     n_nodes: int | None = None
     tasks: tuple[str, ...] = (*LANGUAGE_MODELS, "SEQ_CLS")
+    place: str = ""
     is_paper: bool = False
     sizes: Callable[[PreTrainedModel, Fit], Sequence[int]] | None = None
     customize: Callable[[Any], None] | None = None

@@ -172,10 +172,12 @@ class Protocol:
         folder: where the finished runs lie.
     """
 
+    make_sizes = Sizes
+
     def __init__(self, task: Task, args: argparse.Namespace, folder: Path) -> None:
         self._task, self._args, self._folder = task, args, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.sizes = Sizes(task, args.n_nodes, args.steps)
+        self.sizes = self.make_sizes(task, args.n_nodes, args.steps)
         self.shared = without_places({**task.settings(), **{name: getattr(args, name) for name in SHARED}})
         self.settings = Settings(args.batch_size, folder, args.gradient_accumulation_steps, args.bf16)
         _ = self.settings.per_device  # refuses a batch that cannot be divided, before any work is done

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from examples.comparison.methods import METHODS, Fit, Method
 from examples.comparison.options import UserError
@@ -28,7 +29,7 @@ class Sizes:
 
     def __init__(self, task: Task, n_nodes: int | None = None, steps: int = 1) -> None:
         self._task, self._n_nodes, self._steps = task, n_nodes, steps
-        self._counts: dict[tuple[str, int | None], int] = {}
+        self._counts: dict[tuple[str, str, int | None], int] = {}
         new = (task.empty_model().get_submodule(name) for name in task.new_modules)
         #: Parameters of the new modules, the same for all methods.
         self.new_parameters = sum(parameter.numel() for module in new for parameter in module.parameters())
@@ -43,9 +44,9 @@ class Sizes:
 
     def count(self, method: Method, size: int | None) -> int:
         """Trainable parameters of the method itself: those of new modules, equal for all, are left out."""
-        key = method.name, size
+        key = method.name, method.place, size
         if key not in self._counts:
-            model = self._task.empty_model()
+            model = self.model_to_count(method)
             try:
                 with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
                     warnings.filterwarnings("ignore", message=".*on meta device")
@@ -55,6 +56,10 @@ class Sizes:
                 raise UserError(f"The method '{method.name}' cannot be attached to {kind}: {error}") from error
             self._counts[key] = count_trainable(attached) - self.new_parameters
         return self._counts[key]
+
+    def model_to_count(self, method: Method) -> PreTrainedModel:
+        """The base model that parameters are counted on."""
+        return self._task.empty_model()
 
     def sizes(self, method: Method) -> Sequence[int]:
         """What a method with sizes can have, by rising counts."""

@@ -1,7 +1,5 @@
 """Every tuner of PEFT has an entry that fits a tiny model, or is listed with the reason."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +17,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-from comparison.base_layers import linear_instead_of_conv1d, untie_head
-from comparison.budget import BudgetTooSmall, Sizes, count_trainable
-from comparison.method import WITH_HEAD, Fit
-from comparison.methods import METHODS
-from comparison.site import Site
-from comparison.task import Task
-from comparison.tuner import quiet
-from comparison.tuners import LEFT_OUT, TUNERS
+from benchmarks.peft_methods.base_layers import linear_instead_of_conv1d, untie_head
+from benchmarks.peft_methods.methods import everything
+from benchmarks.peft_methods.site import WITH_HEAD, Site
+from benchmarks.peft_methods.study import BudgetTooSmall, StudySizes, fitted
+from benchmarks.peft_methods.tuner import quiet
+from benchmarks.peft_methods.tuners import LEFT_OUT, TUNERS
+from examples.comparison.methods import Fit
+from examples.comparison.sizes import count_trainable
+from examples.comparison.task import Task
 
 pytestmark = [
     pytest.mark.xdist_group("comparison"),
@@ -37,6 +34,7 @@ pytestmark = [
 ]
 
 BUDGET = 1500
+KNOWN = everything()
 GPT2 = GPT2Config(
     vocab_size=40,
     n_embd=16,
@@ -71,7 +69,9 @@ class Tiny(Task):
         self.config, self.task_type, self.auto_class = config, task_type, auto_class
 
     def load_base(self) -> PreTrainedModel:
-        return self.random_model()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.auto_class.from_config(self.config)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         raise NotImplementedError
@@ -115,23 +115,19 @@ CASES = [
 def test_the_largest_size_within_the_budget_trains_what_was_counted(
     name: str, task_type: str, tasks: dict[str, Tiny]
 ) -> None:
-    task, method = tasks[task_type], METHODS[name]
-    sizes = Sizes(task, None, steps=10)
-    size = sizes.largest(method, BUDGET)
+    task = tasks[task_type]
+    sizes = StudySizes(task, None, steps=10)
+    places = [method for method in KNOWN[name] if task_type in method.tasks]
+    method, size = fitted(sizes, places, BUDGET)
     count = sizes.count(method, size)
     assert 0 < count <= BUDGET
     if size is not None:
-        there = range(1, 1 << 40) if method.sizes is None else method.sizes(task.empty_model(), sizes.fit(method, None))
+        there = sizes.sizes(method)
         following = there[there.index(size) + 1 :][:1]
         assert all(sizes.count(method, larger) > BUDGET for larger in following)
-    fit = sizes.fit(method, size)
-    assert fit.placement != WITH_HEAD or task_type == "CAUSAL_LM"
+    assert method.place != WITH_HEAD or task_type == "CAUSAL_LM"
     data = batch(task)
-    model = (
-        method.attach(task.load_base(), fit)
-        if method.attach_on_data is None
-        else method.attach_on_data(task.load_base(), fit, [data])
-    )
+    model = method.attach(task.load_base(), sizes.fit(method, size), [data])
     assert count_trainable(model) == count + sizes.new_parameters
     # The loss may be one that a custom trainer replaces; what matters is that everything counted can learn.
     model.train()
@@ -144,8 +140,8 @@ def test_the_largest_size_within_the_budget_trains_what_was_counted(
 
 def test_every_tuner_of_peft_has_an_entry_or_a_reason(tasks: dict[str, Tiny]) -> None:
     """PEFT's own list decides: a tuner of a later version must be entered or left out with a reason."""
-    fit = Fit("CAUSAL_LM", size=2, placement=WITH_HEAD, longest=8)
-    site = Site(linear_instead_of_conv1d(tasks["CAUSAL_LM"].empty_model()), fit)
+    task = tasks["CAUSAL_LM"]
+    site = Site(linear_instead_of_conv1d(task.empty_model()), Fit(task, size=2), WITH_HEAD)
     with quiet():
         there = {tuner.config(site).peft_type.value for tuner in TUNERS}
     assert set(LEFT_OUT) | there | {"LREG"} >= {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
@@ -153,13 +149,13 @@ def test_every_tuner_of_peft_has_an_entry_or_a_reason(tasks: dict[str, Tiny]) ->
 
 
 def test_a_budget_too_small_for_every_place_is_told_with_the_least_one(tasks: dict[str, Tiny]) -> None:
-    sizes = Sizes(tasks["CAUSAL_LM"], None)
+    sizes, places = StudySizes(tasks["CAUSAL_LM"]), KNOWN["rslora"]
     with pytest.raises(BudgetTooSmall, match="its smallest size has 64 parameters"):
-        sizes.largest(METHODS["rslora"], 63)  # on c_proj of both layers: 16 + 16 in each
-    assert sizes.largest(METHODS["rslora"], 191) == 2
-    assert sizes.placement(METHODS["rslora"]) == "attention output"
-    assert sizes.largest(METHODS["rslora"], 192) == 1  # and on their c_attn: 16 + 48 in each
-    assert sizes.placement(METHODS["rslora"]) == "attention"
+        fitted(sizes, places, 63)  # on c_proj of both layers: 16 + 16 in each
+    method, size = fitted(sizes, places, 191)
+    assert (method.place, size) == ("attention output", 2)
+    method, size = fitted(sizes, places, 192)  # and on their c_attn: 16 + 48 in each
+    assert (method.place, size) == ("attention", 1)
 
 
 def test_the_base_model_keeps_its_function() -> None:
@@ -179,13 +175,10 @@ def test_the_base_model_keeps_its_function() -> None:
 @pytest.mark.parametrize("name", ["pissa", "olora", "corda", "lora-ga", "lora-gradient", "eva", "osf", "psoft"])
 def test_starts_leave_the_function_as_it_is_though_the_head_is_tied(name: str, tasks: dict[str, Tiny]) -> None:
     """Directions that leave the weights of a tied head must not leave the embeddings."""
-    task, method = tasks["CAUSAL_LM"], METHODS[name]
-    sizes = Sizes(task, None)
+    task, method = tasks["CAUSAL_LM"], KNOWN[name][0]
     base, data = task.load_base().eval(), batch(task)
     before = base(input_ids=data["input_ids"]).logits
-    fit = sizes.fit(method, 2)
-    base = task.load_base()
-    model = method.attach_on_data(base, fit, [data]) if method.attach_on_data else method.attach(base, fit)
+    model = method.attach(task.load_base(), StudySizes(task).fit(method, 2), [data])
     after = model.eval()(input_ids=data["input_ids"]).logits
     # Weights are decomposed and put together again in float32.
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
 """What a second grade gains, and linearised refinement of a fitted regressor: test R^2, half a minute.
 
-python examples/regression/grades.py
+python -m benchmarks.regression.grades
 """
 
 import argparse
@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from benchmark_sets import Array, Split, draw, real_sets, synthetic, uniform
 from peft import get_peft_model
 from sklearn.metrics import r2_score
 
+from benchmarks.regression.benchmark_sets import Array, Split, draw, real_sets, synthetic, uniform
 from lreg_peft import LRegConfig, refine_linearized
 from lreg_peft.regression import LagrangeRegressor, MultigradeRegressor
 

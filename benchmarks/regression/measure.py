@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_sets import Array, DataSet, Split
-from comparison.report import finite
-from peers import Method
 from sklearn.metrics import r2_score
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
+
+from benchmarks.regression.benchmark_sets import Array, DataSet, Split
+from benchmarks.regression.peers import Method
+from examples.comparison.report import finite
 
 FITS_FILE = "fits.jsonl"
 TRUTH = "the true function"

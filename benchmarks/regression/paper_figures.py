@@ -11,15 +11,15 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from benchmark_sets import Array, harmonic, sphere, synthetic
 from matplotlib.ticker import NullFormatter
-from measure import score
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.regression.benchmark_sets import Array, harmonic, sphere, synthetic
+from benchmarks.regression.measure import score
 from lreg_peft.regression import LagrangeRegressor
 from lreg_peft.regression.free_knots import fit_piecewise_linear
 

@@ -8,9 +8,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from finite_elements import FiniteElements
-from kan import KolmogorovArnoldNetwork
-from scattered import LinearInterpolation, RadialBasisFunctions
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
@@ -21,6 +18,9 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
+from benchmarks.regression.finite_elements import FiniteElements
+from benchmarks.regression.kan import KolmogorovArnoldNetwork
+from benchmarks.regression.scattered import LinearInterpolation, RadialBasisFunctions
 from lreg_peft.regression import LagrangeRegressor
 
 #: Above so many samples, cross-validation of a peer's options looks at a part of them.

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from benchmark_sets import DataSet
-from measure import TRUTH, Fit, Measurements
-from paper_figures import FIGURES, plt, save
-from peers import LREG, Method
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
+
+from benchmarks.regression.benchmark_sets import DataSet
+from benchmarks.regression.measure import TRUTH, Fit, Measurements
+from benchmarks.regression.paper_figures import FIGURES, plt, save
+from benchmarks.regression.peers import LREG, Method
 
 RESULTS = "results"
 PICTURES = (RESULTS, *FIGURES)

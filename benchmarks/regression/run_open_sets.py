@@ -1,6 +1,6 @@
 """LagrangeRegressor and LagrangeClassifier beside six peers on open real data sets, all with their defaults.
 
-    python examples/regression/run_open_sets.py --output_dir out
+    python -m benchmarks.regression.run_open_sets --output_dir out
 
 Five folds of every set that an installed package carries (see `open_sets.py`), the same for all methods: test R^2 or
 the negative log loss, CPU seconds on one thread, ranks. Finished fits are kept in `out/fits.jsonl`, and a second start
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from open_sets import OpenSet, open_sets
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
@@ -30,6 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 
+from benchmarks.regression.open_sets import OpenSet, open_sets
 from lreg_peft.regression import LagrangeClassifier, LagrangeRegressor
 
 OURS = "LReg"

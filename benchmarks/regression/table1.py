@@ -6,23 +6,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmark_sets import synthetic
-from comparison.report import markdown_table
-from measure import score
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor, VotingRegressor
 from sklearn.linear_model import LinearRegression
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.svm import SVR
-from tables import figure
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from benchmarks.regression.benchmark_sets import synthetic
+from benchmarks.regression.measure import score
+from benchmarks.regression.tables import figure
+from examples.comparison.report import markdown_table
 from lreg_peft.regression import LagrangeRegressor
 
 _FILE = "table1.json"
-_SETS = ("A1", "B1", "A2", "B2")
+SETS = ("A1", "B1", "A2", "B2")
 #: The support vector machine costs the square of the samples.
 _MOST = 7_500
 
@@ -51,7 +51,7 @@ def table1(folder: Path, progress: bool) -> list[str]:
     file = folder / _FILE
     kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     models = _models()
-    cells = [(data, name) for data in _SETS for name in models if f"{data}, {name}" not in kept]
+    cells = [(data, name) for data in SETS for name in models if f"{data}, {name}" not in kept]
     splits = {data: synthetic(data).split(0) for data in {data for data, _ in cells}}
     for data, name in tqdm(cells, desc="Table 1", disable=not progress):
         split = splits[data]
@@ -63,7 +63,7 @@ def table1(folder: Path, progress: bool) -> list[str]:
             kept[f"{data}, {name}, seconds"] = round(time.process_time() - began, 3)
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     titles = ["R^2, seed 0", "A1 (printed under B1)", "B1 (printed under A1)", "A2 (printed under B2)", "B2 (under A2)"]
-    lines = [titles, *([name, *(figure(kept[f"{data}, {name}"]) for data in _SETS)] for name in models)]
+    lines = [titles, *([name, *(figure(kept[f"{data}, {name}"]) for data in SETS)] for name in models)]
     return [
         "## Table 1 of the paper, run again",
         "The columns are the sets as the text of the paper defines them; in its table the columns A and B are "

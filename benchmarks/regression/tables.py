@@ -5,10 +5,11 @@ from math import sqrt
 from statistics import mean, stdev
 
 import numpy as np
-from benchmark_sets import DataSet
-from comparison.report import markdown_table
-from measure import TRUTH, Measurements
-from peers import LREG, METHODS, Method
+
+from benchmarks.regression.benchmark_sets import DataSet
+from benchmarks.regression.measure import TRUTH, Measurements
+from benchmarks.regression.peers import LREG, METHODS, Method
+from examples.comparison.report import markdown_table
 
 FIRST = f"{LREG}, seed 0 alone"
 

@@ -1,7 +1,7 @@
 """Topics of short texts from one number per topic, as in the paper: AG News with 256 parameters, and its controls.
 
-    python examples/regression/text.py --train ag_news/train.csv --test ag_news/test.csv --max_train 10001
-    python examples/regression/text.py
+    python -m benchmarks.regression.text --train ag_news/train.csv --test ag_news/test.csv --max_train 10001
+    python -m benchmarks.regression.text
 
 A document's features are the mean label proportions of its words: one per topic. LReg puts a function of 16 nodes on
 each feature for each topic, 16 x 4 x 4 = 256 values for the four topics of AG News. The proportions come from a table
@@ -9,8 +9,8 @@ of words and labels that the training labels fill; it is part of the model and i
 are docstrings of four installed packages, and the package is the topic; nothing is downloaded.
 """
 
+import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,38 +18,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
-
 import numpy as np
-from comparison.environment import make_folder, set_threads
-from comparison.errors import UserError
-from comparison.options import option, parse, require_at_least
-from comparison.protocol import run_script
-from comparison.report import markdown_table
+import torch
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
-from text_data import Texts, docstrings, read_csv
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-from versions import installed_versions
 
+from benchmarks.regression.text_data import Texts, docstrings, read_csv
+from benchmarks.regression.versions import installed_versions
+from examples.comparison.options import UserError, require_at_least, run_script
+from examples.comparison.report import markdown_table
 from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder
 
 N_NODES = 16
 
 
-@dataclass
-class TextArguments:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Where the texts are, and where the table goes."""
-
-    train: str | None = option(None, "CSV file: label, text, ... (default: docstrings of installed packages).")
-    test: str | None = option(None, "CSV file of the same kind.")
-    max_train: int | None = option(None, "Take so many training documents, the first ones.")
-    output_dir: str = option("outputs/text", "Folder for text.md and text.json.")
-    progress: bool = option(True, "Show a progress bar.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", help="CSV file: label, text, ... (default: docstrings of installed packages)")
+    parser.add_argument("--test", help="CSV file of the same kind")
+    parser.add_argument("--max_train", type=int, help="take so many training documents, the first ones")
+    parser.add_argument("--output_dir", default="outputs/text", help="folder for text.md and text.json")
+    parser.add_argument("--no_progress", action="store_true", help="show no bar")
+    args = parser.parse_args(argv)
+    require_at_least(args, max_train=2)
+    return args
 
 
 @dataclass(frozen=True)
@@ -180,13 +178,12 @@ def show(rows: Sequence[Row]) -> str:
 
 def run(argv: Sequence[str]) -> None:
     """Options, texts, table."""
-    (arguments,) = parse([TextArguments], argv)
-    require_at_least(max_train=(arguments.max_train, 2))
+    arguments = parse_arguments(argv)
     if (arguments.train is None) != (arguments.test is None):
         raise UserError("--train and --test belong together; give both, or neither for the offline texts.")
-    set_threads(1)
+    torch.set_num_threads(1)
     folder = Path(arguments.output_dir)
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.train is None:
         train, test = docstrings()
         train = Texts(train.documents[: arguments.max_train], train.labels[: arguments.max_train])
@@ -195,7 +192,7 @@ def run(argv: Sequence[str]) -> None:
         train, test = read_csv(Path(arguments.train), arguments.max_train), read_csv(Path(arguments.test), None)
         source = f"{Path(arguments.train).name}, {Path(arguments.test).name}"
     counts = count(train, test)
-    rows = compare(counts, arguments.progress)
+    rows = compare(counts, not arguments.no_progress)
     described = (
         f"{source}: {len(train.labels):,} training and {len(test.labels):,} test documents, {counts.table.shape[1]} "
         f"labels, {len(counts.table):,} words"

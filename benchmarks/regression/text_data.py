@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
-from comparison.errors import UserError
+from examples.comparison.options import UserError
 
 PACKAGES = ("numpy", "scipy", "sklearn", "torch")
 #: Words that name a package would give the label away.

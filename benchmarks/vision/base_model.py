@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from images import of_arrays
-from sources import SIDE, base_digits
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
+
+from benchmarks.vision.images import of_arrays
+from benchmarks.vision.sources import SIDE, base_digits
 
 BATCH = 64
 RATE = 3e-3

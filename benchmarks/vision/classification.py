@@ -1,5 +1,6 @@
 """The task: an image and its class."""
 
+import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,16 +10,20 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from base_model import offline_config, pretrain
-from comparison.architecture import without_dropout
-from comparison.hub import load_pretrained
-from comparison.task import Metric, Task
-from images import Samples
-from sources import Data
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
+from benchmarks.vision.base_model import offline_config, pretrain
+from benchmarks.vision.gallery import GALLERY_FILE, write_gallery
+from benchmarks.vision.images import Samples, preparation
+from benchmarks.vision.sources import Data, class_names, labelled_images, offline_digits
+from examples.comparison.environment import load_pretrained
+from examples.comparison.task import Metric, Task, without_dropout
+
+#: Whose predictions are shown, the first that was compared.
+SHOWN = ("lreg-conv", "lreg-stage", "lreg-classifier", "lora-conv")
 EVALUATION_BATCH = 64
 OFFLINE_NAME = "ResNet trained on scikit-learn's digits"
 
@@ -42,7 +47,6 @@ class ImageTask(Task):
     auto_class = AutoModelForImageClassification
     rates = "images"
     unit = "samples"
-    units_per_sample = 1
     start_samples = 128  # each has one label only
     metrics = (Metric("accuracy", True, scale=100.0),)
 
@@ -73,7 +77,7 @@ class ImageTask(Task):
         """The mean over the whole batch, which no process alone can know."""
         return cross_entropy
 
-    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], nn.Module]) -> None:
         """Train the offline ResNet; other models are used as they are."""
         state = PartialState()
         if self._source is None and state.is_main_process:
@@ -138,8 +142,6 @@ def predict(model: nn.Module, samples: Samples, alone: bool = False) -> np.ndarr
 
 def model_config(source: str | None, classes: Sequence[str]) -> tuple[PretrainedConfig, bool]:
     """The configuration for some classes, without dropout, and whether the classes are new to the model."""
-    from transformers import AutoConfig
-
     if source is None:
         return offline_config(), False
     config = without_dropout(load_pretrained(AutoConfig, source))
@@ -148,3 +150,39 @@ def model_config(source: str | None, classes: Sequence[str]) -> tuple[Pretrained
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     return config, True
+
+
+def make_task(args: argparse.Namespace, show_progress: bool) -> ImageTask:
+    """Model and images that the options name."""
+    source = args.model_name_or_path
+    if source is None:
+        data = offline_digits(args)
+        config, has_new_head = model_config(None, data.classes)
+    else:
+        config, has_new_head = model_config(source, class_names(args))
+        data = labelled_images(args, preparation(source, config, args.image_size))
+    return ImageTask(
+        data,
+        config,
+        source,
+        has_new_head=has_new_head,
+        offline_data=args.offline_data,
+        base_steps=args.base_steps,
+        base_dir=Path(args.output_dir) / "base",
+        show_progress=show_progress,
+    )
+
+
+def show_predictions(task: ImageTask, folder: Path) -> None:
+    """Test images with what the base model and the adapted one say of them."""
+    state = PartialState()
+    adapter = next((path for name in SHOWN if (path := folder / "adapters" / name).is_dir()), None)
+    if adapter is None or not state.is_main_process:
+        return
+    samples = task.data.test.select(range(min(400, len(task.data.test))))
+    base = task.load_base()
+    before = predict(base, samples, alone=True) if task.has_base_row else None
+    after = predict(PeftModel.from_pretrained(base, adapter), samples, alone=True)
+    title = f"{task.title}. Test images: {'before → ' if before is not None else ''}after {adapter.name}"
+    write_gallery(samples, before, after, task.data.classes, title, folder / GALLERY_FILE)
+    print(f"Predictions: {folder / GALLERY_FILE}")

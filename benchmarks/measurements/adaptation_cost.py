@@ -11,8 +11,8 @@ machine it varies less than the clock on the wall, which is reported beside it.
 
 Run from the repository root; about ten minutes on one core:
 
-    python tests/benchmarks/adaptation_cost.py
-    python tests/benchmarks/adaptation_cost.py --rounds 1 --steps 5 --placements mlp --output_dir /tmp/adaptation_cost
+    python -m benchmarks.measurements.adaptation_cost
+    python -m benchmarks.measurements.adaptation_cost --rounds 1 --steps 5 --placements mlp --output_dir OUT
 """
 
 import argparse

@@ -8,7 +8,6 @@ import copy
 import csv
 import itertools
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,6 @@ from transformers import (
 
 from lreg_peft import LRegCallback
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Batch = dict[str, Tensor]
 
 
@@ -263,8 +261,7 @@ class SentenceTask(Task):
 
 
 def _pairs() -> tuple[list[tuple[tuple[str, ...], int]], ...]:
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "glue")]
-    from offline_pairs import load_offline_pairs
+    from examples.glue.offline_pairs import load_offline_pairs
 
     splits = load_offline_pairs()
     return tuple(list(zip(splits[name].texts, splits[name].labels, strict=True)) for name in ("train", "test"))

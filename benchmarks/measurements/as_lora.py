@@ -1,8 +1,8 @@
 """What LReg's training is worth as a plain LoRA: a converted adapter beside LoRAs that were trained as such.
 
-    python tests/benchmarks/as_lora.py --output_dir OUT [--model MODEL --train_file TRAIN [--eval_file EVAL]]
-    python tests/benchmarks/as_lora.py --output_dir OUT --task pairs
-    python tests/benchmarks/as_lora.py --output_dir OUT --task sst2 --data_dir GLUE
+    python -m benchmarks.measurements.as_lora --output_dir OUT [--model MODEL --train_file TRAIN [--eval_file EVAL]]
+    python -m benchmarks.measurements.as_lora --output_dir OUT --task pairs
+    python -m benchmarks.measurements.as_lora --output_dir OUT --task sst2 --data_dir GLUE
         [--budget 32768] [--steps 50] [--seeds 0 1 2] [--learning_rate 0.02] [--lora_learning_rates 0.01 0.02]
         [--inside_only]
 
@@ -28,7 +28,6 @@ import json
 import math
 import re
 import statistics
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -36,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command, device_name, versions
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -44,10 +42,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import LRegLayer, convert_to_lora, initialize_lreg_weights, match_token_frequencies, recommended_config
 from lreg_peft.training.head_start import start_head
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROWS = {
     "lreg": "LReg",
     "lora_no_bias": "as LoRA, no bias",
@@ -226,16 +224,16 @@ class Sentences(Study):
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__(arguments)
-        sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "glue")]
-        from arguments import parse_arguments
-        from comparison.environment import start_processes
-        from run_glue import prepare
+        from examples.comparison.environment import start_processes
+        from examples.glue.classification import ClassificationTask
+        from examples.glue.run_glue import parse_arguments
 
         options = ["--output_dir", str(arguments.output_dir), "--num_threads", str(arguments.threads)]
         if arguments.task != "pairs":
             options += ["--task", arguments.task, "--data_dir", str(arguments.data_dir)]
-        start_processes()
-        self.task = prepare(parse_arguments(options))
+        parsed = parse_arguments(options)
+        start_processes(parsed.num_threads, parsed.output_dir)
+        self.task = ClassificationTask(parsed)
 
     def base(self) -> nn.Module:
         return self.task.load_base().eval()
@@ -280,18 +278,25 @@ def same_count(model: nn.Module) -> LoraConfig:
 
 
 def offline_model(folder: Path) -> str:
-    """The folder with the example's own base model, trained unless it is there."""
-    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "wikitext")]
-    from offline_base import offline_base
+    """The folder with the base model of run_wikitext.py, trained unless it is there."""
+    from examples.comparison.environment import start_processes
+    from examples.comparison.protocol import Protocol
+    from examples.comparison.training import Progress
+    from examples.wikitext.language_model import LanguageModelTask
+    from examples.wikitext.run_wikitext import parse_arguments
 
-    return offline_base(folder / "base", smoke=False, show_progress=True)
+    args = parse_arguments(["--output_dir", str(folder)])
+    start_processes(args.num_threads, args.output_dir)
+    protocol = Protocol(LanguageModelTask(args), args, folder)
+    protocol.progress = Progress(args.base_steps, enabled=True)
+    protocol.base()
+    return str(folder / "base")
 
 
 def texts(arguments: argparse.Namespace) -> tuple[str, str | None]:
     """For training and for evaluation."""
     if arguments.train_file is None:
-        sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "wikitext")]
-        from offline_text import load_offline_text
+        from examples.wikitext.offline_text import load_offline_text
 
         offline = load_offline_text()
         return "\n".join(offline.train), "\n".join(offline.test)

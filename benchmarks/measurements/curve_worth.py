@@ -1,7 +1,7 @@
 """What the curve of a shortcut is worth, and what moving its nodes is: the same adapter with other curves.
 
-    python tests/benchmarks/curve_worth.py --output_dir OUT --tasks kinks steep numbers
-    python tests/benchmarks/curve_worth.py --output_dir OUT --tasks sentences [--data_dir SST2] --steps 200
+    python -m benchmarks.measurements.curve_worth --output_dir OUT --tasks kinks steep numbers
+    python -m benchmarks.measurements.curve_worth --output_dir OUT --tasks sentences [--data_dir SST2] --steps 200
         --rates 0.0055 --budget 64536
 
 Tasks are those of `adaptation_tasks.py`: networks that know one function are adapted to another one; a sentence encoder
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
-from machine import command, device_name, versions
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import (
     LRegCallback,
     LRegConfig,

@@ -15,8 +15,8 @@ coefficients; they differ only in the nodes.
 
 Run from the repository root; about a minute on one core:
 
-    python tests/benchmarks/function_fitting.py
-    python tests/benchmarks/function_fitting.py --seeds 0 1 --n_nodes 16 --output_dir /tmp/function_fitting
+    python -m benchmarks.measurements.function_fitting
+    python -m benchmarks.measurements.function_fitting --seeds 0 1 --n_nodes 16 --output_dir OUT
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Peak memory and time of a training step with a shortcut on the output layer, with and without the fused loss.
 
-    python tests/benchmarks/fused_memory.py --output_dir OUT [--vocabularies 50257 128256] [--lengths 1024 4096]
+    python -m benchmarks.measurements.fused_memory --output_dir OUT [--vocabularies 50257 128256] [--lengths 1024 4096]
         [--steps 3] [--most_gib 20]
 
 A GPT-2 of two layers of width 64 with random weights, so that the logits are what counts; a shortcut of two components
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command, device_name, versions
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import LRegConfig
 
 WIDTH, LAYERS = 64, 2
@@ -67,7 +67,10 @@ def child(vocabulary: int, length: int, fused: bool, steps: int) -> dict[str, An
     """`measure` in a fresh process."""
     options = ["--one", str(vocabulary), str(length), str(int(fused)), "--steps", str(steps)]
     done = subprocess.run(
-        [sys.executable, __file__, *options, "--output_dir", "."], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "benchmarks.measurements.fused_memory", *options, "--output_dir", "."],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 

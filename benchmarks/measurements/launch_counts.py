@@ -1,6 +1,6 @@
 """What a step costs where starting operations is what costs: many small layers, as a GPU sees a small model.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/launch_counts.py --output_dir OUT [--compile] [--rounds 25]
+    OMP_NUM_THREADS=1 python -m benchmarks.measurements.launch_counts --output_dir OUT [--compile] [--rounds 25]
         [--layers 24] [--width 32] [--device cpu|cuda]
 
 A GPT-2 of narrow layers, frozen, with a shortcut or a LoRA matrix on each of its linear layers: LReg's recipe without
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command, device_name, versions
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import recommended_config
 
 VOCABULARY = 128

@@ -1,6 +1,6 @@
 """The fused loss of the head beside torch's own `linear_cross_entropy`: why ours stays.
 
-    python tests/benchmarks/linear_cross_entropy.py [--rows 256] [--hidden 768] [--classes 50257] [--width 16]
+    python -m benchmarks.measurements.linear_cross_entropy [--rows 256] [--hidden 768] [--classes 50257] [--width 16]
 
 Both compute loss and gradients of the shortcut's design `[rows, K]` and table `[K, classes]` beside a frozen head.
 torch's function knows one linear layer: the head's weight and the table are put side by side for it, and so are

@@ -22,7 +22,7 @@ per sample. The error is sum (f - fit)^2 / sum f^2 over the training samples; th
 
 Both solve the tridiagonal normal equations that one component gives. Run from the repository root, a few seconds:
 
-    python tests/benchmarks/multigrade_anchor.py --output_dir tests/benchmarks/results
+    python -m benchmarks.measurements.multigrade_anchor --output_dir OUT
 """
 
 import argparse
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         record = {
-            "command": "python tests/benchmarks/multigrade_anchor.py",
+            "command": "python -m benchmarks.measurements.multigrade_anchor",
             "arguments": {"repeats": options.repeats},
             "threads": 1,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},

@@ -1,7 +1,7 @@
 """What `refine_linearized` gains when a training is over, beside going on with AdamW for the same CPU time.
 
-    python tests/benchmarks/refinement_gain.py --output_dir OUT --tasks numbers
-    python tests/benchmarks/refinement_gain.py --output_dir OUT --tasks sentences [--data_dir SST2] --steps 100
+    python -m benchmarks.measurements.refinement_gain --output_dir OUT --tasks numbers
+    python -m benchmarks.measurements.refinement_gain --output_dir OUT --tasks sentences [--data_dir SST2] --steps 100
         --rate 0.0055 --budget 64536 --refine_batches 5 --refine_size 16 --rounds 1 --ranks 4 --seeds 0
 
 The recipe of the package is trained and refined on --refine_batches batches of the same data, every fifth of which is
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
-from machine import command, device_name, versions
 from peft import get_peft_model
 from transformers.utils import logging
 
+from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import initialize_lreg_weights, recommended_config, refine_linearized
 
 

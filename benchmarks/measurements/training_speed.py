@@ -1,6 +1,6 @@
 """What a training step costs: LReg beside LoRA, full fine-tuning and the frozen model's own forward pass.
 
-    python tests/benchmarks/training_speed.py --output_dir OUT
+    python -m benchmarks.measurements.training_speed --output_dir OUT
         [--parts gpt2 recipe minilm cache roberta inference n_nodes sizes]
         [--model gpt2|gpt2-medium|gpt2-large] [--device cpu|cuda] [--dtype float32|bfloat16] [--rounds 5]
 
@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command, device_name, versions
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -51,6 +50,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import LRegConfig, cache_features, recommended_config
 
 GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}

@@ -1,6 +1,6 @@
 """A certified fit of the shortcut on a language model's head, beside AdamW and beside a vocabulary bias.
 
-    python tests/benchmarks/wikitext_fit.py --model MODEL --train_file TRAIN --test_file TEST --output_dir OUT
+    python -m benchmarks.measurements.wikitext_fit --model MODEL --train_file TRAIN --test_file TEST --output_dir OUT
         [--train_tokens 8192] [--ridges 1e-4 3e-5 1e-5]
 
 A language model of the GPT-2 family meets a new text. Blocks of tokens spread evenly over the training file are read
@@ -31,12 +31,21 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from head_training import StoredRows, adapter_state, penalty, provenance, restore, save, score, train
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from benchmarks.measurements.head_training import (
+    StoredRows,
+    adapter_state,
+    penalty,
+    provenance,
+    restore,
+    save,
+    score,
+    train,
+)
 from lreg_peft import CoefficientFit, LRegConfig, fit_coefficients, initialize_lreg_weights
 from lreg_peft.core import Chunk, Solution, solve_cross_entropy
 from lreg_peft.fitting.output_layer import find_output_layer

@@ -1,6 +1,6 @@
 """Where a shortcut should go, how it should start and what may move: LReg beside LoRA at equal parameters.
 
-    python tests/benchmarks/wikitext_study.py --model MODEL --train_file TRAIN --test_file TEST --output_dir OUT
+    python -m benchmarks.measurements.wikitext_study --model MODEL --train_file TRAIN --test_file TEST --output_dir OUT
         [--methods NAME ...] [--seeds 0 1 2] [--steps 80] [--table_only]
 
 A causal language model of the GPT-2 family is adapted to a new text by every method in `METHODS` from the same

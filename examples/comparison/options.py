@@ -32,9 +32,8 @@ class Parser(argparse.ArgumentParser):
         add(
             "--budget",
             type=int,
-            help="trainable parameters of the adapters: each gets the largest size within it (default: what the "
-            "paper's placement of LReg has with two components, or the largest of the smallest adapters, if that is more); a "
-            "new classification head is not counted",
+            help="trainable parameters of the adapters, without a new head: each gets the largest size within it "
+            "(default: what the paper's placement of LReg has with two components, or what the smallest adapters need)",
         )
         add("--sizes", nargs="+", default=[], help="sizes instead of the budget for some methods: NAME=SIZE ...")
         add("--n_nodes", type=int, help="nodes per component of LReg (default: each method's own)")

@@ -84,12 +84,15 @@ def offline_pairs() -> list[Dataset]:
     The modules are divided: no function of a test pair is in a training pair.
     """
     functions: tuple[list, list] = ([], [])  # (signature, description), to train on and to report on
+    seen: set[str] = set()  # some functions stand in two modules
     for number, path in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
                 names = ", ".join(each.arg for each in node.args.args if each.arg != "self")
                 description = " ".join(docstring.split("\n\n")[0].split())
-                functions[number % 4 == 0].append((f"def {node.name}({names})", description))
+                if description not in seen:
+                    functions[number % 4 == 0].append((f"def {node.name}({names})", description))
+                seen.add(description)
     draw, parts = random.Random(0), []
     for known, n_pairs in zip(functions, (3000, 1000), strict=True):
         rows = []

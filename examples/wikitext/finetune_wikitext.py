@@ -99,7 +99,7 @@ def offline_base(folder: Path, text: str, steps: int, accelerator: Accelerator) 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
     end = tokenizer.eos_token_id
     sizes = {"n_positions": 128, "n_embd": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.06}
-    model = GPT2LMHeadModel(GPT2Config(len(tokenizer), **sizes, bos_token_id=end, eos_token_id=end))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=end, eos_token_id=end))
     loader = DataLoader(make_blocks(tokenizer, text, 128), 8, shuffle=True, drop_last=True)
     fit(model.to(accelerator.device), loader, steps, 3e-3, accelerator, "base model")
     if accelerator.is_main_process:
@@ -168,7 +168,8 @@ def written(model, tokenizer: AutoTokenizer, prompt: str) -> str:
     """What a model writes after a prompt, the likeliest token each time."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     ids = inputs["input_ids"]
-    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False,
+    longest = min(len(ids[0]) + 40, model.config.max_position_embeddings)
+    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_length=longest, do_sample=False,
                             repetition_penalty=1.3, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
     return repr(tokenizer.decode(tokens[0]))
 

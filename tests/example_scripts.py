@@ -1,9 +1,11 @@
 """Running the example scripts in tests as a user types them."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -35,3 +37,8 @@ def launch_two(kind: str, script: Path, options: list[str]) -> subprocess.Comple
         ],
         **environment,
     )
+
+
+def module(example: str, name: str) -> ModuleType:
+    """A module of an example, or `comparison.` and one that both comparisons share."""
+    return importlib.import_module(f"examples.{name}" if "." in name else f"examples.{example}.{name}")

@@ -253,25 +253,27 @@ class Protocol:
 
     def test(self, method: Method, found: Search, save_to: Path | None = None) -> list[Run]:
         """The runs of all seeds at the chosen learning rate with their test figures; the first one is saved."""
-        best = found.best
+        best, runs = found.best, []
         for seed in self._args.seeds:
-            run, model = (best, found.model) if seed == self._args.seeds[0] else (None, None)
-            if run is None:
-                run, model = self._found_or_trained(method, best.size, best.learning_rate, seed)
-            if run.test is not None and (run.as_lora or not method.as_lora):
+            is_first = seed == self._args.seeds[0]
+            key = (best.method, best.size, best.n_nodes, best.learning_rate, seed)
+            run, model = (best, found.model) if is_first else (self.ledger.runs.get(key), None)
+            if run is not None and run.test is not None and (run.as_lora or not method.as_lora):
+                self.progress.advance(0 if is_first else self._args.steps)
+                runs.append(run)
                 continue
-            if model is None:  # an earlier start was interrupted between training and test
-                model, _ = self.train(method, run.size, run.learning_rate, seed)
-            if run is best and save_to is not None:
+            if model is None:  # another seed, or an earlier start was interrupted between training and test
+                model, trained = self.train(method, best.size, best.learning_rate, seed)
+                run = run or trained
+            assert run is not None
+            if is_first and save_to is not None:
                 save_trained(model, save_to)
             run.test = self._task.evaluate(model, "test")
             if method.as_lora:
                 run.as_lora = self._as_lora(run, model)
             self.ledger.add(run)
-        return [
-            self.ledger.runs[(best.method, best.size, best.n_nodes, best.learning_rate, seed)]
-            for seed in self._args.seeds
-        ]
+            runs.append(run)
+        return runs
 
     def _found_or_trained(
         self, method: Method, size: int | None, rate: float, seed: int

@@ -1,6 +1,5 @@
 """The WikiText example: a small run end to end, what it writes, and one clear sentence for each kind of bad input."""
 
-import itertools
 import json
 import math
 import warnings
@@ -329,14 +328,6 @@ def test_evaluation_predicts_every_token_but_the_first_once(n_tokens: int) -> No
     batches = modules("data").overlapping(torch.arange(n_tokens), block_size=8, batch_size=3)
     predicted = torch.cat([batch[:, 1:].flatten() for batch in batches])
     assert torch.equal(predicted, torch.arange(1, n_tokens))
-
-
-def test_labels_in_the_picture_keep_their_distance() -> None:
-    heights = modules("comparison.picture").spread_out([0.1, 0.1, 0.1, 0.95, 0.99, 1.0], 0.06)
-    assert heights == sorted(heights)
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 0.06 - 1e-12
-    assert heights[0] >= 0.0
-    assert heights[-1] <= 1.0
 
 
 # --- presets --------------------------------------------------------------------------------------------------------

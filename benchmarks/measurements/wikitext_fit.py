@@ -46,9 +46,10 @@ from benchmarks.measurements.head_training import (
     score,
     train,
 )
-from lreg_peft import CoefficientFit, LRegConfig, fit_coefficients, initialize_lreg_weights
+from lreg_peft import LRegConfig, fit_coefficients, initialize_lreg_weights
 from lreg_peft.core import Chunk, Solution, solve_cross_entropy
 from lreg_peft.fitting.output_layer import find_output_layer
+from lreg_peft.fitting.problem import CoefficientFit
 
 ROWS = 256
 COLUMNS = {

@@ -3,8 +3,8 @@
     python -m benchmarks.peft_methods.wikitext --model_name_or_path path/to/model --train_file a.txt --test_file b.txt
 
 It takes the options of run_wikitext.py, begins with those of configs/wikitext.yaml, and follows the same protocol.
-Without --methods everything that there is is tried; what cannot be, or is too large for the budget, is listed with the reason.
-Other ways to run it, with options after the above:
+Without --methods everything that there is is tried; what cannot be, or is too large for the budget, is listed with
+the reason. Other ways to run it, with options after the above:
 
     --search_only                                            learning rates only; no test figure is read
     --methods lreg dora --seeds 0 1 2                        some methods, three seeds

@@ -98,6 +98,13 @@ def _is_of_datasets(data: Any, *names: str) -> bool:
 # Calling a model
 
 
+def check_batch(batch: Any) -> Mapping[str, Any]:
+    """The batch, which must be a dictionary: else a `TypeError`."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    return batch
+
+
 def model_inputs(model: nn.Module, batch: Any, *, labels: bool = True) -> dict[str, Any]:
     """A batch as a pass takes it that the user did not ask for: tensors on the device of the model, copies of objects
     that it may change.
@@ -111,8 +118,7 @@ def model_inputs(model: nn.Module, batch: Any, *, labels: bool = True) -> dict[s
         TypeError: if it is not a dictionary.
         ValueError: if labels are missing, or no tensor.
     """
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    check_batch(batch)
     if labels and not isinstance(batch.get("labels"), Tensor):
         raise ValueError(f"a batch needs 'labels', a tensor; it has {sorted(batch)}.")
     device = next(model.parameters()).device
@@ -268,6 +274,17 @@ def loss_kind_of(model: nn.Module, labels: Tensor, out_features: int) -> LossKin
         raise ValueError(f"{type(model).__name__} has {out_features} outputs, but a sample has {width} labels.")
     kind = getattr(getattr(model, "config", None), "problem_type", None)
     return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
+
+
+def check_yes_or_no(loss_kind: LossKind, targets: Tensor) -> None:
+    """Raise a `ValueError` if targets of yes-or-no questions lie outside [0, 1]: their loss has no minimum."""
+    if loss_kind == "binary_cross_entropy" and len(targets):
+        low, high = float(targets.min()), float(targets.max())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
+                f"{low:.6g} to {high:.6g}; other values are for 'regression'."
+            )
 
 
 def row_loss(loss_kind: LossKind, logits: Tensor, targets: Tensor) -> Tensor:

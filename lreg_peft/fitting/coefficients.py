@@ -105,7 +105,7 @@ def fit_coefficients(
     problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
     with _changed(site) as changes:
-        fit = _fitted(problem, tolerance, max_passes)
+        fit = problem.fit(tolerance, max_passes)
         if max_moves:
             fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves, strategy, n_refine)
         changes.keep()
@@ -134,7 +134,7 @@ def _move_meshes(
         with _changed(site) as move:
             with together():
                 Move(site, mesh, (site.parameter.detach(),)).apply()
-            trial = _fitted(problem, tolerance, max_passes, keep_bar=False)
+            trial = problem.fit(tolerance, max_passes, keep_bar=False)
             passes += trial.passes
             if better := trial.objective < fits[-1].objective - fits[-1].gap:
                 move.keep()
@@ -153,13 +153,6 @@ def _move_meshes(
         gaps=tuple(fit.gap for fit in fits),
         n_refused=n_refused,
     )
-
-
-def _fitted(problem: FitProblem, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> CoefficientFit:
-    """Solve on the present mesh and write the weights."""
-    fitted = problem.solve(tolerance, max_passes, keep_bar=keep_bar)
-    problem.write(fitted.table)
-    return fitted.summary
 
 
 def _changed(site: Site) -> Tentative:

@@ -19,6 +19,7 @@ from ..rows import (
     Rows,
     align,
     are_values,
+    check_yes_or_no,
     exact_pass,
     find_pairing,
     last_tokens,
@@ -85,13 +86,7 @@ class OutputLayer:
         for name, tensor in (("features", rows.features), ("labels", rows.targets)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"the {name} of {self.name!r} must be finite, got NaN or infinite values {where}.")
-        if kind == "binary_cross_entropy" and len(rows.targets):
-            low, high = float(rows.targets.min()), float(rows.targets.max())
-            if not 0 <= low <= high <= 1:
-                raise ValueError(
-                    "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
-                    f"{low:.6g} to {high:.6g}; other values are for 'regression'."
-                )
+        check_yes_or_no(kind, rows.targets)
         return kind
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:

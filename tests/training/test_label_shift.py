@@ -72,6 +72,14 @@ def test_labels_are_paired_as_the_model_pairs_them(task_type):
     assert report.loss_before == pytest.approx(before, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["pca", "gradient"])
+def test_no_pass_is_added(method):
+    model, passes = adapted(), []
+    model.get_base_model().transformer.register_forward_hook(lambda *args: passes.append(1))
+    initialize_lreg_weights(model, skewed(), method=method, start_head=True, show_progress=False)
+    assert len(passes) == len(skewed())
+
+
 def test_refused_where_the_loss_is_another_one():
     model = adapted()
     inner = model.get_base_model()

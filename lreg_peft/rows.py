@@ -27,6 +27,10 @@ IGNORE_INDEX = -100
 _SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-5}
 _SAME_LOSS_HALF = 1e-2
 
+# Difference between two computations of one output, by its dtype.
+_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SAME_OUTPUT_HALF = 3e-2
+
 #: What functions take that read data: batches, dictionaries of model inputs by name, or a data set of samples.
 BatchData = Iterable[Mapping[str, Any]] | Dataset[Any]
 
@@ -304,6 +308,14 @@ def solver_of(loss_kind: LossKind, out_features: int) -> Callable[..., Solution]
     if loss_kind == "binary_cross_entropy":
         return partial(solve_cross_entropy, targets="labels", scale=1 / out_features)
     return solve_cross_entropy
+
+
+def same_output(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs of one shape differ by rounding alone."""
+    tolerance = _SAME_OUTPUT.get(one.dtype, _SAME_OUTPUT_HALF)
+    return one.shape == other.shape and torch.allclose(
+        other.to(one), one, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> Pairing:

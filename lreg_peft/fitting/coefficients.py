@@ -182,7 +182,6 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             sums[1] += element_moments(element, local, n_nodes - 1).flatten(1)
             sums[2] += node_gradient(element, local, in_coords, n_nodes - 1)
     energy, moments, gradient = (problem.processes.total(tensor) for tensor in sums)
-    relocating = strategy == "relocate"
     with together():
         mesh = adapt_mesh(
             nodes,
@@ -190,8 +189,8 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             energy,
             strategy=strategy,
             n_refine=n_refine,
-            moments=moments.view(components, n_nodes - 1, 3) if relocating else None,
-            node_gradient=gradient if relocating else None,
+            moments=moments.view(components, n_nodes - 1, 3),
+            node_gradient=gradient,
             size=size,
         )
     return agreed(mesh)

@@ -243,16 +243,15 @@ def _propose(
 ) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
     """What this process would do, and what lives on the mesh."""
     check_whole(site)
-    relocating = strategy != "paper"
     mesh = adapt_mesh(
         site.nodes,
         site.layer.nodal_coefficients(site.adapter).detach(),
-        sums.energy if relocating else sums.hits,
+        sums.hits if strategy == "paper" else sums.energy,
         strategy=strategy,
         n_refine=n_refine,
         pseudocount=pseudocount,
-        moments=sums.moments if relocating else None,
-        node_gradient=sums.node_gradient if relocating else None,
+        moments=sums.moments,
+        node_gradient=sums.node_gradient,
         size=size,
     )
     return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))

@@ -19,15 +19,13 @@ from ..rows import (
     logits_of,
     loss_of,
     rows_per_sample,
+    same_output,
 )
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 
 # Rows of a pass in which the output of the module is compared with that of the model.
 _COMPARED = 64
-# Difference between the two that rounding explains.
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
-_SAME_HALF = 3e-2
 
 
 class SeenRows(NamedTuple):
@@ -128,8 +126,7 @@ def spaced(n: int, most: int) -> Tensor:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors `[..., out_features]` differ by rounding alone, as some of their rows show."""
+    """Whether two outputs `[..., out_features]` are the same, as some of their rows show."""
     one, other = (values.reshape(-1, values.shape[-1]) for values in (one, other))
     few = spaced(len(one), _COMPARED).to(one.device)
-    rounding = _SAME.get(one.dtype, _SAME_HALF)
-    return torch.allclose(one[few].to(other), other[few], rounding, rounding, equal_nan=True)
+    return same_output(one[few], other[few])

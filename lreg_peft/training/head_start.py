@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.distributed import from_main, gather_objects, rank_and_world, together
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
-from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, exact_pass, model_inputs, row_loss, solver_of
+from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, row_loss, solver_of
 from ..tuner.placement import output_head_name
 from .output_rows import OutputRows, spaced
 
@@ -94,7 +94,7 @@ class HeadRows(OutputRows):
         self.reason: str | None = None
 
     def take(self, inputs: Mapping[str, Any], output: Any) -> None:
-        """Keep rows of the pass that has just been made, from its inputs and the model's own output."""
+        """Keep rows of the pass; what stands in the way becomes the `reason`."""
         if self.reason is None:
             try:
                 seen = self.rows(inputs, output)
@@ -154,10 +154,7 @@ def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "defaul
     if head is None:
         raise ValueError(f"{type(unwrap(model)).__name__} has no new head: name it in modules_to_save.")
     rows = HeadRows(model, head, n_batches)
-    with together(), rows, exact_pass(model):
-        for batch in islice(batches_of(data), n_batches):
-            inputs = model_inputs(model, batch)
-            rows.take(inputs, model(**inputs))
+    rows.read(model, islice(batches_of(data), n_batches))
     report = rows.start()
     if report is None:
         raise ValueError(rows.reason)

@@ -32,8 +32,8 @@ from .label_shift import LabelShift, TokenRows
 
 # Columns of the random matrix that compresses output gradients: so many for each component, and more.
 _SKETCH_PER_COMPONENT, _SKETCH_MORE = 4, 16
-# Of so many batches with labels one runs backwards: a gradient costs as much as two passes forward.
-_BATCHES_PER_GRADIENT = 2
+# So many samples run backwards, over all processes, in evenly spaced batches: directions need fewer than a head does.
+_GRADIENT_SAMPLES = 32
 
 
 def initialize_lreg_weights(
@@ -58,7 +58,7 @@ def initialize_lreg_weights(
       Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
       module's output: the directions of x along which a change of the output lowers the loss most. The batches need
-      labels. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li 2024.)
+      labels; some 32 samples run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li 2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
     share of the rows and all end with the same tensors.
@@ -113,7 +113,7 @@ def initialize_lreg_weights(
     hidden = rank > 0 or not show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
-    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
+    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, n_batches if with_gradient else 0)
     with together(), collector, output_rows or nullcontext(), eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(
             islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=hidden
@@ -237,13 +237,13 @@ def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRe
 
 
 class _Collector(ExitStack):
-    """Keeps a random share of the input rows of every layer, and a sketch of what their gradients ask for.
+    """Keeps a random share of the input rows of every layer, and a sketch of what the gradients of some ask for.
 
     While it is open the shortcuts of the adapter, which are zero, are left out of the passes.
     """
 
     def __init__(
-        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, with_gradient: bool
+        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, n_with_gradient: int
     ) -> None:
         super().__init__()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -251,7 +251,7 @@ class _Collector(ExitStack):
         self._layers, self._adapter_name = layers, adapter_name
         self._quota = quota
         self._generator = torch.Generator().manual_seed(seed)
-        self._with_gradient = with_gradient
+        self._n_with_gradient = n_with_gradient  # batches, of which some run backwards
         self._n_labelled = 0
         # Zero, added to the output of frozen modules so that a loss has a gradient in it.
         device = next(iter(layers.values())).parts(adapter_name)[0].weight.device
@@ -265,17 +265,19 @@ class _Collector(ExitStack):
             self.callback(setattr, layer, "_active_adapter", layer._active_adapter)
             layer._active_adapter = [other for other in layer.active_stack if other != self._adapter_name]
             self.callback(layer.register_input_hook(partial(self._keep, name), self._adapter_name))
-            if self._with_gradient:
+            if self._n_with_gradient:
                 self.callback(layer.register_forward_hook(self._add_zero).remove)
                 self.callback(layer.register_gradient_hook(partial(self._multiply, name), self._adapter_name))
         return self
 
     def wants_gradient(self, labels: Any) -> bool:
         """Whether the next batch, with these labels, is to run backwards."""
-        if not self._with_gradient or _all_ignored(labels):  # the mean over no label is NaN
+        if not self._n_with_gradient or _all_ignored(labels):  # the mean over no label is NaN
             return False
+        n_samples = len(labels) if isinstance(labels, Tensor) and labels.ndim else 1
+        wanted = -(-_GRADIENT_SAMPLES // (n_samples * rank_and_world()[1]))
         self._n_labelled += 1
-        return self._n_labelled % _BATCHES_PER_GRADIENT == 1
+        return (self._n_labelled - 1) % max(1, self._n_with_gradient // wanted) == 0
 
     def backward(self, loss: Any) -> None:
         """Send the gradient of the loss through the model, without touching any `.grad`."""

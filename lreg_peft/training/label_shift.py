@@ -20,7 +20,7 @@ from ..core.checks import whole
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
-from ..rows import BatchData, batches_of, exact_pass, is_per_token, logits_of, model_inputs
+from ..rows import BatchData, batches_of, exact_pass, is_per_token, logits_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
@@ -119,10 +119,7 @@ def match_token_frequencies(
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     hidden = not show_progress or rank_and_world()[0] > 0
     rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output")
-    with together(), rows, exact_pass(model):
-        for batch in tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden):
-            inputs = model_inputs(model, batch, labels=False)
-            rows.take(inputs, model(**inputs))
+    rows.read(model, tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden))
     with exact_pass(model), Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
         trial.keep()
@@ -182,7 +179,7 @@ class TokenRows(OutputRows):
         self._judges: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
 
     def take(self, inputs: Mapping[str, Any], output: Any) -> None:
-        """Count the labels of the pass that has just been made, and keep some rows.
+        """Count the labels of the pass, and keep some rows.
 
         Raises:
             ValueError: if labels are not classes, one per token, or the model's logits are not what this module gives.

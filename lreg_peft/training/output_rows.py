@@ -1,6 +1,6 @@
 """What the module that ends a model sees, row by row with the labels, in passes that are made for whatever reason."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import together
 from ..modules import unwrap
 from ..rows import (
     Pairing,
     align,
     are_values,
+    exact_pass,
     find_pairing,
     is_per_token,
     last_tokens,
     logits_of,
     loss_of,
+    model_inputs,
     rows_per_sample,
     same_output,
 )
@@ -79,6 +82,17 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         else:
             features = args[0]
         self._seen.append((features.detach(), output))
+
+    def take(self, inputs: Mapping[str, Any], output: Any) -> None:
+        """Keep what is needed of the pass that has just been made, from its inputs and what the model returned."""
+        raise NotImplementedError
+
+    def read(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Take from passes over batches that are made for nothing else."""
+        with together(), self, exact_pass(model):
+            for batch in batches:
+                inputs = model_inputs(model, batch, labels=False)
+                self.take(inputs, model(**inputs))
 
     @torch.no_grad()
     def rows(self, inputs: Mapping[str, Any], output: Any) -> SeenRows:

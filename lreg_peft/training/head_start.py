@@ -85,7 +85,7 @@ class HeadRows(OutputRows):
     """
 
     def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int) -> None:
-        super().__init__(model, head, adapter_name="")
+        super().__init__(model, head, adapter_name="", instead="there is none for such a head")
         self.head = head
         most = min(_MOST_ROWS, _MOST_ENTRIES // head.out_features)
         self._quota = -(-most // (n_batches * rank_and_world()[1]))

@@ -144,7 +144,7 @@ def initialize_lreg_weights(
             elif output_rows is not None:
                 report = output_rows.start()
                 if report is None and start_head:
-                    raise ValueError(f"{output_rows.reason} Or leave the head as it is (start_head=False).")
+                    raise ValueError(f"{output_rows.reason} Or leave the head as it is: start_head=False.")
             trial.keep()
     except BaseException:
         for layer in owed:

@@ -35,7 +35,7 @@ _HALVINGS = 3
 # Rows whose logits exist at the same time while losses are compared.
 _ROWS_AT_ONCE = 256
 # Rows that judge, over all batches and processes: enough to tell pseudocounts apart, however much is counted.
-_JUDGES = 4096
+_JUDGES = 2048
 # Singular values of a basis, over the largest one, that its rounding in fp32 cannot be told from.
 _ROUNDING = 1e-6
 
@@ -44,7 +44,7 @@ _ROUNDING = 1e-6
 class LabelShift:
     """What was done about the shift in token frequencies; losses are means over the labels that judge.
 
-    Those are the labels of the batches: all of them up to about 4096, else as many, evenly spaced.
+    Those are the labels of the batches: all of them up to about 2048, else as many, evenly spaced.
 
     Attributes:
         loss_before: with the model as it was.
@@ -118,7 +118,8 @@ def match_token_frequencies(
     if adapter_name in layer.needs_data_init:
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     hidden = not show_progress or rank_and_world()[0] > 0
-    rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output")
+    instead = "do without match_token_frequencies"
+    rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
     rows.read(model, tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden))
     with exact_pass(model), Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
@@ -162,13 +163,11 @@ class TokenRows(OutputRows):
         layer: the wrapped head.
         adapter_name: whose shortcut takes the shift.
         n_batches: passes there will be at most, in each process.
-        purpose: see `OutputRows`.
+        errors: `purpose` and `instead` of `OutputRows`.
     """
 
-    def __init__(
-        self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, purpose: str | None = None
-    ) -> None:
-        super().__init__(model, layer, adapter_name, purpose)
+    def __init__(self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, *errors: str) -> None:
+        super().__init__(model, layer, adapter_name, *errors)
         self.layer, self._adapter = layer, adapter_name
         self._rank, self._world = rank_and_world()
         self._quota = -(-_JUDGES // (n_batches * self._world))

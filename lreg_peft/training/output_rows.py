@@ -55,12 +55,21 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         module: a linear layer in it, or one with a shortcut.
         adapter_name: whose shortcut, where there is one.
         purpose: what the rows are for, as errors say it; None: a start of the module.
+        instead: what to do where the module is not of the kind for that.
     """
 
-    def __init__(self, model: nn.Module, module: nn.Module, adapter_name: str, purpose: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        adapter_name: str,
+        purpose: str | None = None,
+        instead: str = "leave it as it is (start_head=False)",
+    ) -> None:
         self.model = unwrap(model)
         self.name = next(name for name, one in self.model.named_modules() if one is module)
         self.purpose = f"a start of {self.name!r}" if purpose is None else purpose
+        self._instead = instead
         self.out_features: int = module.out_features  # type: ignore[assignment]
         #: How the model makes its loss of rows; None until the first pass has been seen.
         self.pairing: Pairing | None = None
@@ -113,7 +122,7 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         if len(seen) != 1 or not isinstance(own, Tensor) or not own.ndim or own.shape[-1] != self.out_features:
             raise ValueError(
                 f"{self.name!r} does not give the output of {kind}, as {self.purpose} needs it: it must be called "
-                f"once in a forward pass and end the model, and was called {len(seen)} times."
+                f"once in a forward pass and end the model, and was called {len(seen)} times; {self._instead}."
             )
         ((features, made),), own = seen, own.detach()
         if self.pairing is None:
@@ -124,7 +133,8 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         kept, logits = pair(features), pair(own).features
         if not (_alike(made, own) if made.shape == own.shape else _alike(pair(made).features, logits)):
             raise ValueError(
-                f"{kind} changes what {self.name!r} gives before it is the output: {self.purpose} does not know how."
+                f"{kind} changes what {self.name!r} gives before it is the output, which {self.purpose} does not know "
+                f"of: {self._instead}."
             )
         samples = torch.arange(len(labels), device="cpu")
         if not are_values(labels, self.out_features):

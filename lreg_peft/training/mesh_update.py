@@ -168,7 +168,7 @@ def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
 
 def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
     """The sites that saw samples on any process, with their sums over all."""
-    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry.tensors()])
+    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry])
     sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
     seen = [
         (site, entry)

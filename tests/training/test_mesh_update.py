@@ -224,7 +224,7 @@ class TestAcceptance:
         assert held.keys() == now.keys() and all(torch.equal(held[name], now[name]) for name in held)
         # What was gathered is still there for the next try.
         again = sums(layer)
-        assert all(torch.equal(one, other) for one, other in zip(gathered.tensors(), again.tensors(), strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(gathered, again, strict=True))
         assert update_meshes(layer, optimizer, accept=lambda: 1.0).accepted
 
     @pytest.mark.parametrize("accept", [None, lambda: 1.0])

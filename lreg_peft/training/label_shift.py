@@ -35,7 +35,7 @@ _HALVINGS = 3
 # Rows whose logits exist at the same time while losses are compared.
 _ROWS_AT_ONCE = 256
 # Rows that judge, over all batches and processes: enough to tell pseudocounts apart, however much is counted.
-_JUDGES = 2048
+_JUDGES = 4096
 # Singular values of a basis, over the largest one, that its rounding in fp32 cannot be told from.
 _ROUNDING = 1e-6
 
@@ -44,7 +44,7 @@ _ROUNDING = 1e-6
 class LabelShift:
     """What was done about the shift in token frequencies; losses are means over the labels that judge.
 
-    Those are the labels of the batches: all of them up to about 2048, else as many, evenly spaced.
+    Those are the labels of the batches: all of them up to about 4096, else as many, evenly spaced.
 
     Attributes:
         loss_before: with the model as it was.
@@ -121,7 +121,7 @@ def match_token_frequencies(
     instead = "do without match_token_frequencies"
     rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
     rows.read(model, tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden))
-    with exact_pass(model), Tentative([layer.parts(adapter_name)[2].weight]) as trial:
+    with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
         trial.keep()
     return report
@@ -195,7 +195,6 @@ class TokenRows(OutputRows):
         few = spaced(len(seen.targets), self._quota).to(seen.targets.device)
         self._judges[half].append((seen.features[few], seen.targets[few]))
 
-    @torch.no_grad()
     def start(self, constant: Tensor | None = None) -> LabelShift:
         """Add the shift to the shortcut on the output head, if that pays.
 
@@ -219,16 +218,19 @@ class TokenRows(OutputRows):
             raise ValueError(
                 f"{self.purpose} needs finite logits, and some of {type(self.model).__name__} are NaN or infinite."
             )
+        with exact_pass(self.model):
+            return self._shifted(counts, expected, constant)
+
+    def _shifted(self, counts: Tensor, expected: Tensor, constant: Tensor | None) -> LabelShift:
         k = self._closest_to_one() if constant is None else constant.float()
-        n = sum(len(targets) for half in self._judges for _, targets in half)
-        before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)], n)
+        before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
         heldout = min(tried)
         if not heldout < before:
             return LabelShift(before, before, before, None, 0.0)
         best = tried.index(heldout)
         shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[1 + best]
         for factor in (0.5**halvings for halvings in range(_HALVINGS + 1)):
-            (after,) = self._mean_losses(k, [factor * shift.unsqueeze(0)] * 2, n)
+            (after,) = self._mean_losses(k, [factor * shift.unsqueeze(0)] * 2)
             if after <= before:
                 with together():
                     table = self.layer.table(self._adapter)
@@ -236,15 +238,15 @@ class TokenRows(OutputRows):
                 return LabelShift(before, after, heldout, PSEUDOCOUNTS[best], factor)
         return LabelShift(before, before, heldout, None, 0.0)
 
-    def _mean_losses(self, k: Tensor, shifts: list[Tensor], n: int) -> list[float]:
+    def _mean_losses(self, k: Tensor, shifts: list[Tensor]) -> list[float]:
         """Mean loss of the rows of all processes with shifts `[m, classes]`, other ones for each half: m numbers."""
         total = torch.zeros(len(shifts[0]) + 1, dtype=torch.float64, device="cpu")
-        total[-1] = n
         with together():
             for half, own in enumerate(shifts):
                 for features, targets in self._pieces(half):
                     logits = first_tensor(self.layer(features))[0].float()
                     factor = self._design(features) @ k.to(logits)
+                    total[-1] += len(targets)
                     for i, shift in enumerate(own.to(logits)):
                         moved = torch.addcmul(logits, factor.unsqueeze(1), shift)
                         total[i] += F.cross_entropy(moved, targets, reduction="sum").double().cpu()

@@ -72,6 +72,17 @@ def test_labels_are_paired_as_the_model_pairs_them(task_type):
     assert report.loss_before == pytest.approx(before, abs=1e-5)
 
 
+def test_a_model_in_training_is_judged_without_dropout():
+    reports = []
+    for mode in (True, False):
+        model = adapted(**WEIGHTINGS["linear"], dropout=0.5).train(mode)
+        head = model.get_base_model().lm_head
+        head.base_layer.register_forward_hook(lambda module, args, out: out * torch.nan if module.training else None)
+        reports.append(initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False))
+        assert model.training is mode
+    assert reports[0] == reports[1]
+
+
 @pytest.mark.parametrize("method", ["pca", "gradient"])
 def test_no_pass_is_added(method):
     model, passes = adapted(), []

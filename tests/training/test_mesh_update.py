@@ -343,27 +343,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"'state1'.*torch.uint8"):
             update_meshes(layer, optimizer)
 
-    def test_options(self):
-        layer, optimizer, _ = trained()
-        with pytest.raises(ValueError, match="tolerance"):
-            update_meshes(layer, optimizer, tolerance=-1)
-        with pytest.raises(ValueError, match="strategy must be one of"):
-            update_meshes(layer, optimizer, strategy="best")
-
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
+            ({"strategy": "best"}, ValueError, "strategy must be one of"),
             ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0, got nan"),
-            ({"tolerance": "0.1"}, TypeError, "tolerance must be a number"),
             ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
             ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
             ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
-            ({"size": float("nan")}, ValueError, "size must be"),
             ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
             ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
         ],
     )
-    def test_options_that_cannot_be(self, options, error, message):
+    def test_options(self, options, error, message):
         layer, optimizer, _ = trained()
         before, held = state(layer), snapshot(layer, optimizer)
         with pytest.raises(error, match=message):
@@ -371,20 +363,12 @@ class TestErrors:
         now = snapshot(layer, optimizer)
         assert same_state(before, state(layer)) and all(torch.equal(held[name], now[name]) for name in held)
 
-    @pytest.mark.parametrize(
-        ("options", "error", "message"),
-        [
-            ({"n_rows": 0}, ValueError, "n_rows must be at least 1"),
-            ({"n_rows": 1.5}, TypeError, "n_rows must be a whole number"),
-            ({"n_rows": True}, TypeError, "n_rows must be a whole number"),
-            ({"n_hard_samples": "all"}, TypeError, "n_hard_samples must be a whole number"),
-        ],
-    )
-    def test_options_of_the_statistics(self, options, error, message):
+    def test_options_of_the_statistics(self):
         layer = toy()
         tracked = statistics_of(Site("", layer, "default"))
-        with pytest.raises(error, match=message):
-            track_statistics(layer, **options)
+        for options in ({"n_rows": 0}, {"n_hard_samples": 0}):
+            with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 1, got 0"):
+                track_statistics(layer, **options)
         assert statistics_of(Site("", layer, "default")) is tracked
         with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
             count_hard_samples(layer, torch.ones(1), 1.5)

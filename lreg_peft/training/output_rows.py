@@ -71,7 +71,7 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         self.purpose = f"a start of {self.name!r}" if purpose is None else purpose
         self._instead = instead
         self.out_features: int = module.out_features  # type: ignore[assignment]
-        #: How the model makes its loss of rows; None until the first pass has been seen.
+        #: How the model makes its loss of rows; None until a pass with labels that count has been seen.
         self.pairing: Pairing | None = None
         self._module, self._adapter_name = module, adapter_name
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -125,12 +125,13 @@ class OutputRows(AbstractContextManager["OutputRows"]):
                 f"once in a forward pass and end the model, and was called {len(seen)} times; {self._instead}."
             )
         ((features, made),), own = seen, own.detach()
-        if self.pairing is None:
-            self.pairing = find_pairing(self.model, own, labels, loss_of(output))
-        shift = self.pairing.shift
+        pairing = self.pairing or find_pairing(self.model, own, labels, loss_of(output))
+        shift = pairing.shift
         pool = partial(last_tokens, inputs=inputs, config=getattr(self.model, "config", None), name=self.name)
         pair = partial(align, labels=labels, shift=shift, out_features=self.out_features, pool=pool)
         kept, logits = pair(features), pair(own).features
+        if len(kept.targets):  # else the loss has shown nothing
+            self.pairing = pairing
         if not (_alike(made, own) if made.shape == own.shape else _alike(pair(made).features, logits)):
             raise ValueError(
                 f"{kind} changes what {self.name!r} gives before it is the output, which {self.purpose} does not know "

@@ -91,14 +91,18 @@ def test_no_pass_is_added(method):
     assert len(passes) == len(skewed())
 
 
-def test_refused_where_the_loss_is_another_one():
+@pytest.mark.parametrize("n_ignored", [0, 1])
+def test_refused_where_the_loss_is_another_one(n_ignored):
+    """A batch without labels that count shows nothing of the loss."""
     model = adapted()
     inner = model.get_base_model()
     inner.loss_function = lambda logits, labels, **options: 2 * logits.square().mean()
+    nothing = {name: torch.full_like(ids, -100) if name == "labels" else ids for name, ids in skewed(1)[0].items()}
+    batches = [nothing] * n_ignored + skewed()
     with pytest.raises(
         ValueError, match=r"loss of GPT2LMHeadModel is not the cross entropy of its outputs averaged over the labels"
     ):
-        initialize_lreg_weights(model, skewed(), start_head=True, method="pca", show_progress=False)
+        initialize_lreg_weights(model, batches, start_head=True, method="pca", show_progress=False)
 
 
 def test_a_full_head_gets_the_closed_form(monkeypatch):

@@ -32,8 +32,9 @@ from .label_shift import LabelShift, TokenRows
 
 # Columns of the random matrix that compresses output gradients: so many for each component, and more.
 _SKETCH_PER_COMPONENT, _SKETCH_MORE = 4, 16
-# So many samples run backwards, over all processes, in evenly spaced batches: directions need fewer than a head does.
-_GRADIENT_SAMPLES = 32
+# So many samples, or labels, run backwards over all processes, in evenly spaced batches: directions need fewer than a
+# head does.
+_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 2048
 
 
 def initialize_lreg_weights(
@@ -58,7 +59,8 @@ def initialize_lreg_weights(
       Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
       module's output: the directions of x along which a change of the output lowers the loss most. The batches need
-      labels; some 32 samples run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li 2024.)
+      labels; 32 samples or 2,048 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
+      2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
     share of the rows and all end with the same tensors.
@@ -274,8 +276,9 @@ class _Collector(ExitStack):
         """Whether the next batch, with these labels, is to run backwards."""
         if not self._n_with_gradient or _all_ignored(labels):  # the mean over no label is NaN
             return False
-        n_samples = len(labels) if isinstance(labels, Tensor) and labels.ndim else 1
-        wanted = -(-_GRADIENT_SAMPLES // (n_samples * rank_and_world()[1]))
+        counts = (len(labels), labels.numel()) if isinstance(labels, Tensor) and labels.ndim else (1, 1)
+        enough = zip((_GRADIENT_SAMPLES, _GRADIENT_LABELS), counts, strict=True)
+        wanted = min(-(-most // (n * rank_and_world()[1])) for most, n in enough)
         self._n_labelled += 1
         return (self._n_labelled - 1) % max(1, self._n_with_gradient // wanted) == 0
 

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .additive import fit_additive
+from .free import fit_free
 from .mesh1d import Array, Scale
-from .moving import moving_model
 from .options import check_interactions, is_integer, plain
 from .relu import network_to_mesh, sum_network
 from .report import Optimality, SumModel, importances, table
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Basis = Literal["auto", "additive", "simplicial"]
-Nodes = Literal["smooth", "free", "optimal", "paper"]
+Nodes = Literal["smooth", "free"]
 Smoothing = Literal["reml", "gcv"]
 
 # Up to so many features "auto" considers simplices.
@@ -53,9 +53,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             of pairs of column numbers those. Only for "additive" with `nodes="smooth"`.
         max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
-        nodes: "smooth" as above; "free" moves `n_nodes` nodes to where they serve best; "optimal" finds the best
-            `n_nodes` nodes of a grid of quantiles, then slides them (one feature, one output); "paper" is the published
-            mesh refinement-coarsening.
+        nodes: "smooth" as above; "free" moves `n_nodes` nodes per feature to where they serve best.
         smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
         random_state: for subsamples of large data.
         verbose: show progress bars.
@@ -155,7 +153,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             if basis == "simplicial":
                 mesh = self._fit_simplicial(samples)
             else:
-                model = self._fit_sum(samples, X, outputs, weight)
+                model = self._fit_sum(samples)
                 mesh = self._better_mesh(model, samples) if basis == "auto" else None
         self._single, self._powers = y.ndim == 1, powers
         if mesh is not None:
@@ -314,14 +312,11 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             return "additive"
         return self.basis
 
-    def _fit_sum(self, samples: Samples, X: Array, y: Array, weight: Array) -> SumModel:
+    def _fit_sum(self, samples: Samples) -> SumModel:
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
-        if self.nodes != "smooth":
-            return moving_model(
-                samples, X, y, weight,
-                nodes=self.nodes, n_nodes=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
-            )  # fmt: skip
-        if X.shape[1] == 1 and np.ptp(X) > 0:
+        if self.nodes == "free":
+            return fit_free(samples, n_nodes, self.max_nodes, verbose=bool(self.verbose)).model()
+        if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
             return fit_smooth(
                 Grouped.of(samples.X[:, 0], samples.y, samples.weight, samples.mass),

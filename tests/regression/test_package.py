@@ -44,7 +44,7 @@ def test_regression_imports_no_peft():
 
 class TestPictures:
     @pytest.mark.parametrize(
-        ("name", "options"), [("A1", {}), ("Friedman-1", {}), ("B1", {"nodes": "optimal", "n_nodes": 8})]
+        ("name", "options"), [("A1", {}), ("Friedman-1", {}), ("B1", {"nodes": "free", "n_nodes": 8})]
     )
     def test_terms_are_drawn(self, name, options, tmp_path):
         pytest.importorskip("matplotlib")

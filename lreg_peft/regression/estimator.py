@@ -20,7 +20,8 @@ from .relu import network_to_mesh, sum_network
 from .report import Optimality, SumModel, importances, table
 from .samples import Samples, collect
 from .scaling import exponents, keeps_attributes
-from .smooth import Grouped, fit_smooth
+from .simplicial import SimplicialFit, fit_simplicial
+from .smooth import fit_smooth
 from .terms import FittedTerm
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     feature and those on simplices go on linearly; interactions stay at the value on their border.
     """
 
-    _model: Any
-    _mesh: Any
+    _model: SumModel | SimplicialFit
     _single: bool
     terms_: tuple[FittedTerm, ...]
     nodes_: Any
@@ -149,17 +149,14 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             powers = exponents(X[weight > 0])
             X = np.ldexp(X, -powers)
             samples = collect(X, outputs, weight)
-            mesh = model = None
             if basis == "simplicial":
-                mesh = self._fit_simplicial(samples)
-            else:
+                model: SumModel | SimplicialFit = self._fit_simplicial(samples)
+            elif basis == "additive":
                 model = self._fit_sum(samples)
-                mesh = self._better_mesh(model, samples) if basis == "auto" else None
+            else:
+                model = self._better(self._fit_sum(samples), samples)
         self._single, self._powers = y.ndim == 1, powers
-        if mesh is not None:
-            self._keep_mesh(mesh)
-        elif model is not None:
-            self._keep_sum(model)
+        self._keep(model)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -175,24 +172,12 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             `[n_samples]` or `[n_samples, n_outputs]`, as `y` had it; with `return_std` a pair of those.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False, order="C")
-        if self._mesh is not None:
-            result = self._mesh.predict(np.ldexp(X, -self._powers), return_std=return_std)
-            mean, std = result if return_std else (result, None)
-            mean = _columns(mean)
-            std = None if std is None else np.broadcast_to(_columns(std), mean.shape)
-        else:
-            mean = np.repeat(self._model.intercept[None], len(X), axis=0)
-            for term in self.terms_:
-                mean += term.evaluate(X)
-            std = None
-            if return_std:
-                variance = self._model.posterior_variance(np.ldexp(X, -self._powers)) + self._model.noise_variance
-                std = np.sqrt(variance) * self._model.widening
-        mean = mean[:, 0] if self._single else mean
-        if std is None:
+        X = np.ldexp(validate_data(self, X, dtype=np.float64, reset=False), -self._powers)
+        mean = self._as_given(self._model.mean(X))
+        if not return_std:
             return mean
-        return mean, std[:, 0] if self._single else std
+        variance = self._model.posterior_variance(X) + self._model.noise_variance
+        return mean, self._as_given(np.sqrt(variance) * self._model.widening)
 
     def to_torch(self) -> nn.Sequential:
         """The fitted function as a network of Linear and ReLU, exact up to rounding, fp64: `[n, d] -> [n, n_outputs]`.
@@ -204,10 +189,11 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             ValueError: for interactions and simplices, which are no finite sums of functions of single features.
         """
         check_is_fitted(self)
-        if self._mesh is not None or any(len(term.features) > 1 for term in self.terms_):
+        mesh = self.simplices_ is not None
+        if mesh or any(len(term.features) > 1 for term in self.terms_):
             raise ValueError(
                 "to_torch needs a sum of functions of single features, got "
-                + ("a mesh of simplices" if self._mesh is not None else "interactions, which are bilinear")
+                + ("a mesh of simplices" if mesh else "interactions, which are bilinear")
                 + "; fit with basis='additive', interactions=0."
             )
         empty = torch.empty(0, dtype=torch.float64)
@@ -236,7 +222,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         result = cls(basis="additive", n_nodes=len(nodes))
         result.n_features_in_ = 1
         result._single, result._powers = outputs == 1, np.zeros(1, dtype=int)
-        result._keep_sum(model)
+        result._keep(model)
         return result
 
     def plot(self, X: Any = None, y: Any = None, *, max_terms: int = 12) -> "Figure":
@@ -264,7 +250,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     def feature_importances_(self) -> Array:
         """Shares of the variance of all terms, `[n_features]`."""
         check_is_fitted(self)
-        if self._mesh is not None:
+        if self.simplices_ is not None:
             raise AttributeError(
                 "a mesh of simplices has no importances of single features; take permutation_importance."
             )
@@ -318,10 +304,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             return fit_free(samples, n_nodes, self.max_nodes, verbose=bool(self.verbose)).model()
         if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
-            return fit_smooth(
-                Grouped.of(samples.X[:, 0], samples.y, samples.weight, samples.mass),
-                n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given,
-            ).model(samples)  # fmt: skip
+            return fit_smooth(samples, n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given)
         with _bar("smoothing", self.verbose) as report:
             return fit_additive(
                 samples,
@@ -330,62 +313,50 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
                 random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
             ).model()  # fmt: skip
 
-    def _fit_simplicial(self, samples: Samples) -> Any:
-        from .simplicial import fit_simplicial
-
+    def _fit_simplicial(self, samples: Samples) -> SimplicialFit:
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
+        seed = 0 if self.random_state is None else check_random_state(self.random_state).randint(2**31)
         return fit_simplicial(
-            samples.X, samples.y, samples.weight,
-            scale=self.scale, smoothing=self.smoothing, max_nodes=most, random_state=self.random_state,
-            verbose=bool(self.verbose),
-        )  # fmt: skip
+            samples, scale=self.scale, smoothing=self.smoothing, max_nodes=most, seed=seed, verbose=bool(self.verbose)
+        )
 
-    def _better_mesh(self, model: SumModel, samples: Samples) -> Any:
-        """A fit on simplices, if the sum found interactions and generalised cross-validation prefers the mesh."""
-        X, y, weight = samples.X, samples.y, samples.weight
-        varying = (np.ptp(X, axis=0) > 0).sum()
+    def _better(self, model: SumModel, samples: Samples) -> SumModel | SimplicialFit:
+        """The sum, or a mesh of simplices if the sum found interactions and generalised cross-validation prefers it."""
+        y, weight = samples.y, samples.weight
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
-        if varying < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH:
-            return None
-        if not any(len(term.features) > 1 for term in model.terms):
-            return None
         spread = weight @ (y - weight @ y / weight.sum()) ** 2
         active = spread > 0
-        if not active.any():
-            return None
-        mesh = self._fit_simplicial(samples)
-        rest = y - model.mean(X)
-        free = np.maximum(1 - model.edf / samples.total, 1e-3)
-        score = float(((weight @ rest**2)[active] / spread[active] / free[active] ** 2).mean())
-        return mesh if mesh.cross_validation < score else None
+        paired = any(len(term.features) > 1 for term in model.terms)
+        if not paired or len(y) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH or not active.any():
+            return model
 
-    def _keep_sum(self, model: SumModel) -> None:
-        self._model, self._mesh = model, None
-        self.basis_ = "additive"
+        def score(fit: SumModel | SimplicialFit) -> float:
+            free = np.maximum(1 - fit.edf / samples.total, 1e-3)
+            return float(((weight @ (y - fit.mean(samples.X)) ** 2 / free**2)[active] / spread[active]).mean())
+
+        mesh = self._fit_simplicial(samples)
+        return mesh if score(mesh) < score(model) else model
+
+    def _keep(self, model: SumModel | SimplicialFit) -> None:
+        self._model = model
+        if isinstance(model, SimplicialFit):
+            self.basis_ = "simplicial"
+            self.nodes_, self.simplices_ = np.ldexp(model.nodes, self._powers[model.columns]), model.simplices
+            self.values_, self.smoothing_ = self._as_given(model.values), model.smoothing
+        else:
+            self.basis_ = "additive"
+            self.nodes_ = [
+                mesh[0] if len(mesh) == 1 else mesh for mesh in (t.in_units(self._powers).nodes for t in model.terms)
+            ]
+            self.simplices_ = None
+            self.values_ = [self._as_given(term.values) for term in model.terms]
+            self.smoothing_ = [term.smoothing for term in model.terms]
         self.terms_ = tuple(term.in_units(self._powers) for term in model.terms)
-        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in self.terms_]
-        self.simplices_ = None
-        self.values_ = [self._as_given(term.values) for term in model.terms]
         self.intercept_ = self._as_given(model.intercept)
-        self.smoothing_ = [term.smoothing for term in model.terms]
         self.edf_ = self._as_given(model.edf)
         self.noise_variance_ = self._as_given(model.noise_variance)
         self.history_ = model.history
         self.optimality_ = model.optimality
-
-    def _keep_mesh(self, mesh: Any) -> None:
-        self._model, self._mesh = None, mesh
-        self.basis_ = "simplicial"
-        self.terms_ = ()
-        self.nodes_, self.simplices_ = np.ldexp(mesh.nodes, self._powers[mesh.columns]), mesh.simplices
-        self.values_ = self._as_given(mesh.coefficients)
-        self.intercept_ = self._as_given(np.zeros(mesh.coefficients.shape[1]))
-        self.smoothing_ = mesh.smoothing
-        noise = np.broadcast_to(np.asarray(mesh.noise_variance, dtype=float), mesh.coefficients.shape[1:]).copy()
-        self.edf_ = self._as_given(np.broadcast_to(np.asarray(mesh.edf, dtype=float), noise.shape).copy())
-        self.noise_variance_ = self._as_given(noise)
-        self.history_ = tuple(mesh.history)
-        self.optimality_ = mesh.optimality
 
     def _as_given(self, values: Array) -> Any:
         """Without the axis of outputs, the last one, if `y` had none."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,19 +13,16 @@ from torch import nn
 from tqdm import tqdm
 
 from .additive import fit_additive
+from .base import SumOfTerms, is_number, keeps_attributes
 from .free import fit_free
 from .mesh1d import Array, Scale
-from .options import check_interactions, is_integer, plain
 from .relu import network_to_mesh, sum_network
-from .report import Optimality, SumModel, importances, table
+from .report import Optimality, SumModel
 from .samples import Samples, collect
-from .scaling import exponents, keeps_attributes
+from .scaling import exponents
 from .simplicial import SimplicialFit, fit_simplicial
 from .smooth import fit_smooth
 from .terms import FittedTerm
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Basis = Literal["auto", "additive", "simplicial"]
 Nodes = Literal["smooth", "free"]
@@ -37,7 +34,7 @@ _MIN_SIMPLICIAL_SAMPLES = 50
 _LEAST_MESH = 16  # nodes
 
 
-class LagrangeRegressor(RegressorMixin, BaseEstimator):
+class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     """Regression by continuous piecewise-linear functions (Li, Cheng & Gu 2025, sections 2.1-2.5).
 
     By default the model has many more nodes than it needs and a penalty on the jumps of the slope, whose strength
@@ -216,7 +213,9 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         nodes, values = (tensor.numpy() for tensor in network_to_mesh(net))
         outputs = values.shape[1]
         zero = np.zeros(outputs)
-        term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0))
+        term = FittedTerm(
+            (0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0), 0 * values
+        )
         nothing = Optimality.of(0.0, 0.0, "nothing was minimised")
         model = SumModel((term,), zero, term.edf, zero, (), nothing, _no_variance)
         result = cls(basis="additive", n_nodes=len(nodes))
@@ -225,42 +224,6 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         result._keep(model)
         return result
 
-    def plot(self, X: Any = None, y: Any = None, *, max_terms: int = 12) -> "Figure":
-        """Draw the terms with their nodes, and samples around them.
-
-        Args:
-            X: samples to show; the partial residuals of each term, if `y` is given too.
-            y: their targets.
-            max_terms: the terms with the largest variation over their nodes are shown.
-
-        Returns:
-            A matplotlib figure.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from .pictures import draw
-
-        check_is_fitted(self)
-        if X is not None:
-            X = validate_data(self, X, dtype=np.float64, reset=False)
-        return draw(self, X, None if y is None else _columns(np.asarray(y, dtype=np.float64)), max_terms)
-
-    @property
-    def feature_importances_(self) -> Array:
-        """Shares of the variance of all terms, `[n_features]`."""
-        check_is_fitted(self)
-        if self.simplices_ is not None:
-            raise AttributeError(
-                "a mesh of simplices has no importances of single features; take permutation_importance."
-            )
-        return importances(self.terms_, self.n_features_in_)
-
-    def summary(self) -> str:
-        """A table of the terms: effective degrees of freedom, share of the variance, penalties."""
-        check_is_fitted(self)
-        return table(self)
-
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
@@ -268,22 +231,16 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
 
     def _check_options(self, d: int) -> str:
         """The basis asked for. Raises a `ValueError` for options out of range or in conflict."""
-        for name, kind in (("basis", Basis), ("nodes", Nodes), ("scale", Scale)):
+        for name, kind in (("basis", Basis), ("nodes", Nodes)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
-        if not is_integer(self.max_nodes, 2):
-            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
-            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
-        known = (
-            self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else _is_penalty(self.smoothing)
-        )
+        self._check_sizes(d)
+        known = self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else is_number(self.smoothing)
         if not known:
             raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
-        pairs = plain(self.interactions)
-        check_interactions(pairs, d)
+        pairs = self._plain_interactions()
         special = self.nodes != "smooth"
-        if self.basis == "simplicial" and self.n_nodes != "auto" and self.n_nodes < _LEAST_MESH:
+        if self.basis == "simplicial" and self.n_nodes != "auto" and int(self.n_nodes) < _LEAST_MESH:
             raise ValueError(f"n_nodes must be at least {_LEAST_MESH} for basis='simplicial', got {self.n_nodes!r}.")
         if self.basis == "simplicial" and special:
             raise ValueError(f"basis='simplicial' needs nodes='smooth', got nodes={self.nodes!r}.")
@@ -308,7 +265,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         with _bar("smoothing", self.verbose) as report:
             return fit_additive(
                 samples,
-                n_nodes=n_nodes, interactions=plain(self.interactions), max_nodes=self.max_nodes, scale=self.scale,
+                n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
                 smoothing=self.smoothing, report=report,
                 random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
             ).model()  # fmt: skip
@@ -376,15 +333,6 @@ def _check_units(y: Array) -> None:
 
 def _no_variance(X: Array) -> Array:
     return np.zeros((len(X), 1))
-
-
-def _columns(values: Any) -> Array:
-    values = np.asarray(values, dtype=np.float64)
-    return values[:, None] if values.ndim == 1 else values
-
-
-def _is_penalty(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < np.inf)
 
 
 @contextmanager

@@ -131,9 +131,11 @@ def _model(fit: _Fit, data: Samples, history: tuple[dict[str, float], ...]) -> S
     variance = data.weight @ (fitted - mean) ** 2 / data.weight.sum()
     smoothing = np.exp([[s.log_smoothing for s in fit.solved]])
     about = "sum of squared residuals plus smoothing times the sum of squared slope jumps, over the values at the nodes"
+    spread = _Variance(fit.nodes, noise, [Posterior(s.matrix) for s in fit.solved])
+    deviation = np.sqrt(spread(fit.nodes[:, None]))
     return SumModel(
-        (FittedTerm((0,), (fit.nodes,), values - mean, smoothing, fit.edf, variance),),
+        (FittedTerm((0,), (fit.nodes,), values - mean, smoothing, fit.edf, variance, deviation),),
         mean, fit.edf, noise, history,
         Optimality.of(float(sum(s.objective.sum() for s in fit.solved)), sum(s.gap(p) for p, s in pairs), about),
-        _Variance(fit.nodes, noise, [Posterior(s.matrix) for s in fit.solved]), widening(data.total - fit.edf),
+        spread, widening(data.total - fit.edf),
     )  # fmt: skip

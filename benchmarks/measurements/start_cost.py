@@ -5,7 +5,7 @@ tokens: eight batches of 16 samples. LoRA of rank 8 on all linear layers takes e
 made for `recommended_config` of as many parameters, with the head's; they take turns, one thread, and the median of the
 ratios is told. Run from the repository root; to compare two versions, run it once with each on PYTHONPATH, in turns:
 
-    python tests/benchmarks/start_cost.py --rounds 5 --length 24
+    python -m benchmarks.measurements.start_cost --rounds 5 --length 24
 """
 
 import argparse

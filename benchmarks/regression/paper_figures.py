@@ -67,8 +67,7 @@ def optima() -> Optima:
 def values_at(x: Array, y: Array, nodes: Array) -> Array:
     """The best values at given nodes."""
     hats = np.stack([np.interp(x, nodes, row) for row in np.eye(len(nodes))], axis=1)
-    values: Array = np.linalg.lstsq(hats, y, rcond=None)[0]
-    return values
+    return np.asarray(np.linalg.lstsq(hats, y, rcond=None)[0], dtype=np.float64)
 
 
 def loss(x: Array, y: Array, nodes: Array) -> float:

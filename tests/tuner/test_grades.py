@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from benchmarks import multigrade_anchor
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
@@ -28,6 +27,7 @@ from tiny import (
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.measurements import multigrade_anchor
 from lreg_peft import (
     LRegConfig,
     add_grade,

@@ -9,7 +9,7 @@ coefficients; they differ only in the nodes.
     mrc        the published update (Li, Cheng & Gu 2025, Algorithms 1-3), refitted after each of 20 updates; run from
                the uniform and from the quantile mesh, counting the hardest 1, 5, 10, 25 and 50 % of the samples; of
                these ten runs and their 210 meshes, the starting ones included, the one with the lowest training loss
-    default    `fit_piecewise_linear` as it is called without options
+    default    `LagrangeRegressor(nodes="free")`
     indicator  20 proposals of `adapt_mesh` from the quantile mesh with what a layer gathers in training (residual
                energy, moments and node gradient, no samples), each kept if the refitted loss did not rise
 
@@ -26,6 +26,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
-from lreg_peft.core import evaluate, locate, uniform_nodes
+from lreg_peft.core import evaluate, hat_basis, locate, quantile_nodes, uniform_nodes
 from lreg_peft.core.adapt import adapt_mesh, element_moments, element_sums, node_gradient
-from lreg_peft.regression.free_knots import PiecewiseLinearFit, fit_piecewise_linear
+from lreg_peft.regression import LagrangeRegressor
 
 METHODS = ("uniform", "quantile", "paper", "default", "indicator")
 HARD_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
@@ -55,20 +56,62 @@ def uniform_start(x: torch.Tensor, n_nodes: int) -> torch.Tensor:
     return uniform_nodes(1, n_nodes, low=x.min().item(), high=x.max().item(), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class PiecewiseLinearFit:
+    """Nodes `[1, n_nodes]`, coefficients `[1, n_nodes, 1]`, the losses on the way, and that of this mesh."""
+
+    nodes: torch.Tensor
+    coefficients: torch.Tensor
+    losses: tuple[float, ...]
+    loss: float
+
+
+def fit_on(x: torch.Tensor, y: torch.Tensor, nodes: torch.Tensor, ridge: float = 1e-10) -> PiecewiseLinearFit:
+    """Least squares on given nodes."""
+    basis = hat_basis(x, nodes)[:, 0]
+    normal = basis.T @ basis / len(x) + ridge * torch.eye(basis.shape[1], dtype=basis.dtype)
+    values = torch.linalg.solve(normal, basis.T @ y / len(x))
+    loss = (basis @ values - y).square().mean().item()
+    return PiecewiseLinearFit(nodes, values.view(1, -1, 1), (loss,), loss)
+
+
+def fit_quantile(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFit:
+    return fit_on(x, y, quantile_nodes(x, n_nodes, low=None, high=None))
+
+
+def fit_published(x: torch.Tensor, y: torch.Tensor, nodes: torch.Tensor, n_hard: int) -> PiecewiseLinearFit:
+    """Refits and published updates in turn; the best mesh met."""
+    best = fit = fit_on(x, y, nodes)
+    losses = [fit.loss]
+    for _ in range(N_UPDATES):
+        residual = evaluate(x, fit.nodes, fit.coefficients)[:, 0] - y
+        element, _ = locate(x[residual.square().topk(n_hard).indices], fit.nodes)
+        hits = element_sums(element, x.new_ones(()), nodes.shape[1] - 1)
+        fit = fit_on(x, y, adapt_mesh(fit.nodes, fit.coefficients, hits, strategy="paper").nodes)
+        losses.append(fit.loss)
+        best = min(best, fit, key=lambda run: run.loss)
+    return PiecewiseLinearFit(best.nodes, best.coefficients, tuple(losses), best.loss)
+
+
 def fit_mrc(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFit:
     runs = [
-        fit_piecewise_linear(
-            x, y, n_nodes, strategy="paper", start=start, n_rounds=N_UPDATES, n_hard_samples=max(1, int(share * len(x)))
-        )
-        for start in (None, uniform_start(x, n_nodes))
+        fit_published(x, y, start, max(1, int(share * len(x))))
+        for start in (quantile_nodes(x, n_nodes, low=None, high=None), uniform_start(x, n_nodes))
         for share in HARD_SHARES
     ]
     return min(runs, key=lambda run: run.loss)
 
 
+def fit_free(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFit:
+    model = LagrangeRegressor(nodes="free", n_nodes=n_nodes).fit(x.numpy(), y.numpy())
+    losses = tuple(entry["mean_squared_error"] for entry in model.history_[:-1])
+    nodes, values = torch.from_numpy(model.nodes_[0]), torch.from_numpy(model.values_[0] + model.intercept_)
+    return PiecewiseLinearFit(nodes[None], values.view(1, -1, 1), losses, losses[-1])
+
+
 def fit_indicator(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFit:
     """The move used in training, which sees sums over elements in place of samples."""
-    fit = fit_piecewise_linear(x, y, n_nodes, strategy="none")
+    fit = fit_quantile(x, y, n_nodes)
     losses, size = [fit.loss], 1.0
     for _ in range(N_UPDATES):
         points = x.clone().requires_grad_()
@@ -84,7 +127,7 @@ def fit_indicator(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLi
             node_gradient=node_gradient(element, local, points.grad, n_nodes - 1),
             size=size,
         )
-        trial = fit_piecewise_linear(x, y, n_nodes, strategy="none", start=proposal.nodes)
+        trial = fit_on(x, y, proposal.nodes)
         if trial.loss <= fit.loss:
             fit, size = trial, min(1.0, 1.5 * size)
             losses.append(fit.loss)
@@ -94,12 +137,10 @@ def fit_indicator(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLi
 
 
 FITS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], PiecewiseLinearFit]] = {
-    "uniform": lambda x, y, n_nodes: fit_piecewise_linear(
-        x, y, n_nodes, strategy="none", start=uniform_start(x, n_nodes)
-    ),
-    "quantile": lambda x, y, n_nodes: fit_piecewise_linear(x, y, n_nodes, strategy="none"),
+    "uniform": lambda x, y, n_nodes: fit_on(x, y, uniform_start(x, n_nodes)),
+    "quantile": fit_quantile,
     "paper": fit_mrc,
-    "default": lambda x, y, n_nodes: fit_piecewise_linear(x, y, n_nodes),
+    "default": fit_free,
     "indicator": fit_indicator,
 }
 

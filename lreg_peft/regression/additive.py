@@ -9,7 +9,7 @@ from scipy import linalg
 from .mesh1d import Array, Scale
 from .moments import Moments, blocks, moments, spans
 from .report import Optimality, SumModel, widening
-from .ridge import Ridge, cholesky, fit_variances
+from .ridge import Ridge, cholesky, fit_variances, inverse
 from .samples import Samples
 from .search import POOLS, Builder, better, crowded, mesh_sizes, with_pairs
 from .terms import FittedTerm, Pair, Term
@@ -64,18 +64,21 @@ class Additive:
         """In the form that the estimator shows."""
         _, _, _, mean, _ = self.sums.centred()
         intercept, terms, group = self.intercept.copy(), [], 0
+        inverses = self._inverses()
         for term, span, variance in zip(self.terms, spans(self.terms), self.variances, strict=True):
             here = slice(group, group + len(term.groups))
             group = here.stop
             # Functions come out with mean zero over the samples.
             shift = mean[span] @ self.theta[span]
             intercept += shift
-            values = (term.basis @ self.theta[span] - shift).reshape(*map(len, term.meshes), -1)
-            terms.append(
-                FittedTerm(
-                    term.features, term.meshes, values, self.smoothing[here], self.edf[here].sum(axis=0), variance
-                )
+            basis, shape = term.basis - mean[span], tuple(map(len, term.meshes))
+            values = (basis @ self.theta[span]).reshape(*shape, -1)
+            spread = (
+                np.einsum("kp,opr,kr->ko", basis, inverses[:, span, span], basis, optimize=True) * self.noise_variance
             )
+            deviation = np.sqrt(np.maximum(spread, 0)).reshape(*shape, -1)
+            edf = self.edf[here].sum(axis=0)
+            terms.append(FittedTerm(term.features, term.meshes, values, self.smoothing[here], edf, variance, deviation))
         edf = 1 + self.edf.sum(axis=0)
         about = "sum of squared residuals plus penalties of all groups of coefficients, over the coefficients"
         return SumModel(
@@ -89,14 +92,6 @@ class Additive:
         """`[p, q]`, per coefficient."""
         return np.repeat(self.smoothing, [size for term in self.terms for size in term.groups], axis=0)
 
-    def predict(self, X: Array) -> Array:
-        """`[n, d] -> [n, q]`."""
-        result = np.repeat(self.intercept[None], len(X), axis=0)
-        if self.terms:
-            for part, columns in blocks(self.terms, X):
-                result[part] += columns @ self.theta
-        return result
-
     def rest(self, samples: Samples) -> Array:
         """Residuals `[m, q]` for the rows of every fold by the fit to the others."""
         result = np.empty((len(samples.X), len(self.intercept)))
@@ -105,22 +100,25 @@ class Additive:
                 result[part] = samples.y[part] - self.fold_shift[f] - columns @ self.fold_theta[f]
         return result
 
+    def _inverses(self) -> Array:
+        """Of the normal equations, `[q, p, p]`; zero for what has left."""
+        gram, *_ = self.sums.centred()
+        penalties = self.penalties
+        result = np.zeros((len(self.intercept), *gram.shape))
+        for o in range(len(self.intercept)):
+            here = np.flatnonzero(np.isfinite(penalties[:, o]))
+            if len(here):
+                result[o][np.ix_(here, here)] = inverse(gram[np.ix_(here, here)] + np.diag(penalties[here, o]))
+        return result
+
     def posterior_variance(self, X: Array) -> Array:
         """Variance of the function at `X`, without the noise; `[n, d] -> [n, q]`."""
         result = np.repeat(self.noise_variance[None] / self.sums.weight.sum(), len(X), axis=0)
-        if not self.terms:
-            return result
-        gram, _, _, mean, _ = self.sums.centred()
-        penalties = self.penalties
-        for o in range(len(self.intercept)):
-            here = np.flatnonzero(np.isfinite(penalties[:, o]))
-            if not len(here):
-                continue
-            matrix = gram[np.ix_(here, here)] + np.diag(penalties[here, o])
-            factor = cholesky(matrix)
-            for part, columns in blocks(self.terms, X):
-                deviation = linalg.solve_triangular(factor, (columns - mean)[:, here].T, lower=True)
-                result[part, o] += self.noise_variance[o] * (deviation**2).sum(axis=0)
+        inverses, mean = self._inverses(), self.sums.centred()[3]
+        for part, columns in blocks(self.terms, X) if self.terms else ():
+            for o, matrix in enumerate(inverses):
+                deviation = columns - mean
+                result[part, o] += self.noise_variance[o] * ((deviation @ matrix) * deviation).sum(axis=1)
         return result
 
 

@@ -12,13 +12,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from .base import SumOfTerms, is_number, keeps_attributes
 from .logistic import Logistic, minimise_large, rescaled, solve_logistic
 from .mesh1d import Array, Scale
 from .moments import spans
-from .options import check_interactions, is_integer, plain
-from .report import Optimality, importances, table
+from .report import Optimality
+from .ridge import inverse
 from .samples import Samples, collect
-from .scaling import exponents, keeps_attributes
+from .scaling import exponents
 from .search import POOLS, Builder, mesh_sizes, with_pairs
 from .terms import FittedTerm, Term
 
@@ -29,7 +30,7 @@ _COLUMNS, _RANK, _PAIR_RANK = 200, (4, 12), 3
 _POOLS = (POOLS[0], 5.0, *POOLS[2:])
 
 
-class LagrangeClassifier(ClassifierMixin, BaseEstimator):
+class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
     """Logits that are sums of continuous piecewise-linear functions of single features and of pairs.
 
     Minimises the cross-entropy plus half of the penalties times the squares of coefficients: slopes, bends, and
@@ -103,11 +104,10 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
             ValueError: for options out of range, a single class, or data that are not finite numbers.
         """
         with keeps_attributes(self):
-            self._check_options()
             X, y = validate_data(self, X, y, dtype=np.float64)
+            self._check_options(X.shape[1])
             check_classification_targets(y)
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            check_interactions(plain(self.interactions), X.shape[1])
             present = weight > 0
             classes, label = np.unique(y[present], return_inverse=True)
             if len(classes) < 2:
@@ -141,17 +141,6 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         best = self._logits(X).argmax(axis=1)
         return self.classes_[best]
 
-    @property
-    def feature_importances_(self) -> Array:
-        """Shares of the variance of all terms, `[n_features]`."""
-        check_is_fitted(self)
-        return importances(self.terms_, self.n_features_in_)
-
-    def summary(self) -> str:
-        """A table of the terms: effective degrees of freedom, share of the variance, penalties."""
-        check_is_fitted(self)
-        return table(self)
-
     def _logits(self, X: Any) -> Array:
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
@@ -160,18 +149,13 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
             result += term.evaluate(X)
         return result
 
-    def _check_options(self) -> None:
-        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
-            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
-        if not is_integer(self.max_nodes, 2):
-            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.scale not in ("quantile", "minmax"):
-            raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
+    def _check_options(self, d: int) -> None:
+        self._check_sizes(d)
         for name in ("smoothing", "tolerance"):
             value = getattr(self, name)
-            if name == "smoothing" and isinstance(value, str) and value == "auto":
-                continue
-            if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 < value < np.inf:
+            if not (name == "smoothing" and isinstance(value, str) and value == "auto") and not (
+                is_number(value) and value > 0
+            ):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
     def _fit(self, samples: Samples, n_classes: int) -> tuple[Logistic, tuple[dict[str, float], ...]]:
@@ -200,7 +184,7 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         rank = None if self.n_nodes != "auto" else int(np.clip(_COLUMNS // max(len(varying), 1), *_RANK))
         fit = solve([build.line(j, wanted[j], rank) for j in varying], None)
         if len(varying) > 1:
-            fit = with_pairs(fit, build, part, plain(self.interactions), self.max_nodes, random, solve)
+            fit = with_pairs(fit, build, part, self._plain_interactions(), self.max_nodes, random, solve)
         if self.smoothing == "auto":
             fit = rescaled(fit, part, n_classes, tolerance)
         if part is not samples:
@@ -212,13 +196,21 @@ class LagrangeClassifier(ClassifierMixin, BaseEstimator):
         # Two classes: half of the logit each, with opposite signs.
         signs = np.array([[-0.5, 0.5]]) if both else np.eye(len(self.classes_))
         intercept, terms, group = fit.intercept @ signs, [], 0
+        penalty = np.repeat(fit.smoothing[:, 0], [size for term in fit.terms for size in term.groups])
+        inverses = np.array([inverse(h + np.diag(np.append(penalty, 0.0)))[:-1, :-1] for h in fit.hessians])
         for k, (term, span) in enumerate(zip(fit.terms, spans(fit.terms), strict=True)):
             here = slice(group, group + len(term.groups))
             group = here.stop
             values = (term.basis @ fit.theta[span] @ signs).reshape(*map(len, term.meshes), -1)
             edf = np.full(len(self.classes_), fit.edf[here].sum() / len(self.classes_))
             variance = fit.variances[k] @ signs**2
-            fitted = FittedTerm(term.features, term.meshes, values, fit.smoothing[here], edf, variance)
+            spread = (
+                np.einsum("kp,cpr,kr->kc", term.basis, inverses[:, span, span], term.basis, optimize=True) @ signs**2
+            )
+            fitted = FittedTerm(
+                term.features, term.meshes, values, fit.smoothing[here], edf, variance,
+                np.sqrt(np.maximum(spread, 0)).reshape(values.shape),
+            )  # fmt: skip
             # Functions have mean zero over the samples.
             mean = samples.weight @ fitted.evaluate(samples.X) / samples.total
             intercept = intercept + mean

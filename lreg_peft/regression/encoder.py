@@ -13,8 +13,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from .base import keeps_attributes
 from .mesh1d import Scale, find, place_nodes
-from .scaling import keeps_attributes
 
 
 class LagrangeEncoder(TransformerMixin, BaseEstimator):

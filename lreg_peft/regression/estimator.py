@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,21 +13,19 @@ from torch import nn
 from tqdm import tqdm
 
 from .additive import fit_additive
+from .base import SumOfTerms, is_number, keeps_attributes
+from .free import fit_free
 from .mesh1d import Array, Scale
-from .moving import moving_model
-from .options import check_interactions, is_integer, plain
 from .relu import network_to_mesh, sum_network
-from .report import Optimality, SumModel, importances, table
+from .report import Optimality, SumModel
 from .samples import Samples, collect
-from .scaling import exponents, keeps_attributes
-from .smooth import Grouped, fit_smooth
+from .scaling import exponents
+from .simplicial import SimplicialFit, fit_simplicial
+from .smooth import fit_smooth
 from .terms import FittedTerm
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Basis = Literal["auto", "additive", "simplicial"]
-Nodes = Literal["smooth", "free", "optimal", "paper"]
+Nodes = Literal["smooth", "free"]
 Smoothing = Literal["reml", "gcv"]
 
 # Up to so many features "auto" considers simplices.
@@ -36,7 +34,7 @@ _MIN_SIMPLICIAL_SAMPLES = 50
 _LEAST_MESH = 16  # nodes
 
 
-class LagrangeRegressor(RegressorMixin, BaseEstimator):
+class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     """Regression by continuous piecewise-linear functions (Li, Cheng & Gu 2025, sections 2.1-2.5).
 
     By default the model has many more nodes than it needs and a penalty on the jumps of the slope, whose strength
@@ -53,9 +51,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             of pairs of column numbers those. Only for "additive" with `nodes="smooth"`.
         max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
-        nodes: "smooth" as above; "free" moves `n_nodes` nodes to where they serve best; "optimal" finds the best
-            `n_nodes` nodes of a grid of quantiles, then slides them (one feature, one output); "paper" is the published
-            mesh refinement-coarsening.
+        nodes: "smooth" as above; "free" moves `n_nodes` nodes per feature to where they serve best.
         smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
         random_state: for subsamples of large data.
         verbose: show progress bars.
@@ -86,8 +82,7 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
     feature and those on simplices go on linearly; interactions stay at the value on their border.
     """
 
-    _model: Any
-    _mesh: Any
+    _model: SumModel | SimplicialFit
     _single: bool
     terms_: tuple[FittedTerm, ...]
     nodes_: Any
@@ -151,17 +146,14 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             powers = exponents(X[weight > 0])
             X = np.ldexp(X, -powers)
             samples = collect(X, outputs, weight)
-            mesh = model = None
             if basis == "simplicial":
-                mesh = self._fit_simplicial(samples)
+                model: SumModel | SimplicialFit = self._fit_simplicial(samples)
+            elif basis == "additive":
+                model = self._fit_sum(samples)
             else:
-                model = self._fit_sum(samples, X, outputs, weight)
-                mesh = self._better_mesh(model, samples) if basis == "auto" else None
+                model = self._better(self._fit_sum(samples), samples)
         self._single, self._powers = y.ndim == 1, powers
-        if mesh is not None:
-            self._keep_mesh(mesh)
-        elif model is not None:
-            self._keep_sum(model)
+        self._keep(model)
         return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -177,24 +169,12 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             `[n_samples]` or `[n_samples, n_outputs]`, as `y` had it; with `return_std` a pair of those.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False, order="C")
-        if self._mesh is not None:
-            result = self._mesh.predict(np.ldexp(X, -self._powers), return_std=return_std)
-            mean, std = result if return_std else (result, None)
-            mean = _columns(mean)
-            std = None if std is None else np.broadcast_to(_columns(std), mean.shape)
-        else:
-            mean = np.repeat(self._model.intercept[None], len(X), axis=0)
-            for term in self.terms_:
-                mean += term.evaluate(X)
-            std = None
-            if return_std:
-                variance = self._model.posterior_variance(np.ldexp(X, -self._powers)) + self._model.noise_variance
-                std = np.sqrt(variance) * self._model.widening
-        mean = mean[:, 0] if self._single else mean
-        if std is None:
+        X = np.ldexp(validate_data(self, X, dtype=np.float64, reset=False), -self._powers)
+        mean = self._as_given(self._model.mean(X))
+        if not return_std:
             return mean
-        return mean, std[:, 0] if self._single else std
+        variance = self._model.posterior_variance(X) + self._model.noise_variance
+        return mean, self._as_given(np.sqrt(variance) * self._model.widening)
 
     def to_torch(self) -> nn.Sequential:
         """The fitted function as a network of Linear and ReLU, exact up to rounding, fp64: `[n, d] -> [n, n_outputs]`.
@@ -206,10 +186,11 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             ValueError: for interactions and simplices, which are no finite sums of functions of single features.
         """
         check_is_fitted(self)
-        if self._mesh is not None or any(len(term.features) > 1 for term in self.terms_):
+        mesh = self.simplices_ is not None
+        if mesh or any(len(term.features) > 1 for term in self.terms_):
             raise ValueError(
                 "to_torch needs a sum of functions of single features, got "
-                + ("a mesh of simplices" if self._mesh is not None else "interactions, which are bilinear")
+                + ("a mesh of simplices" if mesh else "interactions, which are bilinear")
                 + "; fit with basis='additive', interactions=0."
             )
         empty = torch.empty(0, dtype=torch.float64)
@@ -232,50 +213,16 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
         nodes, values = (tensor.numpy() for tensor in network_to_mesh(net))
         outputs = values.shape[1]
         zero = np.zeros(outputs)
-        term = FittedTerm((0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0))
+        term = FittedTerm(
+            (0,), (nodes,), values, zero[None], np.full(outputs, float(len(nodes))), values.var(axis=0), 0 * values
+        )
         nothing = Optimality.of(0.0, 0.0, "nothing was minimised")
         model = SumModel((term,), zero, term.edf, zero, (), nothing, _no_variance)
         result = cls(basis="additive", n_nodes=len(nodes))
         result.n_features_in_ = 1
         result._single, result._powers = outputs == 1, np.zeros(1, dtype=int)
-        result._keep_sum(model)
+        result._keep(model)
         return result
-
-    def plot(self, X: Any = None, y: Any = None, *, max_terms: int = 12) -> "Figure":
-        """Draw the terms with their nodes, and samples around them.
-
-        Args:
-            X: samples to show; the partial residuals of each term, if `y` is given too.
-            y: their targets.
-            max_terms: the terms with the largest variation over their nodes are shown.
-
-        Returns:
-            A matplotlib figure.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from .pictures import draw
-
-        check_is_fitted(self)
-        if X is not None:
-            X = validate_data(self, X, dtype=np.float64, reset=False)
-        return draw(self, X, None if y is None else _columns(np.asarray(y, dtype=np.float64)), max_terms)
-
-    @property
-    def feature_importances_(self) -> Array:
-        """Shares of the variance of all terms, `[n_features]`."""
-        check_is_fitted(self)
-        if self._mesh is not None:
-            raise AttributeError(
-                "a mesh of simplices has no importances of single features; take permutation_importance."
-            )
-        return importances(self.terms_, self.n_features_in_)
-
-    def summary(self) -> str:
-        """A table of the terms: effective degrees of freedom, share of the variance, penalties."""
-        check_is_fitted(self)
-        return table(self)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -284,22 +231,16 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
 
     def _check_options(self, d: int) -> str:
         """The basis asked for. Raises a `ValueError` for options out of range or in conflict."""
-        for name, kind in (("basis", Basis), ("nodes", Nodes), ("scale", Scale)):
+        for name, kind in (("basis", Basis), ("nodes", Nodes)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
-        if not is_integer(self.max_nodes, 2):
-            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
-            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
-        known = (
-            self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else _is_penalty(self.smoothing)
-        )
+        self._check_sizes(d)
+        known = self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else is_number(self.smoothing)
         if not known:
             raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
-        pairs = plain(self.interactions)
-        check_interactions(pairs, d)
+        pairs = self._plain_interactions()
         special = self.nodes != "smooth"
-        if self.basis == "simplicial" and self.n_nodes != "auto" and self.n_nodes < _LEAST_MESH:
+        if self.basis == "simplicial" and self.n_nodes != "auto" and int(self.n_nodes) < _LEAST_MESH:
             raise ValueError(f"n_nodes must be at least {_LEAST_MESH} for basis='simplicial', got {self.n_nodes!r}.")
         if self.basis == "simplicial" and special:
             raise ValueError(f"basis='simplicial' needs nodes='smooth', got nodes={self.nodes!r}.")
@@ -314,83 +255,65 @@ class LagrangeRegressor(RegressorMixin, BaseEstimator):
             return "additive"
         return self.basis
 
-    def _fit_sum(self, samples: Samples, X: Array, y: Array, weight: Array) -> SumModel:
+    def _fit_sum(self, samples: Samples) -> SumModel:
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
-        if self.nodes != "smooth":
-            return moving_model(
-                samples, X, y, weight,
-                nodes=self.nodes, n_nodes=n_nodes, max_nodes=self.max_nodes, verbose=bool(self.verbose),
-            )  # fmt: skip
-        if X.shape[1] == 1 and np.ptp(X) > 0:
+        if self.nodes == "free":
+            return fit_free(samples, n_nodes, self.max_nodes, verbose=bool(self.verbose)).model()
+        if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
-            return fit_smooth(
-                Grouped.of(samples.X[:, 0], samples.y, samples.weight, samples.mass),
-                n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given,
-            ).model(samples)  # fmt: skip
+            return fit_smooth(samples, n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given)
         with _bar("smoothing", self.verbose) as report:
             return fit_additive(
                 samples,
-                n_nodes=n_nodes, interactions=plain(self.interactions), max_nodes=self.max_nodes, scale=self.scale,
+                n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
                 smoothing=self.smoothing, report=report,
                 random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
             ).model()  # fmt: skip
 
-    def _fit_simplicial(self, samples: Samples) -> Any:
-        from .simplicial import fit_simplicial
-
+    def _fit_simplicial(self, samples: Samples) -> SimplicialFit:
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
+        seed = 0 if self.random_state is None else check_random_state(self.random_state).randint(2**31)
         return fit_simplicial(
-            samples.X, samples.y, samples.weight,
-            scale=self.scale, smoothing=self.smoothing, max_nodes=most, random_state=self.random_state,
-            verbose=bool(self.verbose),
-        )  # fmt: skip
+            samples, scale=self.scale, smoothing=self.smoothing, max_nodes=most, seed=seed, verbose=bool(self.verbose)
+        )
 
-    def _better_mesh(self, model: SumModel, samples: Samples) -> Any:
-        """A fit on simplices, if the sum found interactions and generalised cross-validation prefers the mesh."""
-        X, y, weight = samples.X, samples.y, samples.weight
-        varying = (np.ptp(X, axis=0) > 0).sum()
+    def _better(self, model: SumModel, samples: Samples) -> SumModel | SimplicialFit:
+        """The sum, or a mesh of simplices if the sum found interactions and generalised cross-validation prefers it."""
+        y, weight = samples.y, samples.weight
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
-        if varying < 2 or len(X) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH:
-            return None
-        if not any(len(term.features) > 1 for term in model.terms):
-            return None
         spread = weight @ (y - weight @ y / weight.sum()) ** 2
         active = spread > 0
-        if not active.any():
-            return None
-        mesh = self._fit_simplicial(samples)
-        rest = y - model.mean(X)
-        free = np.maximum(1 - model.edf / samples.total, 1e-3)
-        score = float(((weight @ rest**2)[active] / spread[active] / free[active] ** 2).mean())
-        return mesh if mesh.cross_validation < score else None
+        paired = any(len(term.features) > 1 for term in model.terms)
+        if not paired or len(y) < _MIN_SIMPLICIAL_SAMPLES or most < _LEAST_MESH or not active.any():
+            return model
 
-    def _keep_sum(self, model: SumModel) -> None:
-        self._model, self._mesh = model, None
-        self.basis_ = "additive"
+        def score(fit: SumModel | SimplicialFit) -> float:
+            free = np.maximum(1 - fit.edf / samples.total, 1e-3)
+            return float(((weight @ (y - fit.mean(samples.X)) ** 2 / free**2)[active] / spread[active]).mean())
+
+        mesh = self._fit_simplicial(samples)
+        return mesh if score(mesh) < score(model) else model
+
+    def _keep(self, model: SumModel | SimplicialFit) -> None:
+        self._model = model
+        if isinstance(model, SimplicialFit):
+            self.basis_ = "simplicial"
+            self.nodes_, self.simplices_ = np.ldexp(model.nodes, self._powers[model.columns]), model.simplices
+            self.values_, self.smoothing_ = self._as_given(model.values), model.smoothing
+        else:
+            self.basis_ = "additive"
+            self.nodes_ = [
+                mesh[0] if len(mesh) == 1 else mesh for mesh in (t.in_units(self._powers).nodes for t in model.terms)
+            ]
+            self.simplices_ = None
+            self.values_ = [self._as_given(term.values) for term in model.terms]
+            self.smoothing_ = [term.smoothing for term in model.terms]
         self.terms_ = tuple(term.in_units(self._powers) for term in model.terms)
-        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in self.terms_]
-        self.simplices_ = None
-        self.values_ = [self._as_given(term.values) for term in model.terms]
         self.intercept_ = self._as_given(model.intercept)
-        self.smoothing_ = [term.smoothing for term in model.terms]
         self.edf_ = self._as_given(model.edf)
         self.noise_variance_ = self._as_given(model.noise_variance)
         self.history_ = model.history
         self.optimality_ = model.optimality
-
-    def _keep_mesh(self, mesh: Any) -> None:
-        self._model, self._mesh = None, mesh
-        self.basis_ = "simplicial"
-        self.terms_ = ()
-        self.nodes_, self.simplices_ = np.ldexp(mesh.nodes, self._powers[mesh.columns]), mesh.simplices
-        self.values_ = self._as_given(mesh.coefficients)
-        self.intercept_ = self._as_given(np.zeros(mesh.coefficients.shape[1]))
-        self.smoothing_ = mesh.smoothing
-        noise = np.broadcast_to(np.asarray(mesh.noise_variance, dtype=float), mesh.coefficients.shape[1:]).copy()
-        self.edf_ = self._as_given(np.broadcast_to(np.asarray(mesh.edf, dtype=float), noise.shape).copy())
-        self.noise_variance_ = self._as_given(noise)
-        self.history_ = tuple(mesh.history)
-        self.optimality_ = mesh.optimality
 
     def _as_given(self, values: Array) -> Any:
         """Without the axis of outputs, the last one, if `y` had none."""
@@ -410,15 +333,6 @@ def _check_units(y: Array) -> None:
 
 def _no_variance(X: Array) -> Array:
     return np.zeros((len(X), 1))
-
-
-def _columns(values: Any) -> Array:
-    values = np.asarray(values, dtype=np.float64)
-    return values[:, None] if values.ndim == 1 else values
-
-
-def _is_penalty(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < np.inf)
 
 
 @contextmanager

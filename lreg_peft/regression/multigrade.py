@@ -15,9 +15,9 @@ from sklearn.utils import Tags, get_tags
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, has_fit_parameter, validate_data
 from torch import nn
 
+from .base import keeps_attributes
 from .estimator import LagrangeRegressor
 from .mesh1d import Array
-from .scaling import keeps_attributes
 
 Form = Literal["composed", "additive"]
 

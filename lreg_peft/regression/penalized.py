@@ -1,38 +1,44 @@
 """Penalised least squares in sparse normal equations, and how much penalty: by REML or by generalised cross-validation.
 
-For each output, |y - Phi c|^2 + lambda c^T K c is minimised. The penalty weight lambda is shared by the outputs.
+|y - Phi c|^2 + lambda c^T K c is minimised for each output, Phi and K of a mesh on a line or of simplices. As a mixed
+model (Wahba 1978; Wood 2017, sec. 6.2) the jumps of the gradient that K measures are normal with variance sigma^2 /
+lambda; lambda is shared by the outputs, and the posterior gives the uncertainty of the function.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from scipy import sparse
+from numpy.typing import NDArray
+from scipy import optimize, sparse
 from scipy.sparse.linalg import SuperLU, splu
+
+from .mesh1d import Array
 
 Smoothing = Literal["reml", "gcv"]
 
-# A multiple of the identity, relative to the mean diagonals of both matrices: it decides only what neither the samples
-# nor the penalty do (no samples in some direction at all), in favour of small values.
-_RIDGE = 1e-13
+# A multiple of the identity, relative to the mean diagonals of the matrices of samples and of the penalty: it decides
+# only what neither does (no samples in some direction at all), in favour of small values.
+_RIDGE, _ROUGH_RIDGE = 1e-13, 1e-15
 
-# Range of log lambda around the one that balances the traces of both matrices.
-_LOW, _HIGH = -20.0, 16.0
+# Range of log lambda around the one that balances the traces of both matrices, and values tried first.
+_LOW, _HIGH, _FIRST = -20.0, 25.0, 12
 
 _STIFF = 20.0  # of log lambda: functions are linear
 
 _TOLERANCE = 0.03  # of log lambda: changes the score in the fourth digit only
-_PROBES = 16
-
-_SMALL = 100  # nodes up to which a trace costs nothing
+# A trace is taken as it is up to so many nodes, where it costs nothing and where it counts; else from so many probes.
+_SMALL, _CAREFUL, _PROBES = 300, 1500, 32
 _LARGE = 400  # nodes from which lambda follows the refinement in single steps
+# Most effective degrees of freedom, of the observations: the rest tells the noise.
+_MOST_EDF = 0.8
 # Generalised cross-validation counts a degree of freedom as so many: plain, it interpolates noise now and then
 # (Kim & Gu 2004).
 COST = 1.4
 
-_SPACING = 0.02  # of log lambda, in differences
+_BLOCK = 1 << 22  # entries of solutions held at once
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Problem:
     """
 
     gram: sparse.csc_array
-    moment: np.ndarray
-    square: np.ndarray
+    moment: Array
+    square: Array
     rough: sparse.csc_array
     n_samples: float
     nullity: int
-    active: np.ndarray
+    active: NDArray[np.bool_]
 
     @property
     def balance(self) -> float:
@@ -77,11 +83,59 @@ class Solved:
     """
 
     log_smoothing: float
-    coefficients: np.ndarray
-    objective: np.ndarray
+    coefficients: Array
+    objective: Array
     log_determinant: float
     factor: SuperLU
     matrix: sparse.csc_array
+
+    def gap(self, problem: Problem) -> float:
+        """How far the objectives, summed, can be above their minimum."""
+        rest = problem.moment - self.matrix @ self.coefficients
+        return float((rest * self.factor.solve(rest)).sum())
+
+
+@dataclass
+class Posterior:
+    """What the samples leave open about the values at the nodes, over the noise variance: the inverse of H."""
+
+    precision: sparse.csc_array
+    _factor: SuperLU | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factor": None}  # SuperLU's own memory; made again when asked for
+
+    def variance(self, indices: NDArray[np.int64], weights: Array) -> Array:
+        """Of combinations of values: `weights` `[m, width]` of the nodes `indices`, to `[m]`."""
+        if self._factor is None:
+            self._factor = factorize(self.precision)
+        n = self.precision.shape[0]
+        touched, local = np.unique(indices, return_inverse=True)
+        local = local.reshape(indices.shape)
+        width = max(1, _BLOCK // n)
+        result = np.zeros(len(indices))
+        if len(indices) <= len(touched):  # by solves for the rows, or for the nodes they touch where those are fewer
+            for start in range(0, len(indices), width):
+                part = slice(start, start + width)
+                rows = rows_of(indices[part], weights[part], n).T.toarray()
+                result[part] = (rows * self._factor.solve(rows)).sum(0)
+            return result
+        for start in range(0, len(touched), width):
+            block = touched[start : start + width]
+            unit = np.zeros((n, len(block)))
+            unit[block, np.arange(len(block))] = 1
+            columns = self._factor.solve(unit)
+            row, place = np.nonzero((local >= start) & (local < start + len(block)))
+            entries = columns[indices[row], (local[row, place] - start)[:, None]]  # [m, width]
+            np.add.at(result, row, weights[row, place] * (entries * weights[row]).sum(1))
+        return result
+
+
+def rows_of(indices: NDArray[np.int64], weights: Array, n: int) -> sparse.csr_array:
+    """Rows with the given entries: `[len(indices), n]`."""
+    rows, width = indices.shape
+    pointers = np.arange(0, rows * width + 1, width)
+    return sparse.csr_array((weights.ravel(), indices.ravel(), pointers), shape=(rows, n))
 
 
 def factorize(matrix: sparse.csc_array) -> SuperLU:
@@ -95,7 +149,7 @@ def solve(problem: Problem, log_smoothing: float) -> Solved:
     """Minimise for one lambda."""
     n = problem.gram.shape[0]
     weight = math.exp(log_smoothing)
-    ridge = _RIDGE * (problem.gram.trace() + weight * problem.rough.trace()) / n
+    ridge = (_RIDGE * problem.gram.trace() + _ROUGH_RIDGE * weight * problem.rough.trace()) / n
     matrix = (problem.gram + weight * problem.rough + ridge * sparse.eye_array(n)).tocsc()
     factor = factorize(matrix)
     coefficients = factor.solve(problem.moment)
@@ -109,43 +163,47 @@ def solve(problem: Problem, log_smoothing: float) -> Solved:
 class SmoothingSearch:
     """Finds lambda for one mesh after the other, starting where the last search ended."""
 
-    def __init__(self, smoothing: Smoothing | float, seed: int):
+    def __init__(self, smoothing: Smoothing | float, seed: int = 0):
         self.smoothing = smoothing
         self.seed = seed
         self.log_smoothing: float | None = None if isinstance(smoothing, str) else math.log(max(smoothing, 1e-300))
 
-    def run(self, problem: Problem, *, polish: bool) -> tuple[Solved, float]:
+    def run(self, problem: Problem, *, polish: bool = True) -> tuple[Solved, float]:
         """The solution at the best lambda and its effective degrees of freedom; a rough search unless `polish`."""
         if not isinstance(self.smoothing, str) or problem.rough.nnz == 0:
-            at = self.log_smoothing or 0.0
-            near = {x: (0.0, solve(problem, x)) for x in (at - 0.5, at, at + 0.5)}
-            return near[at][1], _edf(problem, at, near)
+            solved = solve(problem, self.log_smoothing or 0.0)
+            return solved, self._edf(problem, solved, _CAREFUL)
         low, high = problem.balance + _LOW, problem.balance + _HIGH
         if self.smoothing == "reml" and not polish and self.log_smoothing is not None and len(problem.moment) > _LARGE:
             return self._step(problem, low, high)
-        scores: dict[float, tuple[float, Solved]] = {}
+        tried: dict[float, tuple[float, Solved]] = {}
 
         def evaluate(at: float) -> float:
-            if at not in scores:
+            if at not in tried:
                 solved = solve(problem, at)
-                scores[at] = (self._score(problem, solved), solved)
-            return scores[at][0]
+                tried[at] = (self.score(problem, solved), solved)
+            return tried[at][0]
 
         if self.log_smoothing is None:
-            centre = min(np.linspace(low, high, 9).tolist(), key=evaluate)
-            step = (high - low) / 8
+            centre = min(np.linspace(low, high, _FIRST).tolist(), key=evaluate)
+            step = (high - low) / (_FIRST - 1)
         else:
-            centre = float(np.clip(self.log_smoothing, low + 1, high - 1))
-            step = 1.0
-        best = _minimise(evaluate, float(centre), step, low, high, _TOLERANCE if polish else 0.5)
+            centre, step = float(np.clip(self.log_smoothing, low + 1, high - 1)), 1.0
+        best = _minimise(evaluate, centre, step, low, high, _TOLERANCE if polish else 0.5)
+        solved = tried[best][1]
+        edf = self._edf(problem, solved, _CAREFUL if polish else _SMALL)
+        while polish and edf > max(_MOST_EDF * problem.n_samples, 1.01 * problem.nullity) and best < high:
+            best = min(best + 0.5, high)
+            solved = solve(problem, best)
+            edf = self._edf(problem, solved, _CAREFUL)
         self.log_smoothing = best
-        return scores[best][1], _edf(problem, best, scores)
+        return solved, edf
 
     def _step(self, problem: Problem, low: float, high: float) -> tuple[Solved, float]:
         """The lambda at hand for this mesh, and one update of Fellner and Schall for the next (Wood & Fasiolo 2017)."""
         assert self.log_smoothing is not None
         solved = solve(problem, float(np.clip(self.log_smoothing, low, high)))
-        edf = self._probed_edf(problem, solved)
+        edf = self._edf(problem, solved, _SMALL)
         c = solved.coefficients[:, problem.active]
         noise = residual_squares(problem, solved)[problem.active] / max(problem.n_samples - edf, 1.0)
         bent = ((c * (problem.rough @ c)).sum(0) / np.maximum(noise, np.finfo(float).tiny)).mean()
@@ -153,21 +211,31 @@ class SmoothingSearch:
         self.log_smoothing = solved.log_smoothing + float(np.clip(ratio - solved.log_smoothing, -2, 2))
         return solved, edf
 
-    def _probed_edf(self, problem: Problem, solved: Solved) -> float:
+    def _edf(self, problem: Problem, solved: Solved, most: int) -> float:
+        """tr(H^-1 Phi^T W Phi); from random signs (Hutchinson 1990) for more than `most` nodes."""
         n = len(problem.moment)
+        if n <= most:
+            return float(solved.factor.solve(problem.gram.toarray()).trace())
         probes = np.random.default_rng(self.seed).choice([-1.0, 1.0], size=(n, _PROBES))
         trace = (probes * solved.factor.solve(problem.gram @ probes)).sum() / _PROBES
         return float(np.clip(trace, 1.0, n))
 
-    def _score(self, problem: Problem, solved: Solved) -> float:
+    def score(self, problem: Problem, solved: Solved) -> float:
+        """What is minimised: twice the negative restricted log-likelihood, or log cross-validation; 0 for no signal."""
+        if not problem.active.any():
+            return 0.0
         active = problem.active
         if self.smoothing == "reml":
             rank = problem.gram.shape[0] - problem.nullity
             fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
             return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
-        edf = self._probed_edf(problem, solved)
-        rest = residual_squares(problem, solved)[active] / problem.square[active]
-        return float(np.log(rest).sum() - 2 * active.sum() * math.log(max(1 - COST * edf / problem.n_samples, 1e-3)))
+        return math.log(cross_validation(problem, solved, self._edf(problem, solved, _SMALL), COST))
+
+
+def cross_validation(problem: Problem, solved: Solved, edf: float, cost: float = 1.0) -> float:
+    """Generalised, over the variance of y, mean over the outputs that vary."""
+    relative = (residual_squares(problem, solved) / np.maximum(problem.square, 1e-300))[problem.active]
+    return float(relative.mean() / max(1 - cost * edf / problem.n_samples, 1e-2) ** 2) if len(relative) else 0.0
 
 
 def evidence(problem: Problem, solved: Solved) -> float:
@@ -183,7 +251,7 @@ def evidence(problem: Problem, solved: Solved) -> float:
     return float(fit + logs / degrees)
 
 
-def residual_squares(problem: Problem, solved: Solved) -> np.ndarray:
+def residual_squares(problem: Problem, solved: Solved) -> Array:
     """`[n_outputs]`, |y - Phi c|^2."""
     c = solved.coefficients
     squares = problem.square - 2 * (problem.moment * c).sum(0) + (c * (problem.gram @ c)).sum(0)
@@ -193,7 +261,7 @@ def residual_squares(problem: Problem, solved: Solved) -> np.ndarray:
 def _minimise(
     evaluate: Callable[[float], float], centre: float, step: float, low: float, high: float, tolerance: float
 ) -> float:
-    """Of a smooth function of one variable: bracket, then parabolas."""
+    """Of a smooth function of one variable: a bracket, then Brent."""
     left, right = max(centre - step, low), min(centre + step, high)
     while evaluate(left) < evaluate(centre) and left > low:
         centre, right = left, centre
@@ -203,46 +271,7 @@ def _minimise(
         centre, left = right, centre
         step *= 2
         right = min(right + step, high)
-    points = {x: evaluate(x) for x in (left, centre, right)}
-    for _ in range(12):
-        centre = min(points, key=points.__getitem__)
-        lower = [x for x in points if x < centre]
-        upper = [x for x in points if x > centre]
-        if not lower or not upper:
-            break
-        left, right = max(lower), min(upper)
-        a, b = centre - left, right - centre
-        fa, fb = points[left] - points[centre], points[right] - points[centre]
-        curvature = fa / a + fb / b
-        move = (fa / a * b - fb / b * a) / (2 * curvature) if curvature > 0 else 0.0
-        if abs(move) < tolerance:
-            if max(a, b) <= 12 * tolerance:
-                break
-            move = -0.4 * a if a > b else 0.4 * b
-        point = float(np.clip(centre + move, left + 0.05 * a, right - 0.05 * b))
-        points[point] = evaluate(point)
-    return min(points, key=points.__getitem__)
-
-
-def _edf(problem: Problem, at: float, scores: dict[float, tuple[float, Solved]]) -> float:
-    """tr(H^-1 Phi^T W Phi), by the trace itself on a small mesh.
-
-    It is n - lambda tr(H^-1 K), and lambda tr(H^-1 K) is the slope of log|H| in log lambda: on a larger mesh that of
-    the parabola through the nearest values at hand.
-    """
-    n = problem.gram.shape[0]
-    if n <= _SMALL:
-        return float(scores[at][1].factor.solve(problem.gram.toarray()).trace())
-    value = scores[at][1].log_determinant
-    slopes = []
-    for side in (-1, 1):
-        others = [x for x in scores if (x - at) * side > _SPACING]
-        if others:
-            x = min(others, key=lambda x: abs(x - at))
-            slopes.append((abs(x - at), (scores[x][1].log_determinant - value) / (x - at)))
-    if len(slopes) == 2:
-        (a, left), (b, right) = slopes
-        slope = (left * b + right * a) / (a + b)
-    else:
-        slope = slopes[0][1]
-    return float(np.clip(n - slope, 1.0, n))
+    inside = optimize.minimize_scalar(
+        lambda x: evaluate(float(x)), bounds=(left, right), method="bounded", options={"xatol": tolerance}
+    )
+    return min((left, centre, right, float(inside.x)), key=evaluate)

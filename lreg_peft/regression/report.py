@@ -1,8 +1,7 @@
 """What a fit tells about itself: how good the optimum is, and what all models have to answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -73,23 +72,3 @@ def widening(free: Array) -> Array:
     """Student's quantile over the normal one at 95 %, for degrees of freedom `[q]`."""
     result: Array = stats.t.ppf(0.975, np.maximum(free, 1.0)) / stats.norm.ppf(0.975)
     return result
-
-
-def importances(terms: Sequence[FittedTerm], n_features: int) -> Array:
-    """Shares of the variance of all terms, `[n_features]`; interactions count by halves for both of theirs."""
-    result = np.zeros(n_features)
-    for term in terms:
-        result[list(term.features)] += term.variance.sum() / len(term.features)
-    return result / max(result.sum(), np.finfo(float).tiny)
-
-
-def table(model: Any) -> str:
-    """The terms of a fitted estimator as text."""
-    names = getattr(model, "feature_names_in_", [f"x{j}" for j in range(model.n_features_in_)])
-    total = sum((term.variance.sum() for term in model.terms_), start=0.0) or 1.0
-    lines = [f"{'term':<32}{'edf':>9}{'variance':>10}  penalties"]
-    for term in sorted(model.terms_, key=lambda term: -float(term.variance.sum())):
-        name = " x ".join(str(names[j]) for j in term.features)
-        penalties = ", ".join(f"{value:.3g}" for value in term.smoothing.mean(axis=1))
-        lines.append(f"{name:<32}{term.edf.mean():>9.2f}{term.variance.sum() / total:>10.2%}  {penalties}")
-    return "\n".join(lines)

@@ -218,3 +218,10 @@ def cholesky(matrix: Array) -> Array:
             if jitter > 1:
                 raise
             matrix[np.diag_indices(len(matrix))] = diagonal + jitter * np.maximum(diagonal, diagonal.mean())
+
+
+def inverse(matrix: Array) -> Array:
+    """Of a positive definite matrix."""
+    lower, _ = linalg.lapack.dpotri(cholesky(matrix), lower=1)
+    result: Array = np.tril(lower) + np.tril(lower, -1).T
+    return result

@@ -1,10 +1,8 @@
 """Monotone maps of single input columns to [0, 1], where meshes live."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -41,19 +39,6 @@ class ColumnScale:
 def exponents(x: np.ndarray) -> np.ndarray:
     """Per column the power of two that its largest value is below: `[n_samples, d] -> [d]`."""
     return np.frexp(np.abs(x).max(axis=0))[1]
-
-
-@contextmanager
-def keeps_attributes(estimator: Any) -> Iterator[None]:
-    """What an estimator knows of its features stays as it was if an error is raised inside."""
-    before = {name: value for name, value in vars(estimator).items() if name.endswith("_in_")}
-    try:
-        yield
-    except BaseException:
-        for name in ("n_features_in_", "feature_names_in_"):
-            vars(estimator).pop(name, None)
-        vars(estimator).update(before)
-        raise
 
 
 def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnScale:

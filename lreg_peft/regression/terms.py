@@ -33,6 +33,8 @@ class FittedTerm:
         smoothing: `[penalties, outputs]`, what the term was penalised with; infinite for a part that vanished.
         edf: `[outputs]`, effective degrees of freedom.
         variance: `[outputs]`, of the function over the samples.
+        deviation: standard deviations at the nodes, shaped like `values`: what the samples leave open, given the
+            penalties.
     """
 
     features: tuple[int, ...]
@@ -41,6 +43,7 @@ class FittedTerm:
     smoothing: Array
     edf: Array
     variance: Array
+    deviation: Array
 
     def in_units(self, powers: NDArray[np.int64]) -> "FittedTerm":
         """The term for features that are `2**powers` times as large."""

@@ -194,7 +194,7 @@ class TestAttributes:
 
 
 class TestWeights:
-    @pytest.mark.parametrize("options", [{}, {"nodes": "optimal", "n_nodes": 6}, {"smoothing": "gcv"}])
+    @pytest.mark.parametrize("options", [{}, {"nodes": "free", "n_nodes": 6}, {"smoothing": "gcv"}])
     def test_whole_numbers_repeat_samples(self, options):
         X, y, X_test, _ = split("A1")
         X, y = X[:200], y[:200]
@@ -263,7 +263,7 @@ class TestHardData:
 
     @pytest.mark.parametrize("d", [1, 3])
     @pytest.mark.parametrize("n", [1, 2, 3, 4])
-    @pytest.mark.parametrize("options", [{}, {"nodes": "free"}, {"nodes": "paper"}, {"n_nodes": 50}])
+    @pytest.mark.parametrize("options", [{}, {"nodes": "free"}, {"n_nodes": 50}])
     def test_few_samples(self, n, d, options):
         random = np.random.default_rng(0)
         X, y = random.standard_normal((n, d)), random.standard_normal(n)
@@ -335,7 +335,6 @@ class TestRefusals:
             ({"interactions": "all"}, "interactions must be"),
             ({"interactions": -1}, "interactions must be"),
             ({"interactions": [(0, 0)]}, "different columns"),
-            ({"nodes": "optimal"}, "one feature and one output"),
             ({"nodes": "free", "interactions": [(0, 1)]}, "interactions need nodes='smooth'"),
             ({"basis": "simplicial", "nodes": "free"}, "simplicial"),
             ({"basis": "simplicial", "interactions": 2}, "no interactions to choose"),
@@ -355,8 +354,3 @@ class TestRefusals:
             LagrangeRegressor().fit([[0.0], [1.0]], [0.0, 1.0], sample_weight=[-1, 1])
         with pytest.raises(ValueError, match="inconsistent"):
             LagrangeRegressor().fit([[0.0], [1.0]], [0.0, 1.0, 2.0])
-
-    def test_uneven_weights_with_moving_nodes(self):
-        X, y, _, _ = split("A1")
-        with pytest.raises(ValueError, match="treats all samples alike"):
-            LagrangeRegressor(nodes="free").fit(X, y, sample_weight=np.arange(1, 1001))

@@ -191,6 +191,7 @@ class TestTools:
         X = random.uniform(size=(200, 2))
         text = LagrangeRegressor(basis="additive").fit(X, X[:, 0] ** 2).summary().splitlines()
         assert text[0].split() == ["term", "edf", "variance", "penalties"] and text[1].startswith("x0 ")
+        assert text[-1].startswith("in all")
 
     def test_few_nodes_on_two_features(self):
         random = np.random.default_rng(0)

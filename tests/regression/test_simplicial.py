@@ -5,12 +5,54 @@ import pickle
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.special import sph_harm_y
 from tiers import slow
 
-from lreg_peft.regression.penalized import Problem, SmoothingSearch, _minimise, solve
+from lreg_peft.regression import LagrangeRegressor
 from lreg_peft.regression.scaling import fit_scale
-from lreg_peft.regression.simplicial import _normal_equations, _roughness, _Samples, fit_simplicial
+
+
+def fit_simplicial(x, y, weight=None, **options) -> LagrangeRegressor:
+    return LagrangeRegressor(basis="simplicial", **options).fit(x, y, weight)
+
+
+def located(model: LagrangeRegressor, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hat functions `[n, n_nodes]` and the penalty of a fitted mesh, from its nodes and simplices alone.
+
+    In the coordinates of a "minmax" scale on the unit cube, where samples fill it.
+    """
+    nodes, simplices = model.nodes_, model.simplices_
+    low, span = nodes.min(0), np.ptp(nodes, axis=0)
+    u, v = (nodes - low) / span, (x - low) / span
+    d = u.shape[1]
+    corners = np.concatenate((u[simplices], np.ones((*simplices.shape, 1))), axis=2)
+    inverse = np.linalg.inv(corners)  # [s, d + 1, d + 1]
+    weights = np.einsum("nk,skj->nsj", np.column_stack((v, np.ones(len(v)))), inverse)
+    found = weights.min(2).argmax(1)
+    design = np.zeros((len(x), len(u)))
+    np.put_along_axis(design, simplices[found], weights[np.arange(len(x)), found], axis=1)
+    faces: dict[tuple[int, ...], list[int]] = {}
+    for s, vertices in enumerate(simplices):
+        for out in range(d + 1):
+            faces.setdefault(tuple(sorted(np.delete(vertices, out))), []).append(s)
+    rough = np.zeros((len(u), len(u)))
+    for face, sides in faces.items():
+        if len(sides) == 2:
+            # The jump of the gradient is normal to the facet; its length is that of the difference of gradients.
+            jump = np.zeros((d, len(u)))
+            for sign, s in zip((1, -1), sides, strict=True):
+                jump[:, simplices[s]] += sign * inverse[s, :d]
+            edges = np.diff(u[list(face)], axis=0)
+            area = np.sqrt(max(np.linalg.det(edges @ edges.T), 0)) if d > 1 else 1.0
+            area /= max(d - 1, 1) * max(d - 2, 1)
+            width = 0.0
+            for s in sides:
+                apex = next(k for k, vertex in enumerate(simplices[s]) if vertex not in face)
+                width += 1 / np.linalg.norm(inverse[s, :d, apex])
+            near = np.unique(simplices[sides])
+            rough[np.ix_(near, near)] += area / width * jump[:, near].T @ jump[:, near]
+    return design, rough
 
 
 def r2(y: np.ndarray, predicted: np.ndarray) -> float:
@@ -63,7 +105,7 @@ class TestAccuracy:
         fit = fit_simplicial(x, y, max_nodes=600)
         new = np.random.default_rng(5).uniform(size=(500, d))
         assert r2(truth(new), fit.predict(new)) > bound
-        assert fit.simplices.shape[1] == d + 1 and fit.nodes.shape == (len(fit.coefficients), d)
+        assert fit.simplices_.shape[1] == d + 1 and fit.nodes_.shape == (len(fit.values_), d)
 
     @pytest.mark.parametrize(
         ("d", "sizes", "slope"), [(1, (20, 40, 80, 160), -2.0), *slow((2, (50, 100, 200, 400, 800), -1.0))]
@@ -75,7 +117,7 @@ class TestAccuracy:
         new = np.random.default_rng(5).uniform(size=(4000, d))
         for max_nodes in sizes:
             fit = fit_simplicial(x, truth(x), scale="minmax", max_nodes=max_nodes)
-            nodes.append(len(fit.coefficients))
+            nodes.append(len(fit.values_))
             errors.append(np.sqrt(np.mean((fit.predict(new) - truth(new)) ** 2)))
         assert np.polyfit(np.log(nodes), np.log(errors), 1)[0] == pytest.approx(slope, abs=0.15)
 
@@ -83,15 +125,15 @@ class TestAccuracy:
     def test_pure_noise_is_smoothed_away(self, smoothing):
         generator = np.random.default_rng(0)
         fit = fit_simplicial(generator.uniform(size=(2000, 2)), generator.standard_normal(2000), smoothing=smoothing)
-        assert fit.edf < 25
+        assert fit.edf_ < 25
         assert np.std(fit.predict(generator.uniform(size=(500, 2)))) < 0.15
-        assert fit.noise_variance[0] == pytest.approx(1, abs=0.1)
+        assert fit.noise_variance_ == pytest.approx(1, abs=0.1)
 
     def test_nodes_go_where_the_function_bends(self):
         generator = np.random.default_rng(0)
         x = generator.uniform(size=(10_000, 2))
         fit = fit_simplicial(x, np.tanh(40 * (x[:, 0] - 0.3)), scale="minmax", max_nodes=500)
-        near = np.abs(fit.nodes[:, 0] - 0.3) < 0.1
+        near = np.abs(fit.nodes_[:, 0] - 0.3) < 0.1
         assert near.mean() > 0.6  # a fifth of the area
 
     def test_samples_in_the_corner_of_one_simplex_are_seen(self):
@@ -114,97 +156,61 @@ class TestFit:
     def test_what_it_holds_fits_together(self):
         x, y = waves(1500)
         fit = fit_simplicial(x, y)
-        indices, weights = fit.locate(x)
-        assert indices.shape == weights.shape == (1500, 3)
-        np.testing.assert_allclose(
-            (weights[..., None] * fit.coefficients[indices]).sum(1)[:, 0], fit.predict(x), atol=1e-12
-        )
-        np.testing.assert_allclose(fit.predict(fit.nodes), fit.coefficients[:, 0], atol=1e-9)
-        # Located points are the weighted means of their nodes, in scaled coordinates.
-        scaled = fit.scale.transform(x)
-        np.testing.assert_allclose((weights[..., None] * fit.mesh.nodes.numpy()[indices]).sum(1), scaled, atol=1e-12)
+        np.testing.assert_allclose(fit.predict(fit.nodes_), fit.values_, atol=1e-9)
         residual = ((y - fit.predict(x)) ** 2).sum()
-        assert fit.noise_variance[0] == pytest.approx(residual / (1500 - fit.edf), rel=1e-6)
-        variance = y.var()
-        assert fit.cross_validation == pytest.approx(residual / 1500 / variance / (1 - fit.edf / 1500) ** 2, rel=1e-6)
-        assert fit.history[-1].n_nodes == len(fit.coefficients)
-        assert fit.history[-1].criterion <= min(entry.criterion for entry in fit.history) * 1.05
+        assert fit.noise_variance_ == pytest.approx(residual / (1500 - fit.edf_), rel=1e-6)
+        assert fit.history_[-1]["nodes"] == len(fit.values_)
+        assert fit.history_[-1]["criterion"] <= min(entry["criterion"] for entry in fit.history_) * 1.05
 
-    def test_coefficients_are_at_the_certified_optimum(self):
-        """Against a dense solve of the stacked least-squares problem."""
-        x, y = waves(400)
-        fit = fit_simplicial(x, y, max_nodes=60)
-        assert 0 <= fit.optimality.gap < 1e-12 * fit.optimality.objective
-        assert fit.optimality.lower_bound <= fit.optimality.objective
-        indices, weights = fit.locate(x)
-        design = np.zeros((400, len(fit.coefficients)))
-        np.put_along_axis(design, indices, weights, axis=1)
-        rough = _roughness(fit.mesh).toarray()
-        objective = lambda c: ((y - design @ c) ** 2).sum() + fit.smoothing * c @ rough @ c  # noqa: E731
-        best = objective(fit.coefficients[:, 0])
-        assert best / 400 == pytest.approx(fit.optimality.objective, rel=1e-6)
-        expected = np.linalg.solve(design.T @ design + fit.smoothing * rough, design.T @ y)
-        np.testing.assert_allclose(fit.coefficients[:, 0], expected, atol=1e-6)
-        generator = np.random.default_rng(1)
-        for _ in range(20):
-            assert objective(fit.coefficients[:, 0] + 0.01 * generator.standard_normal(len(rough))) > best
-
-    def test_effective_degrees_of_freedom_are_the_trace(self):
-        x, y = waves(2000, noise=0.01)
-        fit = fit_simplicial(x, y)
-        assert len(fit.coefficients) > 100  # where it is not computed as the trace
-        indices, weights = fit.locate(x)
-        design = np.zeros((2000, len(fit.coefficients)))
-        np.put_along_axis(design, indices, weights, axis=1)
-        gram = design.T @ design
-        exact = np.trace(np.linalg.solve(fit.precision.toarray(), gram))
-        assert fit.edf == pytest.approx(exact, rel=0.03)  # a parabola through values up to 1 apart in log lambda
+    @pytest.mark.parametrize("d", [1, 2, 3])
+    def test_values_are_at_the_certified_optimum(self, d):
+        """Against a dense solve of the normal equations, from the nodes and simplices alone."""
+        x, y = waves(400, d)
+        fit = fit_simplicial(x, y, max_nodes=60, scale="minmax")
+        assert 0 <= fit.optimality_.gap < 1e-12 * fit.optimality_.objective
+        assert fit.optimality_.lower_bound <= fit.optimality_.objective
+        design, rough = located(fit, x)
+        matrix = design.T @ design + fit.smoothing_ * rough
+        np.testing.assert_allclose(fit.values_, np.linalg.solve(matrix, design.T @ y), atol=1e-6)
+        best = ((y - design @ fit.values_) ** 2).sum() + fit.smoothing_ * fit.values_ @ rough @ fit.values_
+        assert best / 400 == pytest.approx(fit.optimality_.objective, rel=1e-6)
+        assert fit.edf_ == pytest.approx(np.trace(np.linalg.solve(matrix, design.T @ design)), rel=1e-6)
 
     def test_reml_is_at_its_optimum(self):
-        """The criterion by dense eigenvalues, over a fine grid of lambda."""
+        """The criterion by dense determinants, over a fine grid of lambda."""
         x, y = waves(300, noise=0.2)
-        fit = fit_simplicial(x, y, max_nodes=50)
-        indices, weights = fit.locate(x)
-        design = np.zeros((300, len(fit.coefficients)))
-        np.put_along_axis(design, indices, weights, axis=1)
-        gram, rough, centred = design.T @ design, _roughness(fit.mesh).toarray(), y - y.mean()
+        fit = fit_simplicial(x, y, max_nodes=50, scale="minmax")
+        design, rough = located(fit, x)
+        gram, centred = design.T @ design, y - y.mean()
 
         def reml(log_smoothing: float) -> float:
             matrix = gram + np.exp(log_smoothing) * rough
             value = centred @ centred - centred @ design @ np.linalg.solve(matrix, design.T @ centred)
             return 297 * np.log(value) + np.linalg.slogdet(matrix)[1] - (len(gram) - 3) * log_smoothing
 
-        grid = np.linspace(-15, 10, 501)
-        best = min(map(reml, grid))
-        assert reml(np.log(fit.smoothing)) < best + 0.02  # half of the curvature times the tolerance squared
+        best = min(map(reml, np.linspace(-15, 10, 501)))
+        assert reml(np.log(fit.smoothing_)) < best + 0.02  # half of the curvature times the tolerance squared
 
     def test_more_smoothing_means_fewer_degrees_of_freedom(self):
         x, y = waves(500)
         fits = [fit_simplicial(x, y, smoothing=value, max_nodes=100) for value in (0.0, 1e-3, 1.0, 1e3)]
-        assert all(a.edf > b.edf for a, b in itertools.pairwise(fits))
-        assert [fit.smoothing for fit in fits[1:]] == pytest.approx([1e-3, 1.0, 1e3])
-        assert fits[-1].edf == pytest.approx(3, abs=0.1)
+        assert all(a.edf_ > b.edf_ for a, b in itertools.pairwise(fits))
+        assert [fit.smoothing_ for fit in fits[1:]] == pytest.approx([1e-3, 1.0, 1e3])
+        assert fits[-1].edf_ == pytest.approx(3, abs=0.1)
 
     def test_the_budget_of_nodes_is_kept(self):
         x, y = waves(5000, noise=0.0)
         for max_nodes in (16, 50, 333):
             fit = fit_simplicial(x, y, max_nodes=max_nodes)
-            assert max(entry.n_nodes for entry in fit.history) <= max_nodes
-        assert len(fit.coefficients) > 200
-
-    def test_coarsening_takes_back_nodes_that_say_nothing(self):
-        x, y = waves(4000, noise=0.3)
-        fit = fit_simplicial(x, y)
-        assert len(fit.coefficients) < max(entry.n_nodes for entry in fit.history)
+            assert max(entry["nodes"] for entry in fit.history_) <= max_nodes
+        assert len(fit.values_) > 200
 
     def test_the_same_input_gives_the_same_fit(self):
         x, y = waves(800)
         for smoothing in ("reml", "gcv"):
             first, second = (fit_simplicial(x, y, smoothing=smoothing, random_state=3).predict(x) for _ in range(2))
             assert np.array_equal(first, second)
-        state = np.random.RandomState(0)
-        fit_simplicial(x, y, random_state=state)
-        fit_simplicial(x, y, random_state=np.random.default_rng(0))
+        fit_simplicial(x, y, random_state=np.random.RandomState(0))
 
     def test_it_can_be_pickled(self):
         x, y = waves(500)
@@ -228,8 +234,10 @@ class TestSeveralOutputs:
         both = np.column_stack((y, np.cos(7 * x[:, 1])))
         fit = fit_simplicial(x, both)
         scaled = fit_simplicial(x, both * [1000.0, 1.0] + [5.0, 0.0])
-        assert fit.coefficients.shape[1] == 2 and fit.noise_variance.shape == (2,)
-        np.testing.assert_allclose(scaled.predict(x), fit.predict(x) * [1000.0, 1.0] + [5.0, 0.0], rtol=1e-6, atol=1e-6)
+        assert fit.values_.shape[1] == 2 and fit.noise_variance_.shape == (2,)
+        # Rounding moves lambda within the tolerance of its search.
+        found = (scaled.predict(x) - [5.0, 0.0]) / [1000.0, 1.0]
+        np.testing.assert_allclose(found, fit.predict(x), atol=1e-3)
 
     def test_shapes_follow_y(self):
         x, y = waves(200)
@@ -250,14 +258,14 @@ class TestUncertainty:
 
     def test_it_is_the_posterior_variance_whichever_way_it_is_solved_for(self):
         x, y = waves(300)
-        fit = fit_simplicial(x, y, max_nodes=80)
-        indices, weights = fit.locate(x)
-        design = np.zeros((300, len(fit.coefficients)))
-        np.put_along_axis(design, indices, weights, axis=1)
-        leverage = (design * np.linalg.solve(fit.precision.toarray(), design.T).T).sum(1)
-        expected = np.sqrt(fit.noise_variance[0] * (1 + leverage))
-        np.testing.assert_allclose(fit.predict(x, return_std=True)[1], expected, rtol=1e-9)
-        np.testing.assert_allclose(fit.predict(x[:5], return_std=True)[1], expected[:5], rtol=1e-9)
+        fit = fit_simplicial(x, y, max_nodes=80, scale="minmax")
+        design, rough = located(fit, x)
+        matrix = design.T @ design + fit.smoothing_ * rough
+        leverage = (design * np.linalg.solve(matrix, design.T).T).sum(1)
+        wider = stats.t.ppf(0.975, 300 - fit.edf_) / stats.norm.ppf(0.975)
+        expected = wider * np.sqrt(fit.noise_variance_ * (1 + leverage))
+        np.testing.assert_allclose(fit.predict(x, return_std=True)[1], expected, rtol=1e-6)
+        np.testing.assert_allclose(fit.predict(x[:5], return_std=True)[1], expected[:5], rtol=1e-6)
 
     @pytest.mark.parametrize(("noise", "edf"), [(0.1, 200), (0.3, 100)])
     def test_no_mesh_interpolates_few_samples(self, noise, edf):
@@ -269,7 +277,7 @@ class TestUncertainty:
             fit = fit_simplicial(x, y)
             mean, std = fit.predict(new, return_std=True)
             inside.append((np.abs(observed - mean) < 1.96 * std).mean())
-            found.append(fit.edf)
+            found.append(fit.edf_)
         assert max(found) < edf
         # The mesh was chosen by the same samples, which the posterior does not know of: .914 and .935.
         assert np.mean(inside) > 0.9 and min(inside) > 0.85
@@ -292,20 +300,20 @@ class TestWeights:
         tiny = fit_simplicial(x, y, weight * 1e-9, scale=scale)
         for other in (repeated, tiny):
             np.testing.assert_allclose(weighted.predict(x[3:]), other.predict(x[3:]), atol=1e-9)
-            assert weighted.noise_variance == pytest.approx(other.noise_variance, rel=1e-9)
+            assert weighted.noise_variance_ == pytest.approx(other.noise_variance_, rel=1e-9)
 
     def test_repeated_noise_is_not_taken_for_the_function(self):
         """As a bootstrap makes it. Counted as samples, three copies of each row make an interpolant the best model."""
         x, y = waves(400, noise=0.3)
         fit = fit_simplicial(np.repeat(x, 3, axis=0), np.repeat(y, 3))
-        assert fit.noise_variance[0] == pytest.approx(0.09, rel=0.3)
-        assert fit.edf < 80
+        assert fit.noise_variance_ == pytest.approx(0.09, rel=0.3)
+        assert fit.edf_ < 80
 
     def test_genuine_replicates_are_samples_each(self):
         x = np.repeat(np.random.default_rng(0).uniform(size=(20, 2)), 100, axis=0)
         y = truth(x) + 0.3 * np.random.default_rng(1).standard_normal(2000)
         fit = fit_simplicial(x, y)
-        assert fit.noise_variance[0] == pytest.approx(0.09, rel=0.1)
+        assert fit.noise_variance_ == pytest.approx(0.09, rel=0.1)
         assert r2(truth(x), fit.predict(x)) > 0.97
 
     def test_rows_of_more_weight_are_fitted_more_closely(self):
@@ -316,11 +324,6 @@ class TestWeights:
         new = generator.uniform(size=(1000, 2))
         weighted, plain = (fit_simplicial(x, y, w).predict(new) for w in (size**-2.0, None))
         assert ((weighted - truth(new)) ** 2).mean() < 0.2 * ((plain - truth(new)) ** 2).mean()
-
-    def test_weights_of_zero_alone_are_refused(self):
-        x, y = waves(10)
-        with pytest.raises(ValueError, match="positive somewhere"):
-            fit_simplicial(x, y, np.zeros(10))
 
 
 @pytest.mark.parametrize("smoothing", ["reml", "gcv"])
@@ -335,7 +338,7 @@ class TestScantInput:
 
     def test_one_sample(self, smoothing):
         fit = self.check(np.array([[0.3, 0.7]]), [3.0], smoothing)
-        assert fit.predict([[5.0, -5.0]]) == pytest.approx([3.0])
+        assert fit.predict(np.array([[5.0, -5.0]])) == pytest.approx([3.0])
 
     @pytest.mark.parametrize("n", [2, 3, 5, 20])
     @pytest.mark.parametrize("d", [1, 2, 3])
@@ -343,7 +346,7 @@ class TestScantInput:
         generator = np.random.default_rng(n)
         x, y = generator.uniform(size=(n, d)), generator.uniform(size=n)
         fit = self.check(x, y, smoothing)
-        assert fit.edf <= n + 1e-3  # the ridge at the largest lambda
+        assert fit.edf_ <= n + 1e-3  # the ridge at the largest lambda
         between = x.min(0) + generator.uniform(size=(50, d)) * np.ptp(x, axis=0)
         assert np.abs(fit.predict(between)).max() < 5
 
@@ -369,7 +372,7 @@ class TestScantInput:
         y = np.random.default_rng(0).standard_normal(100)
         fit = self.check(np.ones((100, 3)), y, smoothing)
         np.testing.assert_allclose(fit.predict(np.ones((2, 3))), y.mean())
-        assert fit.edf == pytest.approx(1)
+        assert fit.edf_ == pytest.approx(1, abs=1e-3)  # the ridge
 
     def test_constant_outputs(self, smoothing):
         x, y = waves(300)
@@ -398,45 +401,9 @@ class TestScantInput:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("x", "y", "weight", "message"),
-        [
-            (np.zeros((5, 2)), np.zeros(4), None, r"\(5, 2\) and \(4,\)"),
-            (np.zeros(5), np.zeros(5), None, r"\[n_samples, n_features\], got \(5,\)"),
-            (np.zeros((0, 2)), np.zeros(0), None, "none empty"),
-            (np.full((5, 2), np.nan), np.zeros(5), None, "x must be finite"),
-            (np.zeros((5, 2)), np.array([0, 1, np.inf, 0, 0]), None, "y must be finite"),
-            (np.zeros((5, 2)), np.zeros((5, 1, 1)), None, r"\(5, 1, 1\)"),
-            (np.zeros((5, 2)), np.zeros(5), np.ones(4), r"= \(5,\), got \(4,\)"),
-            (np.zeros((5, 2)), np.zeros(5), -np.ones(5), "not negative"),
-            (np.zeros((5, 2)), np.zeros(5), np.full(5, np.nan), "sample_weight must be finite"),
-            (np.random.default_rng(0).uniform(size=(9, 5)), np.zeros(9), None, "up to 4 inputs, got 5 columns"),
-        ],
-    )
-    def test_arrays(self, x, y, weight, message):
-        with pytest.raises(ValueError, match=message):
-            fit_simplicial(x, y, weight)
-
-    @pytest.mark.parametrize(
-        ("option", "message"),
-        [
-            ({"scale": "none"}, "scale must be one of"),
-            ({"smoothing": "aic"}, "got 'aic'"),
-            ({"smoothing": -1.0}, ">= 0"),
-            ({"smoothing": float("nan")}, ">= 0"),
-            ({"max_nodes": 3}, "at least 16, got 3"),
-        ],
-    )
-    def test_options(self, option, message):
-        with pytest.raises(ValueError, match=message):
-            fit_simplicial(*waves(20), **option)
-
-    def test_rows_of_another_width_at_prediction(self):
-        fit = fit_simplicial(*waves(50))
-        with pytest.raises(ValueError, match=r"n_features=2\], got \(3, 4\)"):
-            fit.predict(np.zeros((3, 4)))
-        with pytest.raises(ValueError, match="x must be finite"):
-            fit.predict(np.full((3, 2), np.nan))
+    def test_too_many_columns_that_vary(self):
+        with pytest.raises(ValueError, match="up to 4 inputs, got 5 columns"):
+            fit_simplicial(np.random.default_rng(0).uniform(size=(9, 5)), np.zeros(9))
 
 
 class TestScale:
@@ -462,43 +429,3 @@ class TestScale:
         x = np.array([0.0] * 50 + [1.0] * 30 + [1.0 + 1e-15] * 10 + [2.0] * 5)[:, None]
         scale = fit_scale(x, None, "quantile")
         assert (np.diff(scale.inputs[0]) > 1e-13).all() and (np.diff(scale.outputs[0]) > 0).all()
-
-
-class TestSearch:
-    @pytest.mark.parametrize("centre", [-9.0, 0.0, 3.1, 9.0])
-    def test_the_minimum_of_a_smooth_function_is_found(self, centre):
-        calls = []
-
-        def function(x: float) -> float:
-            calls.append(x)
-            return float(np.log(1 + (x - 3) ** 2) + 0.1 * np.exp(-x))
-
-        found = _minimise(function, centre, 1.0, -10.0, 10.0, 0.01)
-        grid = np.linspace(-10, 10, 20_001)
-        assert found == pytest.approx(grid[np.argmin([function(x) for x in grid])], abs=0.05)
-
-    @pytest.mark.parametrize("sign", [-1, 1])
-    def test_the_end_of_the_range_where_the_function_falls_to_it(self, sign):
-        assert _minimise(lambda x: sign * x, 0.0, 1.0, -5.0, 5.0, 0.01) == pytest.approx(-5.0 * sign)
-
-    def test_steps_of_lambda_lead_to_the_optimum_of_reml(self):
-        """What the refinement uses on large meshes, iterated, against the search."""
-        x, y = waves(3000, noise=0.1)
-        fit = fit_simplicial(x, y, smoothing=1e-4, max_nodes=500)
-        import torch
-
-        from lreg_peft.regression.simplices import locate_in_mesh
-
-        points = torch.from_numpy(fit.scale.transform(x))
-        centred = (y - y.mean())[:, None]
-        samples = _Samples(points, centred, None, *locate_in_mesh(points, fit.mesh), 3000.0, (centred**2).sum(0))
-        gram, moment = _normal_equations(fit.mesh, samples)
-        problem = Problem(gram, moment, samples.square, _roughness(fit.mesh), 3000.0, 3, np.array([True]))
-        search = SmoothingSearch("reml", 0)
-        exact = search.run(problem, polish=True)[0].log_smoothing
-        search.log_smoothing = exact - 3
-        for _ in range(30):
-            search._step(problem, -30, 30)
-        # 16 probes: the trace is off by about 1 %.
-        assert search.log_smoothing == pytest.approx(exact, abs=0.15)
-        assert solve(problem, exact).coefficients.shape == moment.shape

@@ -1,33 +1,13 @@
-"""Bands, meshes of one feature, and the choice of the smoothing parameter, against dense computations."""
+"""Meshes of one feature, and the choice of the smoothing parameter, against dense computations."""
 
 import numpy as np
 import pytest
 from data_sets import split
 from scipy import optimize
 
-from lreg_peft.regression.banded import Pentadiagonal
+from lreg_peft.regression import LagrangeRegressor
 from lreg_peft.regression.mesh1d import evaluate, find, place_nodes, second_differences
 from lreg_peft.regression.scaling import quantile_knots
-from lreg_peft.regression.smooth import Grouped, fit_on_nodes, fit_smooth
-
-
-class TestPentadiagonal:
-    @pytest.mark.parametrize("n", [1, 2, 3, 12])
-    def test_against_dense_matrices(self, n):
-        random = np.random.default_rng(n)
-        roots = [np.tril(np.triu(random.standard_normal((n, n)), -2)) + 2 * np.eye(n) for _ in range(3)]
-        dense = np.stack([root @ root.T for root in roots], axis=-1)  # [n, n, batch]
-        bands = [np.zeros((n, 3)) for _ in range(3)]
-        for k in range(min(3, n)):
-            bands[k][k:] = np.stack([np.diagonal(dense[:, :, b], -k) for b in range(3)], axis=-1)
-        factor = Pentadiagonal.factor(*bands)
-        right = random.standard_normal((n, 3, 2))
-        inverse = np.stack([np.linalg.inv(dense[:, :, b]) for b in range(3)], axis=-1)
-        np.testing.assert_allclose(factor.log_determinant(), [np.linalg.slogdet(dense[:, :, b])[1] for b in range(3)])
-        np.testing.assert_allclose(factor.solve(right), np.einsum("ijb,jbq->ibq", inverse, right), atol=1e-8)
-        for k, band in enumerate(factor.inverse_band()):
-            for b in range(3):
-                np.testing.assert_allclose(band[k:, b], np.diagonal(inverse[:, :, b], -k), atol=1e-8)
 
 
 class TestNodes:
@@ -70,97 +50,98 @@ class TestNodes:
         np.testing.assert_allclose(second_differences(np.arange(6.0) * 7, even), np.tile([1.0, -2.0, 1.0], (4, 1)))
 
 
-def dense_pieces(data, nodes, scale):
-    hats = np.stack([np.interp(data.x, nodes, row) for row in np.eye(len(nodes))], axis=1)
-    rough = np.zeros((len(nodes) - 2, len(nodes)))
-    level = np.interp(nodes, *quantile_knots(data.x, data.mass)) if scale == "quantile" else None
-    for j, row in enumerate(second_differences(nodes, level)):
-        rough[j, j : j + 3] = row
-    return hats, rough
+class Dense:
+    """Hat functions, penalty and weights of a regressor of one feature, all dense."""
+
+    def __init__(self, x, y, weight, model, scale="quantile"):
+        nodes = model.nodes_[0]
+        self.y, self.weight, self.total = y, weight, weight.sum()
+        self.line = np.stack((np.ones(len(x)), x), axis=1)
+        self.hats = np.stack([np.interp(x, nodes, row) for row in np.eye(len(nodes))], axis=1)
+        level = np.interp(nodes, *quantile_knots(x, weight)) if scale == "quantile" else None
+        self.rough = np.zeros((len(nodes) - 2, len(nodes)))
+        for j, row in enumerate(second_differences(nodes, level)):
+            self.rough[j, j : j + 3] = row
+
+    def reml(self, log_lambda):
+        """-2 log N(y; 0, lambda^-1 B D^+ D^+^T B^T + W^-1), the straight line integrated out."""
+        spread = self.hats @ np.linalg.pinv(self.rough)
+        covariance = np.diag(1 / self.weight) + spread @ spread.T / 10**log_lambda
+        inverse = np.linalg.inv(covariance)
+        information = self.line.T @ inverse @ self.line
+        projected = inverse - inverse @ self.line @ np.linalg.solve(information, self.line.T @ inverse)
+        squares = self.y @ projected @ self.y
+        logs = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
+        return (self.total - 2) * np.log(squares) + logs
+
+    def fitted(self, lam):
+        """Residual squares and degrees of freedom."""
+        matrix = self.hats.T * self.weight @ self.hats + lam * self.rough.T @ self.rough
+        smoother = self.hats @ np.linalg.solve(matrix, self.hats.T * self.weight)
+        return self.weight @ (self.y - smoother @ self.y) ** 2, np.trace(smoother)
+
+    def gcv(self, log_lambda):
+        """A degree of freedom counts as 1.4."""
+        residual, edf = self.fitted(10**log_lambda)
+        return residual / (1 - 1.4 * edf / self.total) ** 2
 
 
 class TestChoice:
-    def case(self):
+    def case(self, **options):
         random = np.random.default_rng(3)
-        x, weight = random.uniform(0, 1, 200), random.integers(1, 4, 200).astype(float)
+        x, weight = random.uniform(0, 1, 200), random.uniform(0.5, 3, 200)
+        weight /= weight.mean()
         y = np.sin(6 * x) + 0.3 * random.standard_normal(200) / np.sqrt(weight)
-        return Grouped.of(x, y[:, None], weight)
+        model = LagrangeRegressor(**options).fit(x[:, None], y, weight)
+        return model, Dense(x, y, weight, model, options.get("scale", "quantile"))
 
-    def test_reml_is_the_likelihood_of_the_mixed_model(self):
-        """log N(y; 0, lambda^-1 B D^+ D^+^T B^T + W^-1), the straight line integrated out, at its own minimum."""
-        data = self.case()
-        nodes = place_nodes(data.x, data.mass, 12, "quantile")
-        hats, rough = dense_pieces(data, nodes, "quantile")
-        spread = hats @ np.linalg.pinv(rough)
-        line = np.stack((np.ones(len(data.x)), data.x), axis=1)
-        n = len(data.x)
+    @pytest.mark.parametrize("scale", ["quantile", "minmax"])
+    @pytest.mark.parametrize("rule", ["reml", "gcv"])
+    def test_is_at_the_optimum_of_the_criterion(self, rule, scale):
+        model, dense = self.case(n_nodes=12, scale=scale, smoothing=rule)
+        best = optimize.minimize_scalar(getattr(dense, rule), bounds=(-4, 6), method="bounded").x
+        # To a few times the tolerance of the search, .03 of the natural logarithm; the optimum is flat.
+        assert np.log10(model.smoothing_[0][0, 0]) == pytest.approx(best, abs=0.04)
 
-        def criterion(log_lambda):
-            covariance = np.diag(1 / data.weight) + spread @ spread.T / 10**log_lambda
-            inverse = np.linalg.inv(covariance)
-            information = line.T @ inverse @ line
-            projected = inverse - inverse @ line @ np.linalg.solve(information, line.T @ inverse)
-            squares = data.y[:, 0] @ projected @ data.y[:, 0]
-            return (n - 2) * np.log(squares) + np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
-
-        best = optimize.minimize_scalar(criterion, bounds=(-4, 6), method="bounded").x
-        fit = fit_on_nodes(data, nodes, "quantile", "reml", float(n))
-        # A grid of 40 values and the vertex of a parabola: to a tenth of the distance of the grid, .38.
-        assert np.log10(fit.smoothing[0]) == pytest.approx(best, abs=0.06)
-
-    def test_gcv_and_degrees_of_freedom(self):
-        data = self.case()
-        nodes = place_nodes(data.x, data.mass, 12, "quantile")
-        hats, rough = dense_pieces(data, nodes, "quantile")
-        gram = hats.T * data.weight @ hats
-        total = data.weight.sum()
-
-        def fitted(lam):
-            smoother = hats @ np.linalg.solve(gram + lam * rough.T @ rough, hats.T * data.weight)
-            residual = data.weight @ (data.y[:, 0] - smoother @ data.y[:, 0]) ** 2 + data.within[0]
-            return residual, np.trace(smoother)
-
-        def criterion(log_lambda):
-            residual, edf = fitted(10**log_lambda)
-            return total * residual / (total - edf) ** 2
-
-        best = optimize.minimize_scalar(criterion, bounds=(-3, 4), method="bounded").x
-        fit = fit_on_nodes(data, nodes, "quantile", "gcv", total)
-        assert np.log10(fit.smoothing[0]) == pytest.approx(best, abs=0.06)
-        residual, edf = fitted(fit.smoothing[0])
-        assert fit.edf[0] == pytest.approx(edf, rel=1e-8)
-        assert fit.noise_variance[0] == pytest.approx(residual / (total - edf), rel=1e-8)
+    def test_degrees_of_freedom_and_noise(self):
+        model, dense = self.case(n_nodes=12)
+        residual, edf = dense.fitted(model.smoothing_[0][0, 0])
+        assert model.edf_ == pytest.approx(edf, rel=1e-8)
+        assert model.noise_variance_ == pytest.approx(residual / (200 - edf), rel=1e-8)
 
     def test_the_gap_is_zero_and_the_objective_the_minimum(self):
-        data = self.case()
-        fit = fit_smooth(data)
-        hats, rough = dense_pieces(data, fit.nodes, "quantile")
-        values = fit.values[:, 0]
-        objective = data.weight @ (data.y[:, 0] - hats @ values) ** 2 + fit.smoothing[0] * np.sum((rough @ values) ** 2)
-        assert fit.objective[0] == pytest.approx(objective + data.within[0], rel=1e-8)
-        assert fit.gap[0] < 1e-12 * fit.objective[0]
+        model, dense = self.case()
+        values = model.intercept_ + model.values_[0]
+        bent = np.sum((dense.rough @ values) ** 2)
+        objective = dense.weight @ (dense.y - dense.hats @ values) ** 2 + model.smoothing_[0][0, 0] * bent
+        assert model.optimality_.objective == pytest.approx(objective, rel=1e-6)  # the ridge
+        assert model.optimality_.gap < 1e-12 * model.optimality_.objective
 
     def test_noise_gives_little_more_than_a_straight_line(self):
         random = np.random.default_rng(0)
         edf = []
         for _ in range(10):
-            x, y = random.uniform(size=300), random.standard_normal(300)
-            edf.append(fit_smooth(Grouped.of(x, y[:, None], np.ones(300))).edf[0])
+            edf.append(LagrangeRegressor().fit(random.uniform(size=(300, 1)), random.standard_normal(300)).edf_)
         assert np.median(edf) < 4 and max(edf) < 8  # a line has two; unpenalised, 256
 
     def test_crowded_meshes_are_doubled(self):
         X, y, _, _ = split("Fig. 4 C")
-        fit = fit_smooth(Grouped.of(X[:, 0], y[:, None], np.ones(len(y))))
-        assert [entry["nodes"] for entry in fit.history][:2] == [256, 512]
+        assert [entry["nodes"] for entry in LagrangeRegressor().fit(X, y).history_][:2] == [256, 512]
 
     def test_ties_are_merged_exactly(self):
         random = np.random.default_rng(0)
         x, y = random.integers(0, 5, 50).astype(float), random.standard_normal(50)
-        fit = fit_smooth(Grouped.of(x, y[:, None], np.ones(50)), smoothing=0.0)
+        model = LagrangeRegressor(smoothing=0.0).fit(x[:, None], y)
         means = [y[x == v].mean() for v in range(5)]
-        np.testing.assert_allclose(fit.values[:, 0], means, atol=1e-9)
+        np.testing.assert_allclose(model.predict(np.arange(5.0)[:, None]), means, atol=1e-9)
         within = sum(((y[x == v] - m) ** 2).sum() for v, m in enumerate(means))
-        assert fit.noise_variance[0] == pytest.approx(within / 45)
+        assert model.noise_variance_ == pytest.approx(within / 45)
+
+    def test_outputs_have_penalties_of_their_own(self):
+        X, y, X_test, _ = split("A1")
+        both = LagrangeRegressor().fit(X, np.stack((y, np.cos(20 * X[:, 0])), axis=1))
+        np.testing.assert_allclose(both.predict(X_test)[:, 0], LagrangeRegressor().fit(X, y).predict(X_test), atol=0.01)
+        assert both.smoothing_[0][0, 0] > 100 * both.smoothing_[0][0, 1]
 
 
 def test_the_error_falls_with_the_square_of_the_nodes():
@@ -169,7 +150,7 @@ def test_the_error_falls_with_the_square_of_the_nodes():
     test = 1 / np.random.default_rng(1).uniform(2.1, 49.9, 4000)
     counts, errors = [128, 256, 512], []
     for n in counts:
-        fit = fit_smooth(Grouped.of(x, np.sin(1 / x)[:, None], np.ones(len(x))), n_nodes=n, smoothing=0.0)
-        errors.append(np.sqrt(np.mean((fit.predict(test)[:, 0] - np.sin(1 / test)) ** 2)))
+        model = LagrangeRegressor(n_nodes=n, smoothing=0.0).fit(x[:, None], np.sin(1 / x))
+        errors.append(np.sqrt(np.mean((model.predict(test[:, None]) - np.sin(1 / test)) ** 2)))
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(-2, abs=0.1)

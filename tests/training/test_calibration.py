@@ -163,7 +163,7 @@ NONE = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)} for IDS in [ske
 REFUSED = {
     "without a shortcut on the head": ({"target_modules": ["mlp"]}, None, skewed(), "add the head to target_modules"),
     "switched off": ({}, _switched_off, skewed(), r"active adapters on the output head, \[\], got None"),
-    "logits changed behind the head": ({}, _scaled, skewed(), "changes what its output head gives"),
+    "logits changed behind the head": ({}, _scaled, skewed(), "changes what 'lm_head' gives before it is the output"),
     "NaN": ({}, _spoilt, skewed(), "a calibration of the output needs finite logits, and some of .* are NaN"),
     "no batches": ({}, None, [], r"a calibration of the output needs labels, and there are none: no batches"),
     "ignored labels": ({}, None, NONE, r"ignored \(-100\)"),

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from .fitting.linearize import refine_linearized
     from .plotting import plot_meshes
     from .regression import LagrangeRegressor as LagrangeRegressor
-    from .training.calibration import match_token_frequencies
     from .training.callback import LRegCallback
     from .training.initialization import initialize_lreg_weights
+    from .training.label_shift import match_token_frequencies
     from .training.mesh_update import copy_meshes, update_meshes
     from .training.parameter_groups import parameter_groups
     from .training.statistics import track_statistics
@@ -46,7 +46,7 @@ _LAZY = {
     "fitting.linearize": ("refine_linearized",),
     "plotting": ("plot_meshes",),
     "regression": ("LagrangeRegressor",),
-    "training.calibration": ("match_token_frequencies",),
+    "training.label_shift": ("match_token_frequencies",),
     "training.callback": ("LRegCallback",),
     "training.initialization": ("initialize_lreg_weights",),
     "training.mesh_update": ("copy_meshes", "update_meshes"),

@@ -1,7 +1,9 @@
 """Pictures of meshes: where the nodes are, what the coefficients do there, and where the samples fall."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from .core.checks import whole
 from .modules import eval_mode
-from .rows import BatchData, batches_of
+from .rows import BatchData, batches_of, model_inputs
 from .tuner.sites import Site, all_sites
 
 if TYPE_CHECKING:
@@ -34,67 +36,10 @@ def new_figure(caller: str, width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-@dataclass(frozen=True)
-class MeshSnapshot:
-    """The meshes of one module at one time, on the CPU.
-
-    Attributes:
-        nodes: `[components, n_nodes]`.
-        coefficients: `[components, n_nodes, out_features]`, the values at the nodes.
-        coords: `[samples, components]`, or None if no data were given.
-    """
-
-    nodes: Tensor
-    coefficients: Tensor
-    coords: Tensor | None
-
-
-@torch.no_grad()
-def snapshot_meshes(
-    model: nn.Module, data: BatchData | None = None, *, adapter_name: str | None = None
-) -> dict[str, MeshSnapshot]:
-    """Copy nodes and coefficients, and the coordinates of the samples in a few batches.
-
-    Args:
-        model: any module that contains LReg layers.
-        data: a data set, or batches: keyword arguments of the model, one dictionary per batch, on the model's device.
-            The model runs on them in eval mode. None leaves the coordinates out.
-        adapter_name: which adapter; None takes the first active one of every layer.
-
-    Returns:
-        One snapshot per module, by its path in the model.
-
-    Raises:
-        ValueError: if the model has no such adapter.
-    """
-    sites: dict[str, Site] = {}
-    for site in all_sites(model, adapter_name):
-        sites.setdefault(site.module, site)
-    seen: dict[str, list[Tensor]] = {path: [] for path in sites}
-    removers = [
-        site.layer.register_input_hook(_CoordinateNote(site, seen[path]), site.adapter) for path, site in sites.items()
-    ]
-    try:
-        with eval_mode(model):
-            for batch in () if data is None else batches_of(data):
-                model(**batch)
-    finally:
-        for remove in removers:
-            remove()
-    return {
-        path: MeshSnapshot(
-            site.nodes.detach().cpu().clone(),
-            site.layer.nodal_coefficients(site.adapter).detach().float().cpu().clone(),
-            torch.cat(seen[path]) if seen[path] else None,
-        )
-        for path, site in sites.items()
-    }
-
-
 def plot_meshes(
     model: nn.Module,
     modules: Sequence[str] | None = None,
-    before: Mapping[str, MeshSnapshot] | None = None,
+    before: nn.Module | None = None,
     *,
     data: BatchData | None = None,
     channels: Sequence[int] | None = None,
@@ -104,13 +49,14 @@ def plot_meshes(
     """Draw meshes: one row per module, one column per component.
 
     Each panel shows the nodes now (and before, if given) as ticks, the coefficients as piecewise-linear curves, and
-    as shaded areas how the samples' coordinates are distributed.
+    as shaded areas how the samples' coordinates are distributed. The models run in eval mode.
 
     Args:
         model: any module that contains LReg layers.
         modules: paths of modules in the model, or ends of paths; None takes the first four.
-        before: an earlier `snapshot_meshes(model, ...)`, to compare with.
-        data: see `snapshot_meshes`; None draws no distribution for now.
+        before: another copy of the model to compare with: one that `copy.deepcopy` made before training, or that an
+            earlier checkpoint was loaded into.
+        data: a data set, or batches as the model takes them; None draws no distribution.
         channels: output channels whose coefficients to draw; None draws the norm over all channels of the slope in
             each element, which is what the nodes resolve.
         max_components: columns at most.
@@ -121,10 +67,11 @@ def plot_meshes(
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: if no LReg layer matches `modules`, or a channel does not exist.
+        ValueError: if there is no such adapter, no LReg layer matches `modules`, or a channel does not exist.
     """
     whole("max_components", max_components, 1)
-    now = snapshot_meshes(model, data, adapter_name=adapter_name)
+    now = _meshes(model, data, adapter_name)
+    earlier = {} if before is None else _meshes(before, data, adapter_name)
     paths = _choose(list(now), modules)
     columns = min(max_components, max(now[path].nodes.shape[0] for path in paths))
     figure = new_figure("plot_meshes", 4.2 * columns, 2.7 * len(paths) + 0.6)
@@ -139,8 +86,8 @@ def plot_meshes(
             behind.set_yticks([])
             panel.set_zorder(behind.get_zorder() + 1)
             panel.patch.set_visible(False)
-            if before is not None and path in before:
-                _draw(panel, behind, before[path], component, channels, _BEFORE, "before", 0.0)
+            if path in earlier:
+                _draw(panel, behind, earlier[path], component, channels, _BEFORE, "before", 0.0)
             _draw(panel, behind, now[path], component, channels, _NOW, "now", 0.06)
             panel.set_xlim(0, 1)
             panel.set_xlabel("coordinate u", fontsize=8)
@@ -151,17 +98,41 @@ def plot_meshes(
     return figure
 
 
-class _CoordinateNote:
-    """Input hook that keeps the coordinates of the samples."""
+@dataclass(frozen=True)
+class _Mesh:
+    """Of one module, on the CPU: nodes `[components, n_nodes]`, the values there `[components, n_nodes, out_features]`,
+    and coordinates of samples `[n, components]`, None without data."""
 
-    def __init__(self, site: Site, seen: list[Tensor]) -> None:
-        self.site = site
-        self.seen = seen
+    nodes: Tensor
+    values: Tensor
+    coords: Tensor | None
 
-    def __call__(self, features: Tensor) -> None:
-        layer, name = self.site.layer, self.site.adapter
-        coords = layer.coords(name, features)
-        self.seen.append(coords.reshape(-1, coords.shape[-1]).cpu())
+
+@torch.no_grad()
+def _meshes(model: nn.Module, data: BatchData | None, adapter_name: str | None) -> dict[str, _Mesh]:
+    """The mesh of every module, by its path; of several adapters that of the first."""
+    sites: dict[str, Site] = {}
+    for site in all_sites(model, adapter_name):
+        sites.setdefault(site.module, site)
+    seen: dict[str, list[Tensor]] = {path: [] for path in sites}
+
+    def note(path: str, features: Tensor) -> None:
+        coords = sites[path].layer.coords(sites[path].adapter, features)
+        seen[path].append(coords.flatten(0, -2).float().cpu())
+
+    with ExitStack() as hooks, eval_mode(model):
+        for path, site in sites.items():
+            hooks.callback(site.layer.register_input_hook(partial(note, path), site.adapter))
+        for batch in () if data is None else batches_of(data):
+            model(**model_inputs(model, batch, labels=False))
+    return {
+        path: _Mesh(
+            site.nodes.detach().cpu(),
+            site.layer.nodal_coefficients(site.adapter).detach().float().cpu(),
+            torch.cat(seen[path]) if seen[path] else None,
+        )
+        for path, site in sites.items()
+    }
 
 
 def _choose(paths: list[str], modules: Sequence[str] | None) -> list[str]:
@@ -176,14 +147,14 @@ def _choose(paths: list[str], modules: Sequence[str] | None) -> list[str]:
 def _draw(
     panel: "Axes",
     behind: "Axes",
-    mesh: MeshSnapshot,
+    mesh: _Mesh,
     component: int,
     channels: Sequence[int] | None,
     colour: str,
     label: str,
     lift: float,
 ) -> None:
-    nodes, values = mesh.nodes[component], mesh.coefficients[component]  # [n_nodes], [n_nodes, out_features]
+    nodes, values = mesh.nodes[component], mesh.values[component]  # [n_nodes], [n_nodes, out_features]
     if channels is None:
         slope = torch.linalg.vector_norm(values.diff(dim=0), dim=-1) / nodes.diff()
         panel.stairs(slope, nodes, color=colour, label=f"slope {label}", baseline=None)

@@ -27,6 +27,10 @@ IGNORE_INDEX = -100
 _SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-5}
 _SAME_LOSS_HALF = 1e-2
 
+# Difference between two computations of one output, by its dtype.
+_SAME_OUTPUT = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SAME_OUTPUT_HALF = 3e-2
+
 #: What functions take that read data: batches, dictionaries of model inputs by name, or a data set of samples.
 BatchData = Iterable[Mapping[str, Any]] | Dataset[Any]
 
@@ -98,6 +102,13 @@ def _is_of_datasets(data: Any, *names: str) -> bool:
 # Calling a model
 
 
+def check_batch(batch: Any) -> Mapping[str, Any]:
+    """The batch, which must be a dictionary: else a `TypeError`."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    return batch
+
+
 def model_inputs(model: nn.Module, batch: Any, *, labels: bool = True) -> dict[str, Any]:
     """A batch as a pass takes it that the user did not ask for: tensors on the device of the model, copies of objects
     that it may change.
@@ -111,8 +122,7 @@ def model_inputs(model: nn.Module, batch: Any, *, labels: bool = True) -> dict[s
         TypeError: if it is not a dictionary.
         ValueError: if labels are missing, or no tensor.
     """
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    check_batch(batch)
     if labels and not isinstance(batch.get("labels"), Tensor):
         raise ValueError(f"a batch needs 'labels', a tensor; it has {sorted(batch)}.")
     device = next(model.parameters()).device
@@ -270,6 +280,17 @@ def loss_kind_of(model: nn.Module, labels: Tensor, out_features: int) -> LossKin
     return "binary_cross_entropy" if kind == "multi_label_classification" else "squared_error"
 
 
+def check_yes_or_no(loss_kind: LossKind, targets: Tensor) -> None:
+    """Raise a `ValueError` if targets of yes-or-no questions lie outside [0, 1]: their loss has no minimum."""
+    if loss_kind == "binary_cross_entropy" and len(targets):
+        low, high = float(targets.min()), float(targets.max())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
+                f"{low:.6g} to {high:.6g}; other values are for 'regression'."
+            )
+
+
 def row_loss(loss_kind: LossKind, logits: Tensor, targets: Tensor) -> Tensor:
     """Mean loss over rows, as Transformers' models compute it: logits `[n, out_features]`, targets as in `Rows`."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -287,6 +308,14 @@ def solver_of(loss_kind: LossKind, out_features: int) -> Callable[..., Solution]
     if loss_kind == "binary_cross_entropy":
         return partial(solve_cross_entropy, targets="labels", scale=1 / out_features)
     return solve_cross_entropy
+
+
+def same_output(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs of one shape differ by rounding alone."""
+    tolerance = _SAME_OUTPUT.get(one.dtype, _SAME_OUTPUT_HALF)
+    return one.shape == other.shape and torch.allclose(
+        other.to(one), one, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor | None) -> Pairing:

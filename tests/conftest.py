@@ -24,17 +24,17 @@ if Version(version("peft")) < Version(native.MIN_PEFT_VERSION):
     native.PeftAdapterMixin.add_adapter = native.PeftAdapterMixin.load_adapter = _wait
 
 _HERE = Path(__file__).parent
-_EXAMPLES = _HERE / "examples"
+_EXAMPLES = (_HERE / "examples", _HERE / "benchmarks")
 # They run most of the package beside what they test.
-_UNWATCHED = (_EXAMPLES, _HERE / "test_readme.py")
+_UNWATCHED = (*_EXAMPLES, _HERE / "test_readme.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before the option -m chooses among the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folder `examples` is a tier. Coverage, which doubles the time of Python, says what tests reach by themselves;
-    draws of hypothesis run the same lines again and again."""
+    """The folders `examples` and `benchmarks` are a tier. Coverage, which doubles the time of Python, says what tests
+    reach by themselves; draws of hypothesis run the same lines again and again."""
     for item in items:
-        if item.path.is_relative_to(_EXAMPLES):
+        if any(item.path.is_relative_to(path) for path in _EXAMPLES):
             item.add_marker("examples")
         if any(item.path.is_relative_to(path) for path in _UNWATCHED) or item.get_closest_marker("hypothesis"):
             item.add_marker("no_cover")
@@ -43,3 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settings_of_the_process():
+    """Programs of the examples set them for all that comes after."""
+    n_threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    yield
+    torch.set_num_threads(n_threads)
+    logging.set_verbosity(verbosity)

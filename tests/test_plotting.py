@@ -1,5 +1,6 @@
 """The picture of the meshes."""
 
+import copy
 import sys
 
 import pytest
@@ -9,7 +10,6 @@ from tiny import gpt2, inputs, layers, shake
 from torch import nn
 
 from lreg_peft import LRegConfig, plot_meshes
-from lreg_peft.plotting import snapshot_meshes
 
 PATHS = ["base_model.model.transformer.h.0.mlp", "base_model.model.transformer.h.1.mlp"]
 
@@ -25,34 +25,10 @@ def move(model):
         layer.lreg_encoder["default"].nodes.pow_(2)
 
 
-class TestSnapshot:
-    def test_is_a_copy_with_the_coordinates_of_the_batches(self):
-        model = adapted().train()
-        features = []
-        first = layers(model)[0]
-        first.register_forward_pre_hook(lambda module, args: features.append(args[0]))
-        snapshot = snapshot_meshes(model, [inputs("gpt2")])
-        assert list(snapshot) == PATHS
-        mesh, nodes = snapshot[PATHS[0]], first.lreg_encoder["default"].nodes.clone()
-        assert torch.equal(mesh.coords, first.coords("default", features[0]).detach().reshape(-1, 2))
-        assert torch.equal(mesh.coefficients, first.nodal_coefficients("default"))
-        move(model)
-        assert torch.equal(mesh.nodes, nodes)
-        assert model.training
-        assert len(first._forward_hooks) == 0
-
-    def test_without_batches(self):
-        assert snapshot_meshes(adapted())[PATHS[0]].coords is None
-
-    def test_without_layers(self):
-        with pytest.raises(ValueError, match="has no LReg layer"):
-            snapshot_meshes(nn.Linear(2, 2))
-
-
 class TestPlot:
     def test_before_and_after(self):
         model = adapted()
-        before = snapshot_meshes(model, [inputs("gpt2")])
+        before = copy.deepcopy(model).train()
         move(model)
         figure = plot_meshes(model, before=before, data=[inputs("gpt2")])
         panels = [panel for panel in figure.axes if panel.get_title()]
@@ -62,12 +38,24 @@ class TestPlot:
             labels
         )
         old, new = (collection.get_segments() for collection in panels[0].collections)
-        assert [segment[0][0] for segment in old] == pytest.approx(before[PATHS[0]].nodes[0].tolist())
+        assert [segment[0][0] for segment in old] == pytest.approx(
+            layers(before)[0].lreg_encoder["default"].nodes[0].tolist()
+        )
         nodes = layers(model)[0].lreg_encoder["default"].nodes
         assert [segment[0][0] for segment in new] == pytest.approx(nodes[0].tolist())
         slope = layers(model)[0].nodal_coefficients("default")[0].diff(dim=0).norm(dim=1) / nodes[0].diff()
         (drawn,) = (patch.get_data().values for patch in panels[0].patches if patch.get_label() == "slope now")
         assert drawn == pytest.approx(slope.detach().numpy(), rel=1e-5)
+        assert before.training and not any(layer._forward_hooks for layer in layers(before))
+
+    def test_samples_are_where_their_coordinates_are(self):
+        model, features = adapted(), []
+        layers(model)[0].register_forward_pre_hook(lambda module, args: features.append(args[0]))
+        figure = plot_meshes(model, data=[inputs("gpt2")])
+        coords = layers(model)[0].coords("default", features[0]).detach()[..., 0].flatten()
+        drawn = [bar.get_height() for panel in figure.axes if not panel.get_title() for bar in panel.patches][:60]
+        counts = torch.histc(coords, 60, 0, 1)
+        assert drawn == pytest.approx((60 * counts / counts.sum()).tolist(), rel=1e-5)  # bins of fp32
 
     def test_chosen_modules_and_channels(self, tmp_path):
         figure = plot_meshes(adapted(), ["h.1.mlp"], channels=[0, 3], max_components=1)
@@ -78,6 +66,8 @@ class TestPlot:
         assert (tmp_path / "meshes.png").stat().st_size > 10_000
 
     def test_errors(self, monkeypatch):
+        with pytest.raises(ValueError, match="has no LReg layer"):
+            plot_meshes(nn.Linear(2, 2))
         with pytest.raises(ValueError, match=r"no LReg layer matches modules=\['nothing'\].*h\.0\.mlp"):
             plot_meshes(adapted(), ["nothing"])
         with pytest.raises(ValueError, match=r"channels must lie in \[0, 15\], got 16"):

@@ -152,14 +152,15 @@ def scenarios(rank: int, folder: Path):
     for at in (1, 4):
         patch = failing(rank, start_module.LRegLayer, "set_encoder", at)
         yield f"start: at the end {at}", start, inside(), "set_encoder of process 1", patch
-    patch = failing(rank, start_module, "_backward", 2)
-    yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "_backward of process 1", patch
+    patch = failing(rank, start_module._Collector, "backward")
+    yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "backward of process 1", patch
 
     yield "output: other options", lambda m: output(m, n_batches=2 + rank), at_head(), "'n_batches' of process 1", None
     yield "output: no head", output, inside() if rank else at_head(), "add the head to target_modules", None
     yield "output: data", lambda m: output(m, Breaking(batches(rank), rank)), at_head(), "the disk of process 1", None
-    for name in ("moments", "losses"):
-        yield f"output: {name}", output, at_head(), f"{name} of process 1", failing(rank, shift_module._Half, name, 2)
+    for at in (1, 4):  # of the direction, then of the losses
+        patch = failing(rank, shift_module.TokenRows, "_pieces", at)
+        yield f"output: rows {at}", output, at_head(), "_pieces of process 1", patch
     yield "output: writing", output, at_head(), "set_table of process 1", failing(rank, LRegLayer, "set_table")
 
     for kind, call in (("fit", fit), ("meshes", meshes)):

@@ -1,1 +1,1 @@
-"""What every comparison of adaptation methods shares, whatever the task: methods, search, training, report."""
+"""What both comparisons share: methods, sizes, search, training, report."""

@@ -1,17 +1,18 @@
-"""The processes, the machine, and what of them goes into the record."""
+"""The processes, the machine, what of them goes into the record; and loading by name."""
 
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+import urllib.error
+import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import huggingface_hub.constants
 import peft
-import psutil
 import tokenizers
 import torch
 import transformers
@@ -19,108 +20,63 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 import lreg_peft
-from comparison.errors import UserError
-from comparison.options import MAX_THREADS
+from examples.comparison.options import UserError
 
-# Set by `accelerate launch` and `torchrun` for the processes they start.
-_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MAX_THREADS = 8  # small models cannot feed more
+OFFLINE_HINT = (
+    "without a hub, run with no arguments or give local text with --train_file and --validation_file, or GLUE's own "
+    "files with --data_dir"
+)
 
 
-def start_processes() -> PartialState:
-    """Join the other processes, if a launcher started several; the first thing a run does.
+def start_processes(num_threads: int | None, output_dir: str) -> PartialState:
+    """Join the other processes, if a launcher started several, and make the output folder.
 
     Where there is no accelerator this says so: Accelerate would otherwise take the processes of a launcher that did not
     pass `--cpu` on for as many separate runs.
+
+    Args:
+        num_threads: per process. None takes OMP_NUM_THREADS, unless it is the 1 that launchers set where nobody has
+            set it; then the cores, divided among the processes, at most 8.
+        output_dir: folder of all results.
     """
-    wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=wants_cpu)
-
-
-def set_threads(n_threads: int | None) -> None:
-    """As many threads as the option says, else OMP_NUM_THREADS, else all usable cores."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, usable // PartialState().num_processes)
-    torch.set_num_threads(n_threads or threads_from_environment() or min(share, MAX_THREADS))
-
-
-def threads_from_environment() -> int | None:
-    """OMP_NUM_THREADS if the user has set it; None if not, or if it is no number of threads.
-
-    `accelerate launch` and `torchrun` set it to 1 where it is missing, which would leave all cores but one idle. What
-    the launcher itself was started with tells the two cases apart.
-    """
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    if value == "1" and any(name in os.environ for name in _LAUNCHERS):
-        try:
-            value = psutil.Process().parent().environ().get("OMP_NUM_THREADS", "")
-        except (AttributeError, psutil.Error):  # no launcher any more, or not ours to look at
-            value = ""
-    return int(value) if value.isdecimal() and int(value) > 0 else None
-
-
-def make_folder(path: Path) -> None:
-    """A folder, or one sentence why it cannot be."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = min(max(1, usable // state.num_processes), MAX_THREADS)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The output folder '{path}' cannot be created: {error.strerror}.") from error
+        raise UserError(f"The output folder '{output_dir}' cannot be created: {error.strerror}.") from error
+    return state
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def reset_peak_memory() -> None:
-    """Start measuring anew."""
-    if PartialState().device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # Linux: forget the highest resident size
-
-
-def peak_memory() -> int | None:
-    """Bytes since the reset: allocated on the GPU, or resident in this process; None where the system does not say."""
-    if PartialState().device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if not _CLEAR.exists():
+def peak_memory(reset: bool = False) -> int | None:
+    """Bytes that torch has allocated on the first GPU, at most, since the last reset; None on a CPU."""
+    if PartialState().device.type != "cuda":
         return None
-    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
-
-
-def meaning_of_peak_memory() -> str:
-    """What `peak_memory` measured, in words."""
-    if PartialState().device.type == "cuda":
-        return "allocated by torch on the first GPU, training and evaluation"
-    return "resident size of the first process, training and evaluation, with Python, libraries and data"
-
-
-# --- the record -----------------------------------------------------------------------------------------------------
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
 
 
 def provenance(script: str, bf16: bool) -> dict[str, Any]:
     """Command, machine and versions: what one needs to run this again and to judge the speed."""
     state = PartialState()
+    packages: tuple[Any, ...] = (lreg_peft, peft, transformers, accelerate, tokenizers, torch)
     on_cpu = state.device.type == "cpu"
     return {
         "command": shlex.join([script, *without_places(sys.argv[1:])]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": platform.machine() + " CPU" if on_cpu else torch.cuda.get_device_name(state.device),
-        "cores of the machine": os.cpu_count(),
         "threads per process": torch.get_num_threads(),
         "processes": state.num_processes,
         "dtype": "bfloat16 autocast" if bf16 else "float32",
-        "peak memory": meaning_of_peak_memory(),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can move a figure."""
-    packages: Sequence[Any] = (lreg_peft, peft, transformers, accelerate, tokenizers, torch)
-    return {
-        "python": platform.python_version(),
-        **{package.__name__: package.__version__ for package in packages},
+        "versions": {"python": platform.python_version(), **{p.__name__: p.__version__ for p in packages}},
     }
 
 
@@ -133,3 +89,58 @@ def without_places(value: Any) -> Any:
     if isinstance(value, str) and os.sep in value and (value.startswith(("/", ".", "~")) or Path(value).exists()):
         return Path(value).name
     return value
+
+
+# --- loading by name ------------------------------------------------------------------------------------------------
+
+
+@cache
+def prefer_cache_if_unreachable() -> None:
+    """Ask the hub once whether it is there; if not, let the Hugging Face libraries look into their cache only.
+
+    Their own way to find out is five retries with growing pauses for every file: more than a minute of warnings.
+    """
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10.0).close()
+    except urllib.error.HTTPError:
+        return  # an answer, whatever it says
+    except (OSError, ValueError):
+        import datasets.config  # here, because most runs do not need it and it is slow to import
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained` for a local folder or a hub id."""
+    is_folder = Path(name).is_dir()
+    if not is_folder:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"The model folder '{name}' does not exist.")
+        prefer_cache_if_unreachable()
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        place = "its folder" if is_folder else "the hub"
+        hint = "" if is_folder else f"; {OFFLINE_HINT}"
+        raise UserError(f"Could not load '{name}' from {place} ({first_line(error)}){hint}.") from error
+
+
+def load_dataset(name: str, config: str | None) -> Any:
+    """`datasets.load_dataset` with all splits."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    prefer_cache_if_unreachable()
+    try:
+        return datasets.load_dataset(name, config)
+    except Exception as error:  # the library raises a different type for each way a download can fail
+        raise UserError(
+            f"Could not load the data set '{name}' from the hub ({first_line(error)}); {OFFLINE_HINT}."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".: ") if lines else type(error).__name__

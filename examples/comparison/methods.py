@@ -1,173 +1,196 @@
-"""The methods that are compared, and how each one is attached to the base model.
+"""The methods that are compared, and how each one is attached to the base model. Another method is another entry."""
 
-Adding a method is adding an entry to `METHODS`, or to `TUNERS` if it is another tuner of PEFT; nothing else in the
-examples knows their names.
-"""
-
-import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from comparison.base_layers import linear_instead_of_conv1d
-from comparison.errors import UserError
-from comparison.image_methods import IMAGE_METHODS
-from comparison.method import (
-    CLASSIFICATION,
-    EVERYWHERE,
-    IMAGES,
-    LANGUAGE_MODELS,
-    Batches,
-    Fit,
-    Method,
-    Rates,
+from examples.comparison.options import UserError
+from examples.comparison.task import LANGUAGE_MODELS, Task
+from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights, match_token_frequencies, recommended_config
+
+Batches = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an attachment has to know besides the model.
+
+    Attributes:
+        task: what is learned.
+        size: rank, number of components or parameters; ignored by methods without one.
+        n_nodes: nodes per component of LReg.
+        steps: training steps that will follow.
+        seed: of the run.
+    """
+
+    task: Task
+    size: int = 1
+    n_nodes: int = 2
+    steps: int = 1
+    seed: int = 0
+
+    @property
+    def peft_task(self) -> str | None:
+        """As PEFT wants it; it has no class of its own for masked language models, and its general one does."""
+        return self.task.task_type if self.task.task_type in ("CAUSAL_LM", "SEQ_CLS") else None
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """The new modules, as PEFT wants them."""
+        return list(self.task.new_modules) or None
+
+
+Attach = Callable[[PreTrainedModel, Fit, Batches | None], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        name: what `--methods` calls it.
+        summary: one line for the report.
+        attach: (model, fit, batches) -> the model to train, with exactly the method's parameters requiring gradients,
+            started from a few training batches if it wants to; None for batches where parameters are counted.
+        rates: centre of its learning-rate grid, by what a task says in `Task.rates`.
+        size_name: what scales its parameter count; None if the count is what it is, "parameters" if its size is the
+            number of parameters that it may have.
+        n_nodes: nodes per component unless `--n_nodes` says otherwise; None for methods without a mesh.
+        tasks: the task types it exists for.
+        place: where it goes, of a method that may go to several places.
+        is_paper: whether it is the paper's placement, which sets the budget.
+        sizes: (model, fit) -> the sizes it can have, by rising counts; None for all whole numbers from one.
+        customize: (trainer) -> None, what it wants of the Trainer before the training.
+        finish: (model, batches) -> anything, what it does to the model when training is over, with batches it was
+            trained on.
+        as_lora: whether what it trained is also shown as the LoRA that it converts to.
+    """
+
+    name: str
+    summary: str
+    attach: Attach
+    rates: Mapping[str, float]
+    size_name: str | None = None
+    n_nodes: int | None = None
+    tasks: tuple[str, ...] = (*LANGUAGE_MODELS, "SEQ_CLS")
+    place: str = ""
+    is_paper: bool = False
+    sizes: Callable[[PreTrainedModel, Fit], Sequence[int]] | None = None
+    customize: Callable[[Any], None] | None = None
+    finish: Callable[[nn.Module, Batches], object] | None = None
+    as_lora: bool = False
+
+
+def rates(offline: float, language_model: float, classification: float, small_encoder: float) -> dict[str, float]:
+    """Centres of the grids: the tiny offline language model, a pretrained one, a pretrained model as a classifier, an
+    encoder of some 20 million parameters as a classifier in a few hundred steps."""
+    return {
+        "offline": offline,
+        "language_model": language_model,
+        "classification": classification,
+        "small_encoder": small_encoder,
+    }
+
+
+# --- where adapters go ------------------------------------------------------------------------------------------------
+
+#: Endings of the names of the linear layers in the repeated layers: of the attention, of the feed-forward block.
+_BERT = (
+    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    ("intermediate.dense", "output.dense"),
 )
-from comparison.placements import fresh_head_names, layer_sizes, linear_layers
-from comparison.site import ALL_PLACEMENTS, LINEAR, Site
-from comparison.training import share_of
-from comparison.tuners import TUNERS
-from lreg_peft import LRegConfig, match_token_frequencies, recommended_config
-from lreg_peft.modules import unwrap
-from lreg_peft.training.head_start import start_head
-from lreg_peft.tuner.hooks.output_head import wrapped_head
-from lreg_peft.tuner.placement import output_head_name
-
-# --- methods without an adapter -------------------------------------------------------------------------------------
+_LLAMA = (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
+_KNOWN = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _BERT),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    "gpt2": (("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")),
+}
 
 
-def attach_full(model: PreTrainedModel, fit: Fit) -> nn.Module:
+def linear_layers(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Linear layers of attention and feed-forward block; in an unknown architecture all count as attention."""
+    if model.config.model_type in _KNOWN:
+        return _KNOWN[model.config.model_type]
+    endings: dict[str, None] = {}
+    for name, module in model.named_modules():
+        inside = [position for position, part in enumerate(name.split(".")) if part.isdigit()]
+        if inside and isinstance(module, nn.Linear | Conv1D):
+            endings[".".join(name.split(".")[inside[-1] + 1 :])] = None
+    return tuple(ending for ending in endings if ending), ()
+
+
+def layer_sizes(model: PreTrainedModel, size: int, with_head: bool = False) -> dict[str, int]:
+    """Rank per layer: `size` on the attention, half of it (rounded up) on the feed-forward block and the head.
+
+    The attention comes first: `output.dense` is also an ending of `attention.output.dense`, and the first match counts.
+    """
+    attention, feed_forward = linear_layers(model)
+    sizes = {**dict.fromkeys(attention, size), **dict.fromkeys(feed_forward, -(-size // 2))}
+    if with_head:
+        head = model.get_output_embeddings()
+        sizes[next(name for name, module in model.named_modules() if module is head)] = -(-size // 2)
+    return sizes
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def attach_full(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
     """Full fine-tuning: every parameter."""
     return model.requires_grad_(True)
 
 
-def attach_bitfit(model: PreTrainedModel, fit: Fit) -> nn.Module:
+def attach_bitfit(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
     """BitFit: every bias the model has, the new modules, and nothing else."""
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     if not biases:
         raise UserError(f"The method 'bitfit' needs biases, and {type(model).__name__} has none; leave it out.")
-    attach_head_only(model, fit)
-    for bias in biases:
-        bias.requires_grad_(True)
-    return model
-
-
-def attach_vocab_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """A bias on the logits: the control that shows how much of a gain is new token frequencies alone."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"The method 'vocab-bias' needs a linear head, and that of {type(model).__name__} is a "
-            f"{type(head).__name__}; leave it out."
-        )
     model.requires_grad_(False)
-    if head.bias is None:
-        head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
-    head.bias.requires_grad_(True)
+    for parameter in [*biases, *(p for name in fit.task.new_modules for p in model.get_submodule(name).parameters())]:
+        parameter.requires_grad_(True)
     return model
 
 
-def attach_vocab_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
-    """The same, from the start that the output shortcut of LReg gets: the shift in how often each label comes."""
-    return with_shifted_bias(attach_vocab_bias(model, fit), batches)
-
-
-def with_shifted_bias(model: nn.Module, batches: Batches) -> nn.Module:
-    """Add to the bias what LReg's output shortcut gets at its start or, since both are closed forms, after training."""
-    assert isinstance(model, PreTrainedModel)
-    name = output_head_name(model) or ""
-    # A head that has a constant: the same at every position.
-    config = LRegConfig(target_modules=[name], weighting="reduced", n_components=1, n_nodes=2)
-    own, n_batches = share_of(batches)
-    with warnings.catch_warnings():
-        # The model may have an adapter of its own; this is a copy.
-        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        adapted = get_peft_model(copy.deepcopy(model), config)
-    match_token_frequencies(adapted, own, n_batches=n_batches, show_progress=False)
-    shortcut: Any = adapted.get_base_model().get_submodule(name)
-    with torch.no_grad():
-        features = next(shortcut.base_layer.parameters()).new_zeros(1, shortcut.in_features)
-        shift = shortcut(features)[0] - shortcut.base_layer(features)[0]
-        model.get_output_embeddings().bias.add_(shift)  # type: ignore[union-attr,operator]
-    return model
-
-
-def attach_head_only(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The new modules alone: the control that shows what the frozen features give by themselves."""
-    model.requires_grad_(False)
-    for name in fit.new_modules:
-        model.get_submodule(name).requires_grad_(True)
-    return model
-
-
-# --- LoRA -----------------------------------------------------------------------------------------------------------
-
-
-def attach_lora(model: PreTrainedModel, fit: Fit) -> nn.Module:
+def attach_lora(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
     """LoRA on the attention projections PEFT chooses for the architecture (GPT-2: `c_attn`; BERT: query and value)."""
     known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    return _lora(model, fit, None if known else list(linear_layers(model).attention), {})
+    return lora(model, fit, None if known else list(linear_layers(model)[0]), {})
 
 
-def attach_lora_linear(model: PreTrainedModel, fit: Fit) -> nn.Module:
+def attach_lora_linear(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
     """LoRA on all linear layers of the backbone."""
-    ranks = layer_sizes(linear_layers(model), fit.size)
-    return _lora(model, fit, list(ranks), ranks)
+    ranks = layer_sizes(model, fit.size)
+    return lora(model, fit, list(ranks), ranks)
 
 
-def attach_lora_linear_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
-    """The same with the new head from the start that LReg's gets: same samples, same solver."""
-    adapted = attach_lora_linear(model, fit)
-    own, n_batches = share_of(batches)
-    start_head(adapted, own, n_batches=n_batches)
-    return adapted
+def attach_lora_linear_head(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
+    """The same and the layer that makes the logits."""
+    ranks = layer_sizes(model, fit.size, with_head=True)
+    return lora(model, fit, list(ranks), ranks)
 
 
-def attach_lora_everywhere(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LoRA on all linear layers and on the layer that makes the logits, or on part of them where that is too large."""
-    ranks = Site(model, fit).sizes
-    return _lora(model, fit, list(ranks), ranks)
-
-
-def attach_lora_bias(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LoRA on all linear layers of the backbone and a bias on the logits: the control that shows what LReg's start and
-    calibration of the output do for LoRA."""
-    ranks = layer_sizes(linear_layers(model), fit.size)
-    attach_vocab_bias(model, fit)
-    inject_adapter_in_model(_lora_config(model, fit, list(ranks), ranks), model)
-    model.get_output_embeddings().bias.requires_grad_(True)  # type: ignore[union-attr]
-    return model
-
-
-def attach_lora_bias_on_data(model: PreTrainedModel, fit: Fit, batches: Batches) -> nn.Module:
-    """The same with the bias started from token frequencies."""
-    return with_shifted_bias(attach_lora_bias(model, fit), batches)
-
-
-def _lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
+def lora(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> nn.Module:
+    """LoRA with ranks of their own for some modules, with a scale of one in every module."""
     with warnings.catch_warnings():
-        # GPT-2 has both kinds of layer, and PEFT sets this flag right for each of them, with a warning.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        # A head whose weight is the embedding's: only merging would be a problem, and nothing is merged here.
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        warnings.filterwarnings("ignore", message=".*tied_target_modules")
-        return get_peft_model(model, _lora_config(model, fit, targets, ranks))
+        quiet_about_lora()
+        return get_peft_model(model, lora_config(model, fit, targets, ranks))
 
 
-def _lora_config(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> LoraConfig:
-    pattern = as_pattern(ranks)
+def lora_config(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ranks: dict[str, int]) -> LoraConfig:
+    """Its configuration."""
+    pattern = {name.replace(".", r"\."): rank for name, rank in ranks.items()}  # PEFT reads regular expressions
     return LoraConfig(
-        task_type=_peft_task(fit),
+        task_type=fit.peft_task,
         r=fit.size,
-        lora_alpha=fit.size,  # a scale of one in every module; the learning-rate search does the rest
+        lora_alpha=fit.size,  # a scale of one: the learning-rate search does the rest
         lora_dropout=0.0,
         target_modules=targets,
         rank_pattern=pattern,
@@ -177,288 +200,150 @@ def _lora_config(model: PreTrainedModel, fit: Fit, targets: list[str] | None, ra
     )
 
 
-# --- LReg -----------------------------------------------------------------------------------------------------------
+def quiet_about_lora() -> None:
+    """GPT-2 has layers of both layouts, which PEFT sees by itself, and tied heads would only trouble a merge."""
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to|.*tie_word_embeddings|.*tied_target_modules")
 
 
-def attach_lreg_default(model: PreTrainedModel, fit: Fit) -> nn.Module:
+def attach_lreg_paper(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
     """LReg where the paper has it: parallel to the head of a language model; query and key for classification."""
-    return _lreg(model, fit)
+    options: dict[str, Any] = {"n_components": fit.size, "n_nodes": fit.n_nodes, "modules_to_save": fit.modules_to_save}
+    return get_peft_model(model, LRegConfig(preset="paper", task_type=fit.peft_task, **options))
 
 
-def attach_lreg_mlp(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LReg as one shortcut around each whole feed-forward block."""
-    block = linear_layers(model).block
-    if block is None:
-        raise UserError(
-            f"The method 'lreg-mlp' needs the feed-forward block as one module, and {type(model).__name__} has none; "
-            "leave it out."
-        )
-    return _lreg(model, fit, target_modules=[block])
+def attach_lreg(model: PreTrainedModel, fit: Fit, batches: Batches | None) -> nn.Module:
+    """LReg as `recommended_config` has it, filling a budget of `fit.size` parameters, started from data."""
+    adapted = get_peft_model(model, recommended(model, fit))
+    if batches is not None:
+        start_from_data(adapted, batches, fit.seed)
+    return adapted
 
 
-def attach_lreg(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """LReg as `recommended_config` has it, filling a budget of `fit.size` parameters."""
-    return get_peft_model(model, _recommended(model, fit))
-
-
-def finish_lreg(model: nn.Module, batches: Batches) -> None:
-    """What the output shortcut has not learned of label frequencies, in closed form; without one nothing is done."""
-    if wrapped_head(unwrap(model)) is not None:
-        own, n_batches = share_of(batches)
-        match_token_frequencies(model, own, n_batches=n_batches, show_progress=False)
-
-
-def attach_lreg_inside(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The same on the linear layers of the backbone alone."""
-    return get_peft_model(model, _recommended(model, fit, output_head=False, final_norm=False))
-
-
-def attach_lreg_no_norm(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """The same without the norm before the output head."""
-    return get_peft_model(model, _recommended(model, fit, final_norm=False))
-
-
-def attach_lreg_plain(model: PreTrainedModel, fit: Fit) -> nn.Module:
-    """Without that norm and without a linear term, and with profiles whose mean is one."""
-    config = _recommended(model, fit, final_norm=False)
-    return get_peft_model(model, replace(config, linear_term=False, profile_mean=1.0, profile_mean_pattern={}))
-
-
-def _recommended(model: PreTrainedModel, fit: Fit, **options: bool) -> LRegConfig:
+def recommended(model: PreTrainedModel, fit: Fit, **options: Any) -> LRegConfig:
+    """The recommended configuration."""
     with warnings.catch_warnings():  # sizes are tried from the smallest on
         warnings.filterwarnings("ignore", message="budget=.* for none inside the network")
         return recommended_config(
             model,
             fit.size,
-            task_type=_peft_task(fit),
+            task_type=fit.peft_task,
             n_nodes=fit.n_nodes,
             modules_to_save=fit.modules_to_save,
             **options,
         )
 
 
-def lreg_budgets(model: PreTrainedModel, fit: Fit) -> Sequence[int]:
-    """From a single component on the smallest linear layer on."""
-    shapes = Site(linear_instead_of_conv1d(model), replace(fit, placement=LINEAR)).shapes
-    return range(min(map(sum, shapes)) + 1 + fit.n_nodes, 1 << 40)
+def start_from_data(model: nn.Module, batches: Batches, seed: int, head: bool = True) -> None:
+    """Projections along gradients, meshes at quantiles, and the start of an adapted output layer or a new head.
+
+    Args:
+        model: with an LReg adapter.
+        batches: the same on all processes, each of which takes its share.
+        seed: of the run.
+        head: whether to start output layer or head, too.
+    """
+    own, n_batches = share_of(batches)
+    start = (adapts_output(model) or None) if head else False  # None starts a new head, if there is one
+    options: dict[str, Any] = {"n_batches": n_batches, "seed": seed, "start_head": start, "show_progress": False}
+    initialize_lreg_weights(model, own, method="gradient", **options)
 
 
-def _lreg(model: PreTrainedModel, fit: Fit, **options: object) -> nn.Module:
-    config = LRegConfig(
-        task_type=_peft_task(fit),
-        preset="paper",
-        n_components=fit.size,
-        n_nodes=fit.n_nodes,
-        modules_to_save=fit.modules_to_save,
-        **options,  # type: ignore[arg-type]
-    )
-    return get_peft_model(model, config)
+def calibrate(model: nn.Module, batches: Batches) -> None:
+    """What the output shortcut has not learned of token frequencies, in closed form; without one nothing is done."""
+    if adapts_output(model):
+        own, n_batches = share_of(batches)
+        match_token_frequencies(model, own, n_batches=n_batches, show_progress=False)
 
 
-def as_pattern(sizes: dict[str, int]) -> dict[str, int]:
-    """Name endings as the regular expressions PEFT's patterns are."""
-    return {name.replace(".", r"\."): size for name, size in sizes.items()}
+def adapts_output(model: nn.Module) -> bool:
+    """Whether LReg stands beside the layer that makes the logits."""
+    return any(isinstance(module, LRegLayer) and module.is_output_layer for module in model.modules())
 
 
-def _peft_task(fit: Fit) -> str | None:
-    # PEFT has no class of its own for masked language models; its general one does what is needed.
-    return None if fit.task_type == "MASKED_LM" else fit.task_type
+def share_of(batches: Batches) -> tuple[Batches, int]:
+    """This process's share of batches that all have, and the most that any process gets."""
+    state = PartialState()
+    return batches[state.process_index :: state.num_processes], -(-len(batches) // state.num_processes)
 
 
-LREG = Method(
-    "lreg",
-    "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
-    attach_lreg,
-    Rates(2e-2, 3e-2, 3e-3, 3e-3),
-    "parameters",
-    n_nodes=8,
-    start="gradient and output",
-    sizes=lreg_budgets,
-    fills_budget=True,
-    finish=finish_lreg,
-    as_lora=True,
-)
 METHODS = {
     method.name: method
     for method in (
+        Method("ft", "full fine-tuning", attach_full, rates(2e-3, 5e-4, 5e-5, 1e-4)),
+        Method("bitfit", "every bias", attach_bitfit, rates(3e-2, 1e-2, 1e-3, 3e-3)),
         Method(
-            "ft",
-            "full fine-tuning",
-            attach_full,
-            Rates(2e-3, 5e-4, 5e-5, 1e-4, images=3e-3),
-            tasks=EVERYWHERE + IMAGES,
-            beyond_budget=True,
-        ),
-        Method("bitfit", "every bias", attach_bitfit, Rates(3e-2, 1e-2, 1e-3, 3e-3)),
-        Method(
-            "vocab-bias",
-            "a bias on the logits, started as that of LReg, nothing else",
-            attach_vocab_bias,
-            Rates(1e-1, 5e-2, 1e-2, 1e-2),
-            tasks=LANGUAGE_MODELS,
-            attach_on_data=attach_vocab_bias_on_data,
+            "lora", "LoRA on PEFT's choice of attention projections", attach_lora, rates(1e-2, 1e-2, 1e-3, 3e-3), "rank"
         ),
         Method(
-            "head-only",
-            "the new head, nothing else",
-            attach_head_only,
-            Rates(1e-2, 1e-2, 1e-2, 1e-1),
-            tasks=CLASSIFICATION,
+            "lora-linear",
+            "LoRA on all linear layers",
+            attach_lora_linear,
+            rates(1e-2, 2e-2, 1e-3, 3e-3),
+            "rank",
+            tasks=("SEQ_CLS",),
         ),
-        Method(
-            "lora", "LoRA on PEFT's choice of attention projections", attach_lora, Rates(1e-2, 1e-2, 1e-3, 3e-3), "rank"
-        ),
-        Method("lora-linear", "LoRA on all linear layers", attach_lora_linear, Rates(1e-2, 2e-2, 1e-3, 3e-3), "rank"),
         Method(
             "lora-linear-head",
             "LoRA on all linear layers and the LM head",
-            attach_lora_everywhere,
-            Rates(2e-2, 2e-2, 1e-3, 3e-3),
+            attach_lora_linear_head,
+            rates(2e-2, 2e-2, 1e-3, 3e-3),
             "rank",
             tasks=LANGUAGE_MODELS,
-            placements=ALL_PLACEMENTS,
-        ),
-        Method(
-            "lora-linear-bias",
-            "LoRA on all linear layers and a bias on the logits, started and calibrated as the output shortcut of LReg",
-            attach_lora_bias,
-            Rates(2e-2, 2e-2, 1e-3, 3e-3),
-            "rank",
-            tasks=LANGUAGE_MODELS,
-            by_default=False,
-            attach_on_data=attach_lora_bias_on_data,
-            finish=with_shifted_bias,
         ),
         Method(
             "lreg-head",
             "LReg at the LM head (the paper's placement)",
-            attach_lreg_default,
-            Rates(3e-2, 2e-2, 1e-3, 1e-3),
+            attach_lreg_paper,
+            rates(3e-2, 2e-2, 1e-3, 1e-3),
             "n_components",
             n_nodes=2,
             tasks=LANGUAGE_MODELS,
-        ),
-        Method(
-            "lreg-mlp",
-            "LReg around every MLP block",
-            attach_lreg_mlp,
-            Rates(3e-2, 2e-2, 3e-3, 3e-3),
-            "n_components",
-            n_nodes=2,
-            tasks=LANGUAGE_MODELS,
-            needs_block=True,
+            is_paper=True,
         ),
         Method(
             "lreg-attention",
             "LReg on query and key (the paper's placement)",
-            attach_lreg_default,
-            Rates(3e-3, 3e-3, 3e-3, 1e-2),
+            attach_lreg_paper,
+            rates(3e-3, 3e-3, 3e-3, 1e-2),
             "n_components",
             n_nodes=6,
-            tasks=CLASSIFICATION,
-        ),
-        LREG,
-        replace(
-            LREG,
-            name="lreg-inside",
-            summary="lreg on the linear layers of the backbone alone, for servers that refuse a LoRA at the LM head",
-            attach=attach_lreg_inside,
-            tasks=LANGUAGE_MODELS,
-            by_default=False,
-        ),
-        replace(
-            LREG,
-            name="lreg-fast-profiles",
-            summary="the same with profiles that learn four times faster, as parameter_groups has it",
-            by_default=False,
-            as_lora=False,
-            faster=("lreg_encoder", 4.0),
+            tasks=("SEQ_CLS",),
+            is_paper=True,
         ),
         Method(
-            "lora-linear-start",
-            "LoRA on all linear layers, its new head started as that of LReg",
-            attach_lora_linear,
-            Rates(1e-2, 2e-2, 1e-3, 3e-3),
-            "rank",
-            tasks=CLASSIFICATION,
-            by_default=False,
-            attach_on_data=attach_lora_linear_on_data,
+            "lreg",
+            "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
+            attach_lreg,
+            rates(2e-2, 3e-2, 3e-3, 3e-3),
+            "parameters",
+            n_nodes=8,
+            finish=calibrate,
+            as_lora=True,
         ),
-        replace(
-            LREG,
-            name="lreg-random-head",
-            summary="the same with the new head as it is drawn",
-            tasks=CLASSIFICATION,
-            start="gradient",
-            by_default=False,
-        ),
-        replace(
-            LREG,
-            name="lreg-uncalibrated",
-            summary="lreg as training leaves it",
-            by_default=False,
-            as_lora=False,
-            finish=None,
-        ),
-        replace(
-            LREG,
-            name="lreg-no-norm",
-            summary="lreg as training leaves it, without the norm before the output head",
-            attach=attach_lreg_no_norm,
-            by_default=False,
-            as_lora=False,
-            finish=None,
-        ),
-        replace(
-            LREG,
-            name="lreg-plain",
-            summary="the same without a linear term, started from gradients alone",
-            attach=attach_lreg_plain,
-            rates=Rates(2e-2, 2e-2, 3e-3, 3e-3),
-            start="gradient",
-            by_default=False,
-            as_lora=False,
-            finish=None,
-        ),
-        *IMAGE_METHODS,
-        *(tuner.method() for tuner in TUNERS),
     )
 }
-#: Left out unless named: beside its variant with the head it says little.
-NOT_BY_DEFAULT = {"CAUSAL_LM": ("lora-linear",), "MASKED_LM": ("lora-linear",), "SEQ_CLS": (), "IMAGE_CLS": ()}
 
 
 def select_methods(
-    names: Sequence[str], task_type: str, model: PreTrainedModel, everything: bool = False
+    names: Sequence[str], task_type: str, has_bias: bool = True, known: Mapping[str, Method] = METHODS
 ) -> list[Method]:
-    """The named methods in the order given, each once; without names those that make sense for task and architecture.
+    """The named methods in the order given, each once; without names all that exist for the task.
 
     Args:
         names: of the methods.
-        task_type: of PEFT.
-        model: of the architecture.
-        everything: whether all that exist are meant where none are named.
+        task_type: of the task.
+        has_bias: whether the model has biases, without which there is no BitFit.
+        known: the methods to choose from.
+
+    Raises:
+        UserError: for a name that is none of these; the message lists them.
     """
-    there = [method for method in METHODS.values() if task_type in method.tasks]
-    if not names:
-        has_block = linear_layers(model).block is not None
-        has_bias = any(name.endswith("bias") for name, _ in model.named_parameters())
-        return [
-            method
-            for method in there
-            if (everything or (method.by_default and method.name not in NOT_BY_DEFAULT[task_type]))
-            and (has_block or not method.needs_block)
-            and (has_bias or method.name != "bitfit")
-        ]
-    unknown = [name for name in names if name not in {method.name for method in there}]
+    there = {name: method for name, method in known.items() if task_type in method.tasks}
+    unknown = [name for name in names if name not in there]
     if unknown:
         raise UserError(
-            f"There is no method {', '.join(map(repr, unknown))} for {task_type}; "
-            f"the methods are {', '.join(method.name for method in there)}."
+            f"There is no method {', '.join(map(repr, unknown))} for {task_type}; the methods are {', '.join(there)}."
         )
-    return [METHODS[name] for name in dict.fromkeys(names)]
-
-
-def new_module_names(model: PreTrainedModel, task_type: str) -> tuple[str, ...]:
-    """The modules without pretrained weights: none in a language model, the head of a classification model."""
-    return () if task_type in LANGUAGE_MODELS else tuple(fresh_head_names(model))
+    if names:
+        return [there[name] for name in dict.fromkeys(names)]
+    return [method for method in there.values() if has_bias or method.name != "bitfit"]

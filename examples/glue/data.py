@@ -4,20 +4,21 @@ Three sources, one result. The official validation samples are for the report al
 checkpoints are chosen on is a part of the training samples that is set aside before anything else happens.
 """
 
+import argparse
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arguments import DataArguments
-from comparison.errors import UserError
-from comparison.hub import load_dataset
-from offline_pairs import OFFLINE_TASK, load_offline_pairs, overlap_accuracy
-from samples import Samples, parse_labels
-from tasks import HUB_LABEL, Task, find_task
 from transformers import PreTrainedTokenizerBase
-from tsv import find_file, read_tsv
+
+from examples.comparison.environment import load_dataset
+from examples.comparison.options import UserError
+from examples.glue.offline_pairs import OFFLINE_TASK, load_offline_pairs, overlap_accuracy
+from examples.glue.samples import Samples, parse_labels
+from examples.glue.tasks import HUB_LABEL, Task, find_task
+from examples.glue.tsv import find_file, read_tsv
 
 SPLIT_SEED = 0  # of the slice and of the tuning samples: fixed, so that they are the same for all methods and seeds
 TUNING_SHARE, MAX_TUNING = 0.1, 1000  # of the training samples, where --tuning_samples is not given
@@ -59,7 +60,7 @@ class Data:
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def load_data(options: DataArguments) -> Data:
+def load_data(options: argparse.Namespace) -> Data:
     """Read the samples the options name: the offline pairs, official files, or the hub."""
     if options.task is None:
         return load_offline(options)
@@ -79,7 +80,7 @@ def load_data(options: DataArguments) -> Data:
     return Data(task, task.title, train, tuning, evaluations, notes)
 
 
-def load_offline(options: DataArguments) -> Data:
+def load_offline(options: argparse.Namespace) -> Data:
     """Pairs of docstrings of the running Python."""
     if options.data_dir is not None:
         raise UserError(f"--data_dir '{options.data_dir}' holds which task? Name it with --task.")

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from comparison.hub import prefer_cache_if_unreachable
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from tasks import Task
+
+from examples.comparison.environment import prefer_cache_if_unreachable
+from examples.glue.tasks import Task
 
 Figures = dict[str, float]
 Metric = Callable[[np.ndarray, np.ndarray], Figures]

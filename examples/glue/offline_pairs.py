@@ -18,10 +18,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
-from comparison.errors import UserError
-from comparison.standard_library import standard_library_trees
-from samples import Samples
-from tasks import Task, TsvColumns
+from examples.comparison.options import UserError
+from examples.comparison.standard_library import standard_library_trees
+from examples.glue.samples import Samples
+from examples.glue.tasks import Task, TsvColumns
 
 OFFLINE_TASK = Task(
     *("docstrings", "Docstrings", ""),

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from comparison.errors import UserError
-from tasks import Task
+from examples.comparison.options import UserError
+from examples.glue.tasks import Task
 
 Label = int | float
 

@@ -7,7 +7,7 @@ official download (Wang et al. 2019, gluebenchmark.com).
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from comparison.errors import UserError
+from examples.comparison.options import UserError
 
 HUB_NAME = "nyu-mll/glue"
 HUB_LABEL = "label"

@@ -7,8 +7,8 @@ joins thousands of lines into one where a sentence happens to open with one.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from comparison.errors import UserError
-from tasks import Task
+from examples.comparison.options import UserError
+from examples.glue.tasks import Task
 
 # Line breaks inside a question tore 24 rows of QQP's training file apart. Beyond this share it is another format.
 MAX_TORN_SHARE = 0.01

@@ -6,6 +6,17 @@ python examples/how_it_works/draw.py [--output how_it_works.png]
 import argparse
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    """Where the picture goes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("how_it_works.png"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports that take seconds, so that --help does not
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -50,6 +61,4 @@ def draw(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("how_it_works.png"))
-    draw(parser.parse_args().output)
+    draw(ARGUMENTS.output)

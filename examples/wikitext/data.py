@@ -4,6 +4,7 @@ Three sources, one result: `load_corpus` returns documents for the base stage, f
 rates (tuning) and for the reported figure (test).
 """
 
+import argparse
 import hashlib
 import itertools
 from collections import Counter
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import DataArguments
-from comparison.errors import UserError
-from comparison.hub import load_dataset
-from masking import SeededMasking
-from offline_text import load_offline_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from examples.comparison.environment import load_dataset
+from examples.comparison.options import UserError
+from examples.wikitext.offline_text import load_offline_text
 
 IGNORED = -100  # label of tokens that need not be found
 END_OF_TEXT = "<|endoftext|>"
+_PRIME = 1_000_003  # masks follow from seed, epoch and sample by it
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,14 @@ class Corpus:
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def load_corpus(options: DataArguments, needs_base_text: bool, max_base_chars: int | None) -> Corpus:
+def load_corpus(options: argparse.Namespace) -> Corpus:
     """Read the text from the hub, from local files or from Python itself, whichever the options name.
 
-    Args:
-        options: what the command line says about text.
-        needs_base_text: whether the model starts from nothing and needs English of another domain first.
-        max_base_chars: upper limit on that text.
+    A model that starts from nothing gets docstrings, English of another domain, for its base stage.
     """
     check_source(options)
+    max_base_chars = 200_000 if options.smoke else None
+    needs_base_text = options.model_name_or_path is None
     if options.dataset_name is not None:
         source = "/".join(filter(None, (options.dataset_name, options.dataset_config_name)))
         train, tuning, test = read_hub_dataset(options.dataset_name, options.dataset_config_name, options.text_column)
@@ -93,7 +93,7 @@ def load_corpus(options: DataArguments, needs_base_text: bool, max_base_chars: i
     return Corpus(source, base, [train[0][:limit]], [tuning[0][:eval_limit]], [test[0][:eval_limit]])
 
 
-def check_source(options: DataArguments) -> None:
+def check_source(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other or name half a source."""
     evaluation = (options.validation_file, options.test_file)
     if options.dataset_name is not None and any((options.train_file, *evaluation)):
@@ -232,6 +232,38 @@ def side_by_side(tokens: torch.Tensor, block_size: int, what: str) -> torch.Tens
             "give more text or a smaller --block_size."
         )
     return tokens[: n_blocks * block_size].view(n_blocks, block_size)
+
+
+class SeededMasking:
+    """Transformers' masking of one sample at a time, each with a generator of its own.
+
+    Another method, or another number of processes, changes the order in which random numbers are drawn; with one
+    generator for all samples it would also change what has to be found.
+
+    Args:
+        tokenizer: with a mask token.
+        probability: share of the tokens that have to be found.
+        seed: another one gives other masks.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
+        self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability, seed=seed)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other masks for the same samples from now on."""
+        self._epoch = epoch
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Samples of one length, with `input_ids` and `index`, as masked `input_ids` and `labels`: [batch, block]."""
+        masked = [self._mask(sample["input_ids"], sample["index"]) for sample in samples]
+        return {name: torch.cat([sample[name] for sample in masked]) for name in ("input_ids", "labels")}
+
+    def _mask(self, ids: list[int], index: int) -> dict[str, torch.Tensor]:
+        seed = ((self._seed * _PRIME + self._epoch) * _PRIME + index) % 2**63
+        self._collator.generator = torch.Generator().manual_seed(seed)
+        return self._collator([{"input_ids": ids}])
 
 
 def masked_evaluation_batches(

@@ -1,5 +1,6 @@
 """The task: a language model, its text and its perplexity. Causal or masked, whichever the model is."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from math import exp, inf, isfinite
 from pathlib import Path
@@ -8,26 +9,35 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from arguments import Arguments
-from base_model import base_config, is_masked, prepare_tokenizer
-from comparison.errors import UserError
-from comparison.hub import load_pretrained
-from comparison.task import Metric, Task
-from comparison.trained_state import save_trained, trained_state
-from data import (
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from examples.comparison.environment import load_pretrained
+from examples.comparison.options import UserError
+from examples.comparison.task import Metric, Task, longest_sequence, without_dropout
+from examples.wikitext.data import (
     IGNORED,
-    Corpus,
+    SeededMasking,
     causal_blocks,
     causal_evaluation_batches,
     encode,
+    load_corpus,
     masked_blocks,
     masked_evaluation_batches,
+    train_tokenizer,
     unigram_perplexity,
 )
-from masking import SeededMasking
-from torch import nn
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 Batch = dict[str, torch.Tensor]
 EVALUATION_SEED = 0  # of the masks that every method is evaluated on
@@ -37,30 +47,48 @@ class LanguageModelTask(Task):
     """Adapt a language model to a text.
 
     Args:
-        arguments: all options.
-        corpus: the text.
-        base_dir: where tokenizer and base model are kept.
+        args: all options.
     """
 
     script = "run_wikitext.py"
     metrics = (Metric("perplexity", higher_is_better=False),)
     unit = "tokens"
 
-    def __init__(self, arguments: Arguments, corpus: Corpus, base_dir: Path) -> None:
-        self._arguments, self._corpus, self._base_dir = arguments, corpus, base_dir
-        self._name = arguments.model.model_name_or_path
-        masked = is_masked(arguments)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args, self._name, self._base_dir = args, args.model_name_or_path, Path(args.output_dir) / "base"
+        self._corpus = corpus = load_corpus(args)
+        given = given_config(args)
+        masked = given is not None and is_masked(given)
         self.title = f"Adaptation to: {corpus.source}"
         self.task_type = "MASKED_LM" if masked else "CAUSAL_LM"
         self.auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-        self._tokenizer = prepare_tokenizer(arguments, corpus, masked, base_dir)
-        self.config = base_config(arguments, self._tokenizer)
-        self.rates = "offline" if self._name is None and arguments.model.architecture is None else "language_model"
-        self.base_steps = arguments.model.base_steps or 0
-        self.units_per_sample = self.longest_sample = self._block_size = arguments.data.block_size or 0
+        self._tokenizer = self._prepare_tokenizer(masked)
+        self.config = without_dropout(given or small_config(self._tokenizer, args.block_size, args.smoke))
+        longest = longest_sequence(self.config)
+        if longest is not None and args.block_size > longest:
+            name = self._name or self.config.model_type
+            raise UserError(f"--block_size {args.block_size} is more than the {longest} positions of '{name}'.")
+        self.rates = "offline" if given is None else "language_model"
+        self.base_steps = args.base_steps
+        self.units_per_sample = self.longest_sample = self._block_size = args.block_size
         self._tokens = {name: encode(self._tokenizer, getattr(corpus, name)) for name in ("train", "tuning", "test")}
         self.train_data = self._blocks(self._tokens["train"], "training")
         self._evaluation = {split: self._batches(self._tokens[split]) for split in ("tuning", "test")}
+
+    def _prepare_tokenizer(self, masked: bool) -> PreTrainedTokenizerBase:
+        """That of a given model, or one trained on the base and training text only; saved beside the base model."""
+        if PartialState().is_main_process:
+            if self._name is not None:
+                tokenizer = load_pretrained(AutoTokenizer, self._name)
+            else:
+                vocab_size = 512 if self._args.smoke else 2048
+                tokenizer = train_tokenizer(self._corpus.base + self._corpus.train, vocab_size, masked)
+            tokenizer.save_pretrained(self._base_dir)
+        PartialState().wait_for_everyone()
+        tokenizer = AutoTokenizer.from_pretrained(self._base_dir)
+        if masked and tokenizer.mask_token_id is None:
+            raise UserError(f"The tokenizer of '{self._name}' has no mask token, which a masked language model needs.")
+        return tokenizer
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -70,14 +98,14 @@ class LanguageModelTask(Task):
         return causal_blocks(tokens, self._block_size, what)
 
     def _batches(self, tokens: torch.Tensor) -> list[Batch]:
-        batch_size = self._arguments.comparison.batch_size or 1
+        batch_size = self._args.batch_size
         if self.task_type == "MASKED_LM":
             masking = self._masking(EVALUATION_SEED)
             return masked_evaluation_batches(tokens, self._block_size, batch_size, self._tokenizer, masking)
         return causal_evaluation_batches(tokens, self._block_size, batch_size)
 
     def _masking(self, seed: int) -> SeededMasking:
-        return SeededMasking(self._tokenizer, self._arguments.model.mlm_probability, seed)
+        return SeededMasking(self._tokenizer, self._args.mlm_probability, seed)
 
     def collator(self, seed: int) -> Callable[[list[dict[str, Any]]], Batch] | None:
         """Masks, for a masked language model."""
@@ -93,17 +121,16 @@ class LanguageModelTask(Task):
     def _is_made_here(self) -> bool:
         return self._name is None or self.base_steps > 0
 
-    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], None]) -> None:
+    def make_base(self, train: Callable[[PreTrainedModel, Sequence[dict[str, Any]], float], nn.Module]) -> None:
         """Train a model from nothing, or a given one further; a given one without base steps is used as it is."""
         if not self._is_made_here:
             return
         model = self.auto_class.from_config(self.config) if self._name is None else self._load(self._name)
         documents = self._corpus.base or self._corpus.train
         blocks = self._blocks(encode(self._tokenizer, documents), "base" if self._corpus.base else "training")
-        train(model, blocks, self._arguments.model.base_learning_rate or 0.0)
-        state = trained_state(model)  # of sharded parameters every process holds a part
+        trained: Any = train(model, blocks, self._args.base_learning_rate)
         if PartialState().is_main_process:
-            save_trained(model, state, self._base_dir)
+            trained.save_pretrained(self._base_dir)
 
     def load_base(self) -> PreTrainedModel:
         """A fresh copy on this process's device."""
@@ -126,22 +153,65 @@ class LanguageModelTask(Task):
 
     def settings(self) -> dict[str, Any]:
         """Model and text."""
-        model, data = self._arguments.model, self._arguments.data
+        args = self._args
         return {
             "model_name_or_path": self._name,
-            "architecture": model.architecture,
-            "smoke": self._arguments.run.smoke,
+            "architecture": args.architecture,
+            "smoke": args.smoke,
             "base_steps": self.base_steps,
-            "base_learning_rate": model.base_learning_rate if self.base_steps else None,
+            "base_learning_rate": args.base_learning_rate if self.base_steps else None,
             "task_type": self.task_type,
-            "mlm_probability": model.mlm_probability if self.task_type == "MASKED_LM" else None,
-            "block_size": data.block_size,
+            "mlm_probability": args.mlm_probability if self.task_type == "MASKED_LM" else None,
+            "block_size": args.block_size,
             "text": self._corpus.fingerprints(),
         }
 
     def describe(self) -> dict[str, Any]:
         """Sizes and fingerprints of the texts."""
         return {"text": self._corpus.describe(), "tokens": {name: len(ids) for name, ids in self._tokens.items()}}
+
+
+def given_config(args: argparse.Namespace) -> PretrainedConfig | None:
+    """The architecture that the options name; None for the small GPT-2."""
+    if args.model_name_or_path is not None:
+        return load_pretrained(AutoConfig, args.model_name_or_path)
+    if args.architecture is None:
+        return None
+    try:
+        return AutoConfig.for_model(args.architecture)
+    except ValueError as error:
+        raise UserError(
+            f"Transformers has no model type '{args.architecture}'; --architecture takes gpt2, roberta, ..."
+        ) from error
+
+
+def is_masked(config: PretrainedConfig) -> bool:
+    """Whether the model is a masked language model: what it was saved as, or what its architecture is made for."""
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    if saved_as.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
+        return saved_as.endswith("ForMaskedLM")
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not masked and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"A model of type '{config.model_type}' is no language model that predicts tokens; give another."
+        )
+    return masked
+
+
+def small_config(tokenizer: PreTrainedTokenizerBase, block_size: int, smoke: bool) -> PretrainedConfig:
+    """The small GPT-2 that is trained from nothing."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=block_size,
+        n_embd=64 if smoke else 128,
+        n_layer=2,
+        n_head=4,
+        # GPT-2's own 0.02 is meant for widths of 768 and more: at width 128 it learns more slowly (measured after 400
+        # steps: perplexity 237 against 168).
+        initializer_range=0.06,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def masked_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:

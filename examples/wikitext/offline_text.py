@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from comparison.errors import UserError
-from comparison.standard_library import standard_library_trees
+from examples.comparison.options import UserError
+from examples.comparison.standard_library import standard_library_trees
 
 # Shorter paragraphs ("Example:", "See also") recur by nature and give nothing away.
 MIN_DUPLICATE_CHARS = 40

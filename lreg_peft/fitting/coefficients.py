@@ -105,7 +105,7 @@ def fit_coefficients(
     problem = FitProblem(output, data, ridge, show_progress)
     problem.warn_of_missing_start()
     with _changed(site) as changes:
-        fit = _fitted(problem, tolerance, max_passes)
+        fit = problem.fit(tolerance, max_passes)
         if max_moves:
             fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves, strategy, n_refine)
         changes.keep()
@@ -134,7 +134,7 @@ def _move_meshes(
         with _changed(site) as move:
             with together():
                 Move(site, mesh, (site.parameter.detach(),)).apply()
-            trial = _fitted(problem, tolerance, max_passes, keep_bar=False)
+            trial = problem.fit(tolerance, max_passes, keep_bar=False)
             passes += trial.passes
             if better := trial.objective < fits[-1].objective - fits[-1].gap:
                 move.keep()
@@ -153,13 +153,6 @@ def _move_meshes(
         gaps=tuple(fit.gap for fit in fits),
         n_refused=n_refused,
     )
-
-
-def _fitted(problem: FitProblem, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> CoefficientFit:
-    """Solve on the present mesh and write the weights."""
-    fitted = problem.solve(tolerance, max_passes, keep_bar=keep_bar)
-    problem.write(fitted.table)
-    return fitted.summary
 
 
 def _changed(site: Site) -> Tentative:
@@ -189,7 +182,6 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             sums[1] += element_moments(element, local, n_nodes - 1).flatten(1)
             sums[2] += node_gradient(element, local, in_coords, n_nodes - 1)
     energy, moments, gradient = (problem.processes.total(tensor) for tensor in sums)
-    relocating = strategy == "relocate"
     with together():
         mesh = adapt_mesh(
             nodes,
@@ -197,8 +189,8 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             energy,
             strategy=strategy,
             n_refine=n_refine,
-            moments=moments.view(components, n_nodes - 1, 3) if relocating else None,
-            node_gradient=gradient if relocating else None,
+            moments=moments.view(components, n_nodes - 1, 3),
+            node_gradient=gradient,
             size=size,
         )
     return agreed(mesh)

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -36,7 +35,7 @@ from .._version import __version__
 from ..core.checks import whole
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
-from ..rows import LossKind, Rows, is_stream, rows_per_sample
+from ..rows import LossKind, Rows, check_batch, is_stream, rows_per_sample
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
@@ -224,7 +223,7 @@ def cache_features(
                 "gradients: stored features would be out of date after the first step. Freeze them, or do without a "
                 "cache."
             )
-        batches = _Batches(data, batch_size, collate_fn)
+        batches = _batches(data, batch_size, collate_fn)
     options = {"adapter_name": output.adapter_name, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
     model_is = _made_from(output)
     require_equal({"path": str(path), **options, **model_is}, "Give every process the same model and options.")
@@ -266,46 +265,31 @@ def cache_features(
     return cache
 
 
-class _Batches:
+def _batches(
+    data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None
+) -> Iterable[Mapping[str, Any]]:
     """This process's part of the data, as batches, as often as it is iterated over."""
-
-    def __init__(self, data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None) -> None:
-        samplers = (getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
-        if isinstance(data, DataLoader) and any(isinstance(sampler, RandomSampler) for sampler in samplers):
-            raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
-        if isinstance(data, Iterator):
-            raise ValueError(
-                f"data must be something that can be iterated over twice, got a {type(data).__name__}, which is used "
-                "up by one pass."
-            )
-        self._data, self._collate = data, collate_fn or default_data_collator
-        self._is_cut = isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, DataLoader)
-        self._batch_size = batch_size if is_stream(data) or self._is_cut else None
-
-    def _share(self) -> range:
+    samplers = (getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
+    if isinstance(data, DataLoader) and any(isinstance(sampler, RandomSampler) for sampler in samplers):
+        raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"data must be something that can be iterated over twice, got a {type(data).__name__}, which is used up by "
+            "one pass."
+        )
+    are_samples = isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, DataLoader)
+    if batch_size is None or not (are_samples or is_stream(data)):
+        return data  # type: ignore[no-any-return]
+    if are_samples:
         rank, world = rank_and_world()
-        size = -(-len(self._data) // world)
-        return range(len(self._data))[rank * size : (rank + 1) * size]
-
-    def __len__(self) -> int:
-        if self._batch_size is None:
-            return len(self._data)
-        return -(-len(self._share()) // self._batch_size)
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        if self._batch_size is None:
-            yield from self._data
-            return
-        samples = (self._data[i] for i in self._share()) if self._is_cut else iter(self._data)
-        while batch := list(islice(samples, self._batch_size)):
-            yield self._collate(batch)
+        size = -(-len(data) // world)
+        data = Subset(data, range(len(data))[rank * size : (rank + 1) * size])
+    return DataLoader(data, batch_size, collate_fn=collate_fn or default_data_collator)
 
 
 def _add_to_digest(digest: Any, batch: Any) -> None:
     """The contents of all inputs and labels."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
-    for name in sorted(batch):
+    for name in sorted(check_batch(batch)):
         value = batch[name]
         if isinstance(value, np.ndarray) and value.dtype != object:  # its repr leaves the middle out
             value = torch.from_numpy(np.ascontiguousarray(value))
@@ -412,7 +396,7 @@ def _begin(path: Path, made_from: Mapping[str, Any]) -> None:
 
 def _write_shards(
     output: OutputLayer,
-    batches: _Batches,
+    batches: Iterable[Mapping[str, Any]],
     path: Path,
     made_from: Mapping[str, Any],
     dtype: torch.dtype,

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from ..core.checks import number, whole
 from ..core.distributed import rank_and_world
 from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
 from ..modules import accepts, eval_mode, unwrap
@@ -169,12 +170,13 @@ def refine_linearized(
         RuntimeError: in a run of several processes.
     """
     ranks = {rank} if isinstance(rank, int) else set(rank)
-    for name, value in (("rank", min(ranks, default=0)), ("n_rounds", n_rounds), ("columns_at_once", columns_at_once)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
     dampings = {damping} if isinstance(damping, (int, float)) else set(damping)
-    if not dampings or not all(0 <= value < math.inf for value in dampings):
-        raise ValueError(f"damping must be finite and at least 0, got {damping}.")
+    for one in ranks or {0}:
+        whole("rank", one, 1)
+    for size in dampings or {math.nan}:
+        number("damping", size, 0)
+    whole("n_rounds", n_rounds, 1)
+    whole("columns_at_once", columns_at_once, 1)
     if rank_and_world()[1] > 1:
         raise RuntimeError("refine_linearized runs in one process: save the adapter and refine it in a run of its own.")
     inner = unwrap(model)

@@ -19,6 +19,7 @@ from ..rows import (
     Rows,
     align,
     are_values,
+    check_yes_or_no,
     exact_pass,
     find_pairing,
     last_tokens,
@@ -26,15 +27,12 @@ from ..rows import (
     loss_kind_of,
     loss_of,
     model_inputs,
+    same_output,
     shifts_labels,
     without_labels,
 )
 from ..tuner.layer import LRegLayer, layers_with_adapter, this_thread
 from ..tuner.layout import first_tensor
-
-# Difference between a model's own logits and those computed from its rows that rounding explains.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_TOLERANCE_HALF = 3e-2
 
 
 class _NoLogits:
@@ -85,13 +83,7 @@ class OutputLayer:
         for name, tensor in (("features", rows.features), ("labels", rows.targets)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"the {name} of {self.name!r} must be finite, got NaN or infinite values {where}.")
-        if kind == "binary_cross_entropy" and len(rows.targets):
-            low, high = float(rows.targets.min()), float(rows.targets.max())
-            if not 0 <= low <= high <= 1:
-                raise ValueError(
-                    "labels must lie in [0, 1] for problem_type='multi_label_classification', got values from "
-                    f"{low:.6g} to {high:.6g}; other values are for 'regression'."
-                )
+        check_yes_or_no(kind, rows.targets)
         return kind
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:
@@ -137,10 +129,7 @@ class OutputLayer:
             expected = align(own, labels, shift=self.shifts, out_features=width).features
             with exact_pass(self.model):
                 logits = self.output(self._align(features, inputs).features)
-            tolerance = _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF)
-            same = expected.shape == logits.shape and torch.allclose(
-                expected.to(logits), logits, rtol=tolerance, atol=tolerance, equal_nan=True
-            )
+            same = same_output(logits, expected)
         if not same:
             raise ValueError(
                 f"{type(self.model).__name__} changes the output of this module ({self.name!r}), so the shortcut there "

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,10 @@ from ..core.distributed import (
 )
 from ..core.solve.problem import Report, check_options, rows_at_once
 from ..modules import eval_mode
-from ..plotting import new_figure
 from ..rows import BatchData, LossKind, Rows, batches_of, solver_of
 from ..tuner.hooks import reminder
+from .feature_cache import FeatureCache
 from .output_layer import OutputLayer, find_output_layer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @runtime_checkable
@@ -38,14 +35,6 @@ class RowSource(Protocol):
 
     def chunks(self, rows_per_chunk: int) -> Iterable[Rows]:
         """All rows, at most `rows_per_chunk` at a time."""
-
-
-@runtime_checkable
-class StoredRows(RowSource, Protocol):
-    """Rows that were made with one model, and are rows of no other."""
-
-    def check_belongs_to(self, output: OutputLayer) -> None:
-        """Raise a `ValueError` with the reason unless the rows are those of this shortcut."""
 
 
 Data = BatchData | RowSource
@@ -79,27 +68,6 @@ class CoefficientFit(Certificate):
     gaps: tuple[float, ...]
     n_refused: int = 0
 
-    def plot(self) -> "Figure":
-        """Draw the objective over the kept moves of the mesh, down to what the gap leaves possible.
-
-        Returns:
-            A matplotlib figure; save it with `figure.savefig("history.png")`.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        figure = new_figure("CoefficientFit.plot", 5.0, 3.2)
-        axes = figure.subplots()
-        moves = range(len(self.objectives))
-        lowest = [objective - gap for objective, gap in zip(self.objectives, self.gaps, strict=True)]
-        axes.fill_between(moves, lowest, self.objectives, color="#0b5394", alpha=0.3, label="where the optimum is")
-        axes.plot(moves, self.objectives, "o-", color="#0b5394", markersize=3, label="objective reached")
-        axes.set_xlabel("kept mesh moves")
-        axes.set_ylabel("objective")
-        axes.set_title(f"{self.module}: {len(moves) - 1} moves kept, {self.n_refused} undone", fontsize=9)
-        axes.legend(fontsize=8, frameon=False)
-        return figure
-
 
 def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_passes: int, **options: Any) -> OutputLayer:
     """The shortcut to fit, after all that can be checked before any work, on all processes together."""
@@ -115,14 +83,6 @@ def begin(model: nn.Module, adapter_name: str | None, tolerance: float, max_pass
         "Set the same seed on every process before the adapter is added (torch.manual_seed), or load one file on all.",
     )
     return output
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Weights that are not in the model yet, and what is to be said about them."""
-
-    table: Tensor  # [K, out_features]
-    summary: CoefficientFit
 
 
 class FitProblem:
@@ -145,7 +105,7 @@ class FitProblem:
         self._sources: list[Tensor] = []  # offsets or features
         self.loss_kind: LossKind | None = None
         with together(), torch.no_grad(), eval_mode(output.model):
-            if isinstance(data, StoredRows):
+            if isinstance(data, FeatureCache):
                 data.check_belongs_to(output)
             for rows in self._read(data):
                 self._add(rows)
@@ -228,8 +188,8 @@ class FitProblem:
         """One pass over the rows, for the solvers."""
         return (chunk for _, chunk in self.coords_and_chunks())
 
-    def solve(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> Fitted:
-        """The optimum on the present mesh, from the present weights; the model stays as it is."""
+    def fit(self, tolerance: float, max_passes: int, *, keep_bar: bool = True) -> CoefficientFit:
+        """Put the weights to their optimum on the present mesh, from where they are."""
         assert self.loss_kind is not None  # there are rows
         solve = solver_of(self.loss_kind, self.out_features)
         with _progress(self.show_progress, keep_bar) as report, torch.no_grad(), eval_mode(self.output.model):
@@ -242,9 +202,12 @@ class FitProblem:
                 processes=self.processes,
                 report=report,
             )
-        solution = replace(solution, message=solution.message + self._remark_on_precision())
+        table = tensor_from_main(solution.coefficients)
+        with together():
+            self.layer.set_table(self.adapter, table)
         certificate = {field.name: getattr(solution, field.name) for field in fields(Certificate)}
-        summary = CoefficientFit(
+        certificate["message"] += self._remark_on_precision()
+        return CoefficientFit(
             **certificate,
             module=self.output.name,
             adapter=self.adapter,
@@ -252,13 +215,6 @@ class FitProblem:
             objectives=(solution.objective,),
             gaps=(solution.gap,),
         )
-        return Fitted(tensor_from_main(solution.coefficients), summary)
-
-    @torch.no_grad()
-    def write(self, table: Tensor) -> None:
-        """Put weights `[K, out_features]`, ordered as `LRegLayer.table`, into the model in place."""
-        with together():
-            self.layer.set_table(self.adapter, table)
 
     def _remark_on_precision(self) -> str:
         dtype = self._place.dtype

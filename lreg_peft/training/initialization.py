@@ -1,7 +1,7 @@
 """A start that has seen data: projections along the directions that matter, meshes at quantiles."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -25,14 +25,16 @@ from ..rows import IGNORE_INDEX, BatchData, batches_of, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
+from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
 from .head_start import HeadRows, HeadStart, find_head
-from .label_shift import LabelShift, ShiftedHead, shift_labels
+from .label_shift import LabelShift, TokenRows
 
-# Columns of the random matrix that compresses output gradients. Some ten times the usual number of components.
-_SKETCH_SIZE = 128
-# What to do where the output cannot start from label frequencies.
-_WITHOUT = "start the other modules alone (start_head=False)"
+# Columns of the random matrix that compresses output gradients: so many for each component, and more.
+_SKETCH_PER_COMPONENT, _SKETCH_MORE = 4, 16
+# So many samples, or labels, run backwards over all processes, in evenly spaced batches: directions need fewer than a
+# head does.
+_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 2048
 
 
 def initialize_lreg_weights(
@@ -42,7 +44,7 @@ def initialize_lreg_weights(
     method: Literal["pca", "gradient"] | None = None,
     adapter_name: str = "default",
     n_batches: int = 8,
-    max_samples: int = 4096,
+    max_samples: int = 1024,
     seed: int = 0,
     start_head: bool | None = None,
     show_progress: bool = True,
@@ -57,7 +59,8 @@ def initialize_lreg_weights(
       Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
       module's output: the directions of x along which a change of the output lowers the loss most. The batches need
-      labels. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li 2024.)
+      labels; 32 samples or 2,048 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
+      2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
     share of the rows and all end with the same tensors.
@@ -73,12 +76,11 @@ def initialize_lreg_weights(
         seed: of the choice of rows.
         start_head: None lets a new head, a classifier or a regression in `modules_to_save`, begin at the optimum of
             its last linear layer on the features of the batches (see `head_start`), if they have labels and the loss
-            is that of Transformers' tasks; it costs no pass. True asks for a start of the output: that one, the same
-            for a shortcut on a classifier, or for a shortcut on a language model's head the shift in how often each
-            label comes, log((n + a) / (q + a)) for n labels where the model expects q, which costs a second, forward
-            pass. False leaves the output alone. Such a start changes the function of the model, so it is tried first:
-            what one half of the data suggests must lower the loss of the other half, and the reverse; else the output
-            stays as it was.
+            is that of Transformers' tasks. True asks for a start of the output: that one, or for a shortcut on a
+            language model's head the shift in how often each token comes, log((n + a) / (q + a)) for n tokens where
+            the model expects q. False leaves the output alone. Neither costs a pass. Such a start changes the function
+            of the model, so it is tried first: what one half of the data suggests must lower the loss of the other
+            half, and the reverse; else the output stays as it was.
         show_progress: show a progress bar on the main process.
 
     Returns:
@@ -104,38 +106,24 @@ def initialize_lreg_weights(
         if method is None:
             promised = model.peft_config[adapter_name].init_weights  # type: ignore[index,union-attr]
             method = promised if promised in DATA_STARTS else "pca"
-        language_head = _language_head(model, layers) if start_head else None
-        head = None
-        if start_head is not False and language_head is None:
-            head = find_head(model, adapter_name, shortcuts=start_head is True)
-        if start_head and language_head is None and head is None:
-            raise ValueError(
-                "start_head=True is about a shortcut on the output head of a language model or a classifier, or a "
-                f"new head in modules_to_save, and {type(unwrap(model)).__name__} has none of this adapter: add the "
-                "head to target_modules, or leave start_head out."
-            )
+        output_rows = None if start_head is False else _output_rows(model, layers, adapter_name, n_batches, start_head)
     options = {"method": method, "adapter_name": adapter_name, "n_batches": n_batches, "max_samples": max_samples}
     options["start_head"] = start_head
     require_equal({**options, "seed": seed}, "Give every process the same options.")
 
     rank, world = rank_and_world()
-    main = rank == 0 and show_progress
+    hidden = rank > 0 or not show_progress
     quota = -(-max_samples // (n_batches * world))
     with_gradient = method == "gradient"
-    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, with_gradient)
-    head_rows = None if head is None else HeadRows(model, head, n_batches)
-    watch: AbstractContextManager[Any] = head_rows or nullcontext()
-    batches = []  # kept for a second pass only
-    with together(), collector, watch, eval_mode(model), torch.set_grad_enabled(with_gradient):
+    collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, n_batches if with_gradient else 0)
+    with together(), collector, output_rows or nullcontext(), eval_mode(model), torch.set_grad_enabled(with_gradient):
         for batch in tqdm(
-            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=not main
+            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=hidden
         ):
-            _run(model, batch, collector, with_gradient, head_rows)
-            if language_head is not None:
-                batches.append(batch)
+            _run(model, batch, collector, output_rows)
 
     starts = {}
-    for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=not main):
+    for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=hidden):
         rows = _gather(collector.rows[name], layer.parts(adapter_name)[1].nodes.device, world)
         sketch = None
         if with_gradient:
@@ -145,22 +133,20 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
-    own = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
+    changes = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
+    changes += output_rows.head.parameters() if isinstance(output_rows, HeadRows) else ()
     try:
-        with Tentative([*own, *(head.tensors() if head is not None else [])]) as trial:
+        with Tentative(changes) as trial:
             with together():
                 for name, layer in layers.items():
                     layer.set_encoder(adapter_name, *starts[name])
             report: LabelShift | HeadStart | None = None
-            if language_head is not None:
-                layer = layers[language_head]
-                _, encoder, _ = layer.parts(adapter_name)
-                shifted = ShiftedHead(model, layer, adapter_name, f"a start of {language_head!r}", _WITHOUT)
-                report = shift_labels(shifted, batches, n_batches, encoder.constant())
-            elif head_rows is not None:
-                report = head_rows.start()
+            if isinstance(output_rows, TokenRows):
+                report = output_rows.start(output_rows.layer.parts(adapter_name)[1].constant())
+            elif output_rows is not None:
+                report = output_rows.start()
                 if report is None and start_head:
-                    raise ValueError(f"{head_rows.reason} Or {_WITHOUT}.")
+                    raise ValueError(f"{output_rows.reason} Or leave the head as it is: start_head=False.")
             trial.keep()
     except BaseException:
         for layer in owed:
@@ -169,22 +155,34 @@ def initialize_lreg_weights(
     return report
 
 
-def _run(
-    model: nn.Module, batch: Any, collector: "_Collector", with_gradient: bool, head_rows: HeadRows | None
-) -> None:
+def _output_rows(
+    model: nn.Module, layers: Mapping[str, LRegLayer], adapter_name: str, n_batches: int, start_head: bool | None
+) -> TokenRows | HeadRows | None:
+    """What sees to the start of the output; None if there is nothing to start."""
+    layer = wrapped_head(unwrap(model))
+    if layer is not None and layer in layers.values():
+        return TokenRows(model, layer, adapter_name, n_batches) if start_head else None
+    head = find_head(model, adapter_name)
+    if head is None and start_head:
+        raise ValueError(
+            "start_head=True is about a shortcut on the output head of a language model, or a new head in "
+            f"modules_to_save, and {type(unwrap(model)).__name__} has none of this adapter: add the head to "
+            "target_modules, or leave start_head out."
+        )
+    return None if head is None else HeadRows(model, head, n_batches)
+
+
+def _run(model: nn.Module, batch: Any, collector: "_Collector", output_rows: TokenRows | HeadRows | None) -> None:
     """One batch through the model."""
     inputs = model_inputs(model, batch, labels=False)
     collector.attention_mask = inputs.get("attention_mask")
-    output = model(**inputs)
-    if head_rows is not None:
-        head_rows.take(inputs, output)
-    labels = inputs.get("labels")
-    if with_gradient and not _all_ignored(labels):  # the mean over no label is NaN
-        _backward(output, collector.layers.values(), collector.adapter_name)
-
-
-def _all_ignored(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool(labels.eq(IGNORE_INDEX).all())
+    backwards = collector.wants_gradient(inputs.get("labels"))
+    with torch.set_grad_enabled(backwards):
+        output = model(**inputs)
+    if output_rows is not None:
+        output_rows.take(inputs, output)
+    if backwards:
+        collector.backward(loss_of(output))
 
 
 def _start(
@@ -223,12 +221,6 @@ def _start(
         raise ValueError(f"there is no start for {name!r}: {error}") from error
 
 
-def _language_head(model: nn.Module, layers: Mapping[str, LRegLayer]) -> str | None:
-    """Name of a language model's output head among the adapted layers."""
-    head = wrapped_head(unwrap(model))
-    return next((name for name, layer in layers.items() if layer is head), None)
-
-
 def _weights(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
     """What a start may change."""
     projection, encoder, coefficients = layer.parts(adapter_name)
@@ -246,46 +238,66 @@ def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRe
     return layers
 
 
-def _backward(output: Any, layers: Iterable[LRegLayer], adapter_name: str) -> None:
-    """Send the gradient of the loss through the model, without touching any `.grad`."""
-    loss = loss_of(output)
-    if loss is None:
-        raise ValueError(
-            "the method 'gradient' needs a loss, and the model returned none: give batches with labels, or use 'pca'."
-        )
-    weights = [layer.parts(adapter_name)[2].weight for layer in layers]
-    weights = [weight for weight in weights if weight.requires_grad]
-    if not weights:
-        raise ValueError(f"the adapter {adapter_name!r} is frozen: activate it with set_adapter before initialising.")
-    if not torch.isfinite(loss).all():
-        raise ValueError(f"the loss of the batches must be finite, got {float(loss.detach())}.")
-    torch.autograd.grad(loss, weights, allow_unused=True)
-
-
 class _Collector(ExitStack):
-    """Keeps a random share of the input rows of every layer, and a sketch of what their gradients ask for."""
+    """Keeps a random share of the input rows of every layer, and a sketch of what the gradients of some ask for.
+
+    While it is open the shortcuts of the adapter, which are zero, are left out of the passes.
+    """
 
     def __init__(
-        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, with_gradient: bool
+        self, layers: dict[str, LRegLayer], adapter_name: str, quota: int, seed: int, n_with_gradient: int
     ) -> None:
         super().__init__()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.attention_mask: Tensor | None = None
-        self.layers = layers
-        self.adapter_name = adapter_name
+        self._layers, self._adapter_name = layers, adapter_name
         self._quota = quota
         self._generator = torch.Generator().manual_seed(seed)
-        self._with_gradient = with_gradient
+        self._n_with_gradient = n_with_gradient  # batches, of which some run backwards
+        self._n_labelled = 0
+        # Zero, added to the output of frozen modules so that a loss has a gradient in it.
+        device = next(iter(layers.values())).parts(adapter_name)[0].weight.device
+        self._zero = torch.zeros((), device=device, requires_grad=True)
         # Per layer sum of (S^T g) x^T and of S^T g, S a random matrix that every process draws alike.
         self._products: dict[str, tuple[Tensor, Tensor]] = {}
         self._compress: dict[str, Tensor] = {}
 
     def __enter__(self) -> "_Collector":
-        for name, layer in self.layers.items():
-            self.callback(layer.register_input_hook(partial(self._keep, name), self.adapter_name))
-            if self._with_gradient:
-                self.callback(layer.register_gradient_hook(partial(self._multiply, name), self.adapter_name))
+        for name, layer in self._layers.items():
+            self.callback(setattr, layer, "_active_adapter", layer._active_adapter)
+            layer._active_adapter = [other for other in layer.active_stack if other != self._adapter_name]
+            self.callback(layer.register_input_hook(partial(self._keep, name), self._adapter_name))
+            if self._n_with_gradient:
+                self.callback(layer.register_forward_hook(self._add_zero).remove)
+                self.callback(layer.register_gradient_hook(partial(self._multiply, name), self._adapter_name))
         return self
+
+    def wants_gradient(self, labels: Any) -> bool:
+        """Whether the next batch, with these labels, is to run backwards."""
+        if not self._n_with_gradient or _all_ignored(labels):  # the mean over no label is NaN
+            return False
+        counts = (len(labels), labels.numel()) if isinstance(labels, Tensor) and labels.ndim else (1, 1)
+        enough = zip((_GRADIENT_SAMPLES, _GRADIENT_LABELS), counts, strict=True)
+        wanted = min(-(-most // (n * rank_and_world()[1])) for most, n in enough)
+        self._n_labelled += 1
+        return (self._n_labelled - 1) % max(1, self._n_with_gradient // wanted) == 0
+
+    def backward(self, loss: Any) -> None:
+        """Send the gradient of the loss through the model, without touching any `.grad`."""
+        if loss is None:
+            raise ValueError(
+                "the method 'gradient' needs a loss, and the model returned none: give batches with labels, or use "
+                "'pca'."
+            )
+        if not torch.isfinite(loss).all():
+            raise ValueError(f"the loss of the batches must be finite, got {float(loss.detach())}.")
+        if loss.requires_grad:
+            torch.autograd.grad(loss, [self._zero], allow_unused=True)
+
+    def _add_zero(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        hidden, rebuild = first_tensor(output)
+        wants = torch.is_grad_enabled() and not hidden.requires_grad
+        return rebuild(hidden + self._zero.to(hidden)) if wants else output
 
     def _keep(self, name: str, features: Tensor) -> None:
         """Keep some rows of `[..., in_features]`."""
@@ -294,7 +306,7 @@ class _Collector(ExitStack):
         if mask is not None and mask.ndim == 2 and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1).to(rows.device).bool()]
         chosen = torch.randperm(rows.shape[0], generator=self._generator, device="cpu")[: self._quota]
-        self.rows[name].append(self.layers[name].encoder_input(self.adapter_name, rows[chosen.to(rows.device)]))
+        self.rows[name].append(self._layers[name].encoder_input(self._adapter_name, rows[chosen.to(rows.device)]))
 
     @torch.no_grad()
     def _multiply(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
@@ -304,7 +316,7 @@ class _Collector(ExitStack):
         g = gradient.reshape(-1, gradient.shape[-1]).float()
         if name not in self._compress:
             draw = torch.Generator().manual_seed(0)
-            matrix = torch.randn(g.shape[1], min(_SKETCH_SIZE, g.shape[1]), generator=draw, device="cpu")
+            matrix = torch.randn(g.shape[1], self._sketch_size(name), generator=draw, device="cpu")
             self._compress[name] = matrix.to(g.device)
         small = g @ self._compress[name]  # [rows, sketch]
         product, total = self._products.get(name, (0, 0))
@@ -315,13 +327,20 @@ class _Collector(ExitStack):
 
         Zero for a process that saw no gradients; `mean` is None if no process saw rows.
         """
-        layer = self.layers[name]
         if mean is None or name not in self._products:
-            projection, _, _ = layer.parts(self.adapter_name)
-            sizes = min(_SKETCH_SIZE, layer.out_features), projection.in_features
-            return torch.zeros(sizes, device=projection.weight.device)
+            weight = self._layers[name].parts(self._adapter_name)[0].weight
+            return torch.zeros(self._sketch_size(name), weight.shape[1], device=weight.device)
         product, total = self._products[name]
         return product - torch.outer(total, mean.to(total))
+
+    def _sketch_size(self, name: str) -> int:
+        layer = self._layers[name]
+        n_components = len(layer.parts(self._adapter_name)[0].weight)
+        return min(_SKETCH_PER_COMPONENT * n_components + _SKETCH_MORE, layer.out_features)
+
+
+def _all_ignored(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool(labels.eq(IGNORE_INDEX).all())
 
 
 def _gather(rows: list[Tensor], device: torch.device, world: int) -> Tensor:

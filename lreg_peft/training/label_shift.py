@@ -1,24 +1,32 @@
-"""The shift in how often each label comes, put into the shortcut on a model's output in closed form.
+"""The shift in how often each token comes, put into the shortcut on a language model's output in closed form.
 
-With n_v the count of label v in some batches and q_v the sum of the probabilities that the model gives it there, the
+With n_v the count of token v in some batches and q_v the sum of the probabilities that the model gives it there, the
 constant log((n_v + a) / (q_v + a)) added to the logits brings these two together, where the shift is the same
-everywhere. The pseudocount a shrinks it for rare labels. How much shrinking the data want differs from one task to the
+everywhere. The pseudocount a shrinks it for rare tokens. How much shrinking the data want differs from one task to the
 next, so it is chosen on rows that the counts have not seen, down to leaving the shift out.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ..core.distributed import rank_and_world, sum_over_processes, tensor_from_main, together
+from ..core.checks import whole
+from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
+from ..core.fingerprint import is_sharded
 from ..modules import unwrap
-from ..rows import Rows, align, exact_pass, find_pairing, is_per_token, logits_of, loss_of, model_inputs
+from ..rows import BatchData, batches_of, exact_pass, is_per_token, logits_of
+from ..tuner.hooks import reminder
+from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
+from ..tuner.moves import Tentative
+from .output_rows import OutputRows, spaced
 
 #: Pseudocounts that are tried.
 PSEUDOCOUNTS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -28,15 +36,13 @@ _HALVINGS = 3
 _ROWS_AT_ONCE = 256
 # Rows that judge, over all batches and processes: enough to tell pseudocounts apart, however much is counted.
 _JUDGES = 4096
-# Rows of a batch whose logits are made again from what the head was given, to see that these are the model's own.
-_CHECKED = 64
 # Singular values of a basis, over the largest one, that its rounding in fp32 cannot be told from.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class LabelShift:
-    """What was done about the shift in label frequencies; losses are means over the labels that judge.
+    """What was done about the shift in token frequencies; losses are means over the labels that judge.
 
     Those are the labels of the batches: all of them up to about 4096, else as many, evenly spaced.
 
@@ -55,198 +61,222 @@ class LabelShift:
     factor: float
 
 
-@dataclass(frozen=True)
-class ShiftedHead:
-    """The output head whose shortcut takes the shift, and how errors speak of that.
-
-    Attributes:
-        model: the model, with its output head wrapped.
-        layer: the wrapped head.
-        adapter_name: the adapter.
-        purpose: what is done, with the name of the head.
-        instead: what to do where it cannot be done.
-    """
-
-    model: nn.Module
-    layer: LRegLayer
-    adapter_name: str
-    purpose: str
-    instead: str
-
-    def output(self, features: Tensor) -> Tensor:
-        """Logits of rows, active shortcuts included, in at least fp32."""
-        return first_tensor(self.layer(features))[0].float()
-
-    def design(self, features: Tensor) -> Tensor:
-        """What the table of the shortcut is weighted by, `[n, K]`."""
-        return self.layer.design(self.adapter_name, features).float()
-
-
-def shift_labels(
-    head: ShiftedHead, batches: Iterable[Mapping[str, Any]], n_batches: int, constant: Tensor | None = None
+def match_token_frequencies(
+    model: nn.Module,
+    data: BatchData,
+    *,
+    adapter_name: str | None = None,
+    n_batches: int = 32,
+    show_progress: bool = True,
 ) -> LabelShift:
-    """Add the shift in label frequencies to the shortcut on the output head, if that pays.
+    """Make a trained language model expect every token as often as it comes, in one forward pass over some batches.
+
+    A short training leaves the expected frequencies of most tokens where an optimiser with equal steps for all of them
+    got to. What is missing has a closed form: n times a token comes in the batches where the model expects q, and
+    log((n + a) / (q + a)) goes into the shortcut on the output head, along the direction in which this is closest to
+    a constant. That is the step of `initialize_lreg_weights(..., start_head=True)`, from where the model is now.
+    The shift that one half of the batches suggests is tried on the other half, and the reverse: the a that lowers these
+    losses most is taken, and if none lowers them the model stays as it was.
+
+    Parameters and cost of the model stay what they are. Call it when training is over, with batches it was trained on:
+
+        trainer.train()
+        lreg_peft.match_token_frequencies(model, trainer.get_train_dataloader())
 
     Args:
-        head: where.
-        batches: this process's share, with labels; the shift of each half of them is tried on the other half.
-        n_batches: how many there are at most.
-        constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to one
-            on the rows that judge, by least squares.
+        model: a language model with an active LReg adapter that has a shortcut on the output head.
+        data: a data set, or batches as the model takes them, dictionaries with labels, of which every process gives
+            its own share; only the first `n_batches` are read.
+        adapter_name: which adapter; None takes the active one.
+        n_batches: batches to run, of each process. The gain grows with the labels in them.
+        show_progress: show a progress bar on the main process.
 
     Returns:
-        What was done. The loss on the rows that judge does not rise.
+        What was done, with the losses before and after.
 
     Raises:
-        ValueError: if there is no label that counts, labels are not classes, or the model's logits are not what this
-            module gives.
+        ValueError: if the model has no shortcut of an active adapter on its output head, is sharded (FSDP: load the
+            saved adapter into a whole model first), or changes the logits behind the head; if its loss is not the mean
+            cross-entropy of the logits; if no label counts; and if processes differ in model or options. The model is
+            then as it was.
         TypeError: if a batch is not a dictionary.
+            What one process raises, all raise.
+
+    Warns:
+        UserWarning: if the start from data that the configuration promises has not been made.
     """
-    with exact_pass(head.model):
-        with together():
-            halves = _Half.of(head, batches, n_batches)
-        counts, expected = sum_over_processes([torch.stack([getattr(half, kind) for half in halves]) for kind in _SUMS])
+    while isinstance(model, nn.parallel.DistributedDataParallel):  # which waits for the others in every forward pass
+        model = model.module
+    with together():
+        whole("n_batches", n_batches, 1)
+        layer, adapter_name = _head(model, adapter_name)
+        found = batches_of(data)
+    options = {"adapter_name": adapter_name, "n_batches": n_batches}
+    require_equal(
+        {**options, **layer.state_of(adapter_name)}, "Give every process the same options, and load the same adapter."
+    )
+    if adapter_name in layer.needs_data_init:
+        reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
+    hidden = not show_progress or rank_and_world()[0] > 0
+    instead = "do without match_token_frequencies"
+    rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
+    rows.read(model, tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden))
+    with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
+        report = rows.start()
+        trial.keep()
+    return report
+
+
+def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
+    """The output head and the adapter on it."""
+    inner = unwrap(model)
+    layer = wrapped_head(inner)
+    if layer is None:
+        raise ValueError(
+            "match_token_frequencies is about a shortcut on the output head of a language model, and "
+            f"{type(inner).__name__} has none: add the head to target_modules and train it there."
+        )
+    if is_sharded(inner):
+        raise ValueError(
+            "match_token_frequencies needs whole parameters, and those of this model are sharded: save the adapter, "
+            "load it into a model that is not, and calibrate that."
+        )
+    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_encoder]
+    if adapter_name is None and len(active) == 1:
+        return layer, active[0]
+    if adapter_name is None or adapter_name not in active:
+        raise ValueError(
+            f"adapter_name must be one of the active adapters on the output head, {active}, got {adapter_name!r}: "
+            "activate it with set_adapter."
+        )
+    return layer, adapter_name
+
+
+class TokenRows(OutputRows):
+    """What a language model's output head sees, and the shift that follows from that.
+
+    Batches in turn make two halves. They are counted over all processes, one from each in turn, as they are dealt out:
+    the halves, and what they choose, are then those of one process, and with a batch for each process neither is empty.
+
+    Args:
+        model: with its output head wrapped.
+        layer: the wrapped head.
+        adapter_name: whose shortcut takes the shift.
+        n_batches: passes there will be at most, in each process.
+        errors: `purpose` and `instead` of `OutputRows`.
+    """
+
+    def __init__(self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, *errors: str) -> None:
+        super().__init__(model, layer, adapter_name, *errors)
+        self.layer, self._adapter = layer, adapter_name
+        self._rank, self._world = rank_and_world()
+        self._quota = -(-_JUDGES // (n_batches * self._world))
+        self._n_seen = 0
+        # How often each token comes, and is expected, in each half.
+        self._counts, self._expected = torch.zeros(2, 2, layer.out_features, dtype=torch.float64, device="cpu")
+        # Features and targets of the rows that judge, of each half.
+        self._judges: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+
+    def take(self, inputs: Mapping[str, Any], output: Any) -> None:
+        """Count the labels of the pass, and keep some rows.
+
+        Raises:
+            ValueError: if labels are not classes, one per token, or the model's logits are not what this module gives.
+        """
+        labels, logits = inputs.get("labels"), logits_of(output)
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or not is_per_token(logits, labels):
+            raise ValueError(f"{self.purpose} needs batches with labels that are classes, one for every token.")
+        seen = self.rows(inputs, output)
+        half = (self._n_seen * self._world + self._rank) % 2
+        self._n_seen += 1
+        for part in seen.logits.split(_ROWS_AT_ONCE):
+            self._expected[half] += part.float().softmax(dim=-1).sum(dim=0).double().cpu()
+        self._counts[half] += torch.bincount(seen.targets, minlength=self.out_features).double().cpu()
+        few = spaced(len(seen.targets), self._quota).to(seen.targets.device)
+        self._judges[half].append((seen.features[few], seen.targets[few]))
+
+    def start(self, constant: Tensor | None = None) -> LabelShift:
+        """Add the shift to the shortcut on the output head, if that pays.
+
+        Args:
+            constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to
+                one on the rows that judge, by least squares.
+
+        Returns:
+            What was done. The loss on the rows that judge does not rise.
+
+        Raises:
+            ValueError: if there was no label that counts, or a logit was NaN.
+        """
+        counts, expected = sum_over_processes([self._counts, self._expected])
         if not counts.sum():
             raise ValueError(
-                f"{head.purpose} needs labels, and there are none: no batches, or those of the batches are all ignored "
+                f"{self.purpose} needs labels, and there are none: no batches, or those of the batches are all ignored "
                 "(-100)."
             )
-        k = _closest_to_one(halves) if constant is None else constant.float()
-        with together():
-            losses = [half.losses(k, _shifts(counts[1 - i], expected[1 - i])) for i, half in enumerate(halves)]
-        n = torch.tensor([sum(half.n_judges for half in halves)], dtype=torch.float64, device="cpu")
-        judged, n = sum_over_processes([losses[0] + losses[1], n])
-        judged = judged / n
-        before, best = judged[0].item(), int(judged.argmin())
-        if best == 0:
+        if not torch.isfinite(expected).all():
+            raise ValueError(
+                f"{self.purpose} needs finite logits, and some of {type(self.model).__name__} are NaN or infinite."
+            )
+        with exact_pass(self.model):
+            return self._shifted(counts, expected, constant)
+
+    def _shifted(self, counts: Tensor, expected: Tensor, constant: Tensor | None) -> LabelShift:
+        scale = self.layer.scaling[self._adapter]
+        k = self._closest_to_one() if constant is None or not scale else constant.float() / scale
+        before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
+        heldout = min(tried)
+        if not heldout < before:
             return LabelShift(before, before, before, None, 0.0)
-        heldout = judged[best].item()
-        shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[best]
-        for halvings in range(_HALVINGS + 1):
-            size = 0.5**halvings
-            with together():
-                losses = [half.losses(k, size * shift.unsqueeze(0)) for half in halves]
-            (own,) = sum_over_processes([losses[0] + losses[1]])
-            after = (own / n).item()
+        best = tried.index(heldout)
+        shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[1 + best]
+        for factor in (0.5**halvings for halvings in range(_HALVINGS + 1)):
+            (after,) = self._mean_losses(k, [factor * shift.unsqueeze(0)] * 2)
             if after <= before:
                 with together():
-                    table = head.layer.table(head.adapter_name)
-                    head.layer.set_table(head.adapter_name, table + torch.outer(k, (size * shift).to(k)).to(table))
-                return LabelShift(before, after, heldout, PSEUDOCOUNTS[best - 1], size)
-    return LabelShift(before, before, heldout, None, 0.0)
+                    table = self.layer.table(self._adapter)
+                    self.layer.set_table(self._adapter, table + torch.outer(k, (factor * shift).to(k)).to(table))
+                return LabelShift(before, after, heldout, PSEUDOCOUNTS[best], factor)
+        return LabelShift(before, before, heldout, None, 0.0)
+
+    def _mean_losses(self, k: Tensor, shifts: list[Tensor]) -> list[float]:
+        """Mean loss of the rows of all processes with shifts `[m, classes]`, other ones for each half: m numbers."""
+        total = torch.zeros(len(shifts[0]) + 1, dtype=torch.float64, device="cpu")
+        with together():
+            for half, own in enumerate(shifts):
+                for features, targets in self._pieces(half):
+                    logits = first_tensor(self.layer(features))[0].float()
+                    factor = self._design(features) @ k.to(logits)
+                    total[-1] += len(targets)
+                    for i, shift in enumerate(own.to(logits)):
+                        moved = torch.addcmul(logits, factor.unsqueeze(1), shift)
+                        total[i] += F.cross_entropy(moved, targets, reduction="sum").double().cpu()
+        (total,) = sum_over_processes([total])
+        return (total[:-1] / total[-1]).tolist()  # type: ignore[no-any-return]
+
+    def _closest_to_one(self) -> Tensor:
+        """k `[K]` for which design @ k is closest to one; the shortest one where the basis says one thing twice."""
+        size = self.layer.table(self._adapter).shape[0]
+        gram, total = (torch.zeros(*shape, dtype=torch.float64, device="cpu") for shape in ((size, size), (size,)))
+        with together():
+            for features, _ in (*self._pieces(0), *self._pieces(1)):
+                design = self._design(features).double().cpu()
+                gram += design.T @ design
+                total += design.sum(dim=0)
+        gram, total = sum_over_processes([gram, total])
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=_ROUNDING)
+        return tensor_from_main((inverse @ total).float())
+
+    def _design(self, features: Tensor) -> Tensor:
+        """What the table of the shortcut is weighted by, `[n, K]`, the scale of the adapter included."""
+        return self.layer.design(self._adapter, features).float() * self.layer.scaling[self._adapter]
+
+    def _pieces(self, half: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, targets in self._judges[half]:
+            yield from zip(features.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True)
 
 
 def _shifts(counts: Tensor, expected: Tensor) -> Tensor:
     """No shift, then one row per pseudocount, `[1 + pseudocounts, classes]`, fp64."""
     a = torch.tensor(PSEUDOCOUNTS, dtype=torch.float64, device="cpu").unsqueeze(1)
     return F.pad(((counts + a) / (expected + a)).log(), (0, 0, 1, 0))
-
-
-def _closest_to_one(halves: "tuple[_Half, _Half]") -> Tensor:
-    """k `[K]` for which design @ k is closest to one; the shortest one where the basis says one thing twice."""
-    with together():
-        sums = [half.moments() for half in halves]
-    gram, total = sum_over_processes([sums[0][0] + sums[1][0], sums[0][1] + sums[1][1]])
-    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=_ROUNDING)
-    return tensor_from_main((inverse @ total).float())
-
-
-def _spaced(n: int, most: int, device: torch.device) -> Tensor:
-    """Positions of at most so many of n rows, evenly spaced."""
-    few = min(n, most)
-    return torch.arange(few, device=device) * n // max(few, 1)
-
-
-_SUMS = ("counts", "expected")
-
-
-class _Half:
-    """Every other batch: the sums over its rows, and some of them as the head sees them, to judge by."""
-
-    def __init__(self, head: ShiftedHead, judges_per_batch: int) -> None:
-        self._head, self._judges_per_batch = head, judges_per_batch
-        self._judges: list[Rows] = []
-        self.counts, self.expected = torch.zeros(2, head.layer.out_features, dtype=torch.float64, device="cpu")
-
-    @classmethod
-    def of(cls, head: ShiftedHead, batches: Iterable[Mapping[str, Any]], n_batches: int) -> "tuple[_Half, _Half]":
-        """Both halves, from one pass.
-
-        Batches are counted over all processes, one from each in turn, as they are dealt out: the halves, and what they
-        choose, are then those of one process, and with a batch for each process neither half is empty.
-        """
-        rank, world = rank_and_world()
-        judges_per_batch = -(-_JUDGES // (n_batches * world))
-        halves = cls(head, judges_per_batch), cls(head, judges_per_batch)
-        for i, batch in enumerate(batches):
-            halves[(i * world + rank) % 2]._add(batch)
-        return halves
-
-    def _add(self, batch: Mapping[str, Any]) -> None:
-        """Run the model on a batch."""
-        head = self._head
-        model, classes = head.model, head.layer.out_features
-        inputs = model_inputs(model, batch, labels=False)
-        labels = inputs.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise ValueError(f"{head.purpose} needs batches with labels that are classes.")
-        seen: list[Tensor] = []
-        remove = head.layer.register_input_hook(seen.append)
-        try:
-            output = model(**inputs)
-        finally:
-            remove()
-        logits = logits_of(output)
-        if len(seen) != 1 or not isinstance(logits, Tensor) or not is_per_token(logits, labels):
-            raise ValueError(
-                f"{type(model).__name__} must give one row of logits per label through its output head, called once, "
-                f"for {head.purpose}: {head.instead}."
-            )
-        if logits.sum().isnan():  # a tenth of the time of looking at each
-            raise ValueError(f"{head.purpose} needs finite logits, and some of {type(model).__name__} are NaN.")
-        shift = find_pairing(unwrap(model), logits, labels, loss_of(output)).shift
-        own, targets = align(logits, labels, shift=shift, out_features=classes)
-        features = align(seen[0], labels, shift=shift, out_features=classes).features
-        n = len(targets)
-        few = _spaced(n, _CHECKED, targets.device)
-        if not torch.allclose(head.output(features[few]), own[few].float(), rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                f"{type(model).__name__} changes what its output head gives before it is the model's output, which "
-                f"{head.purpose} does not know of: {head.instead}."
-            )
-        for logits in own.split(_ROWS_AT_ONCE):
-            self.expected += logits.float().softmax(dim=-1).sum(dim=0).double().cpu()
-        self.counts += torch.bincount(targets, minlength=classes).double().cpu()
-        judges = _spaced(n, self._judges_per_batch, targets.device)
-        self._judges.append(Rows(features[judges], targets[judges]))
-
-    @property
-    def n_judges(self) -> int:
-        """Rows that judge, of this process."""
-        return sum(len(rows.targets) for rows in self._judges)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Sums of phi phi^T `[K, K]` and of phi `[K]` over the rows that judge, phi the row of the design; fp64."""
-        size = self._head.layer.table(self._head.adapter_name).shape[0]
-        gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-        total = torch.zeros(size, dtype=torch.float64, device="cpu")
-        for features, _ in self._pieces():
-            design = self._head.design(features).double().cpu()
-            gram += design.T @ design
-            total += design.sum(dim=0)
-        return gram, total
-
-    def losses(self, k: Tensor, shifts: Tensor) -> Tensor:
-        """Summed loss with each of the shifts `[m, classes]`: fp64 `[m]`."""
-        total = torch.zeros(len(shifts), dtype=torch.float64, device="cpu")
-        for features, targets in self._pieces():
-            logits = self._head.output(features)
-            factor = self._head.design(features) @ k.to(features.device)
-            for i, shift in enumerate(shifts.to(logits)):
-                moved = torch.addcmul(logits, factor.unsqueeze(1), shift)
-                total[i] += F.cross_entropy(moved, targets, reduction="sum").double().cpu()
-        return total
-
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for features, targets in self._judges:
-            yield from zip(features.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True)

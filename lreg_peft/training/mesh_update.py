@@ -29,59 +29,22 @@ _ENCODERS_DIFFER = 1e-3
 
 
 @dataclass(frozen=True)
-class ModuleUpdate:
-    """What an update did to the meshes of one module.
-
-    Attributes:
-        module: path of the module in the model.
-        adapter: name of the adapter.
-        n_moved: nodes that the proposal moved, over all components.
-        largest_move: the longest way of a node from its old place to its new one in the order of the mesh.
-        node_spread: standard deviation of the lengths of the elements over their mean, after the update: 0 for
-            uniform meshes.
-        smallest_element: length of the shortest element, after the update.
-    """
-
-    module: str
-    adapter: str
-    n_moved: int
-    largest_move: float
-    node_spread: float
-    smallest_element: float
-
-
-@dataclass(frozen=True)
 class MeshUpdate:
     """The result of `update_meshes`.
 
     Attributes:
-        modules: one entry per module and adapter that was considered.
+        n_moved: nodes that the proposal moved, over all modules.
         accepted: whether the proposed meshes are in place; False if they were refused, or no node was to move.
         refused: whether `accept` spoke against the move; everything is then as it was.
         loss_before: what `accept` gave before the move, averaged over processes; None if it was not asked.
         loss_after: the same after the move.
     """
 
-    modules: tuple[ModuleUpdate, ...]
+    n_moved: int
     accepted: bool
     refused: bool
     loss_before: float | None = None
     loss_after: float | None = None
-
-    @property
-    def n_moved(self) -> int:
-        """Nodes that the proposal moved, over all modules."""
-        return sum(module.n_moved for module in self.modules)
-
-    @property
-    def node_spread(self) -> float:
-        """Mean of the modules' node spread."""
-        return sum(module.node_spread for module in self.modules) / len(self.modules)
-
-    @property
-    def smallest_element(self) -> float:
-        """Length of the shortest element of all."""
-        return min(module.smallest_element for module in self.modules)
 
 
 def update_meshes(
@@ -147,7 +110,7 @@ def update_meshes(
     with together():
         proposals = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
     moves = [Move(site, agreed(mesh), values) for site, mesh, values in proposals]
-    moved = [move for move in moves if not torch.equal(move.mesh.nodes, move.mesh.old_nodes)]
+    moved = [move for move in moves if _n_moved(move.mesh)]
     before = after = None
     refused = False
     if moved:
@@ -162,7 +125,8 @@ def update_meshes(
                 trial.keep()
     for _, running in gathering:
         running.reset()
-    return MeshUpdate(tuple(_describe(move) for move in moves), bool(moved) and not refused, refused, before, after)
+    n_moved = sum(_n_moved(move.mesh) for move in moved)
+    return MeshUpdate(n_moved, bool(moved) and not refused, refused, before, after)
 
 
 def _gathering(sites: list[Site]) -> list[tuple[Site, RunningStatistics]]:
@@ -204,7 +168,7 @@ def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
 
 def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
     """The sites that saw samples on any process, with their sums over all."""
-    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry.tensors()])
+    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry])
     sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
     seen = [
         (site, entry)
@@ -243,16 +207,15 @@ def _propose(
 ) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
     """What this process would do, and what lives on the mesh."""
     check_whole(site)
-    relocating = strategy != "paper"
     mesh = adapt_mesh(
         site.nodes,
         site.layer.nodal_coefficients(site.adapter).detach(),
-        sums.energy if relocating else sums.hits,
+        sums.hits if strategy == "paper" else sums.energy,
         strategy=strategy,
         n_refine=n_refine,
         pseudocount=pseudocount,
-        moments=sums.moments if relocating else None,
-        node_gradient=sums.node_gradient if relocating else None,
+        moments=sums.moments,
+        node_gradient=sums.node_gradient,
         size=size,
     )
     return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))
@@ -313,22 +276,15 @@ def _pairs(copy: nn.Module, model: nn.Module) -> list[tuple[Site, Site]]:
     return pairs
 
 
-def _describe(move: Move) -> ModuleUpdate:
-    new, old = move.mesh.nodes, move.mesh.old_nodes
+def _n_moved(mesh: AdaptedMesh) -> int:
+    """How many nodes are where none was."""
+    new, old = mesh.nodes, mesh.old_nodes
     nearest = torch.searchsorted(old, new).clamp_max(old.shape[1] - 1)
-    lengths = move.site.nodes.diff(dim=1)
-    return ModuleUpdate(
-        module=move.site.module,
-        adapter=move.site.adapter,
-        n_moved=int((old.gather(1, nearest) != new).sum()),
-        largest_move=float((new - old).abs().max()),
-        node_spread=node_spread(move.site.nodes),
-        smallest_element=float(lengths.min()),
-    )
+    return int((old.gather(1, nearest) != new).sum())
 
 
 def node_spread(nodes: Tensor) -> float:
-    """How far meshes `[components, n_nodes]` are from uniform ones; see `ModuleUpdate`."""
+    """Standard deviation of the lengths of the elements of `[components, n_nodes]` over their mean: 0 if uniform."""
     lengths = nodes.diff(dim=1)
     return float((lengths.std(dim=1, correction=0) / lengths.mean(dim=1)).mean())
 

@@ -10,8 +10,7 @@ A few rows are kept per pass; they are sorted into elements many passes at a tim
 
 import math
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,7 @@ _NO_GRAPH = (
 )
 
 
-@dataclass(frozen=True)
-class MeshStatistics:
+class MeshStatistics(NamedTuple):
     """Sums over the samples of the training passes, per component and element.
 
     Attributes:
@@ -51,34 +49,10 @@ class MeshStatistics:
     node_gradient: Tensor
     hits: Tensor
 
-    @classmethod
-    def empty(cls, nodes: Tensor) -> "MeshStatistics":
-        """All zero, for meshes `[components, n_nodes]`."""
-        components, n_nodes = nodes.shape
-        return cls(
-            nodes.new_zeros(components, n_nodes - 1),
-            nodes.new_zeros(components, n_nodes - 1, 3),
-            nodes.new_zeros(components, n_nodes),
-            nodes.new_zeros(components, n_nodes - 1),
-        )
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four sums, in the order of the attributes."""
-        return self.energy, self.moments, self.node_gradient, self.hits
-
-    def __add__(self, other: "MeshStatistics") -> "MeshStatistics":
-        pairs = zip(self.tensors(), other.tensors(), strict=True)
-        return MeshStatistics(*(mine + theirs.to(mine.device) for mine, theirs in pairs))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of one backward pass: `coords` `[rows, components]`, `energy` `[rows]`, and `slope`
-    `[rows, components]`, the gradient in the coordinates."""
-
-    coords: Tensor
-    energy: Tensor
-    slope: Tensor
+# Some rows of one backward pass: coordinates `[rows, components]`, squared gradient `[rows]`, and the gradient in the
+# coordinates `[rows, components]`.
+_Rows = tuple[Tensor, Tensor, Tensor]
 
 
 class RunningStatistics:
@@ -170,12 +144,12 @@ class RunningStatistics:
             design_gradient = gradient @ coefficients.weight.to(gradient.dtype)
         slope = encoder.coordinate_gradient(latent, design_gradient * self._site.layer.scaling[self._site.adapter])
         coords = latent.sigmoid()
-        self._rows.append(_Rows(coords, energy, slope))
+        self._rows.append((coords, energy, slope))
         if self.n_hard_samples is not None:
             hardest = energy.topk(min(self.n_hard_samples, len(energy))).indices
             self._hard.append(coords[hardest])
         self._n_passes += 1
-        if sum(len(entry.coords) for entry in self._rows) > _ROWS_PER_FOLD:
+        if sum(len(coords) for coords, _, _ in self._rows) > _ROWS_PER_FOLD:
             self.read()
 
     def count(self, hard: Tensor) -> None:
@@ -185,13 +159,19 @@ class RunningStatistics:
     def read(self) -> MeshStatistics:
         """The sums of all training passes; never synchronises."""
         nodes = self._site.nodes
-        sums = MeshStatistics.empty(nodes) if self._sums is None else self._sums
+        sums = self._sums
+        if sums is None:
+            energy = nodes.new_zeros(len(nodes), nodes.shape[1] - 1)
+            sums = MeshStatistics(energy, torch.stack([energy] * 3, dim=-1), torch.zeros_like(nodes), energy)
         if self._rows:
-            sums = sums + _sort_rows(self._rows, nodes)
+            energy, moments, gradient = (part.to(sums.energy.device) for part in _sort_rows(self._rows, nodes))
+            sums = MeshStatistics(
+                sums.energy + energy, sums.moments + moments, sums.node_gradient + gradient, sums.hits
+            )
         if self._hard:
             element, _ = _locate_finite(torch.cat(self._hard), nodes)
             hits = element_sums(element, nodes.new_ones(()), nodes.shape[1])[:, :-1]
-            sums = MeshStatistics(sums.energy, sums.moments, sums.node_gradient, sums.hits + hits.to(sums.hits.device))
+            sums = sums._replace(hits=sums.hits + hits.to(sums.hits.device))
         self._rows, self._hard, self._sums = [], [], sums
         return sums
 
@@ -319,20 +299,18 @@ def _locate_finite(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, element, nodes.shape[1] - 1), local
 
 
-def _sort_rows(rows: list[_Rows], nodes: Tensor) -> MeshStatistics:
-    device = rows[-1].coords.device
-    coords, energy, slope = (
-        torch.cat([getattr(entry, name).to(device) for entry in rows]) for name in ("coords", "energy", "slope")
-    )
+def _sort_rows(rows: list[_Rows], nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy, moments and node gradient of `MeshStatistics`."""
+    device = rows[-1][0].device
+    coords, energy, slope = (torch.cat([part.to(device) for part in parts]) for parts in zip(*rows, strict=True))
     # Rows without a gradient (padding, ignored labels) say nothing of the loss; rows that overflowed must not spread.
     # Neither can be left out by an index without waiting for the device, so they get an element of their own.
     counts = torch.isfinite(energy) & torch.isfinite(slope).all(dim=-1) & (energy > 0)
     energy, slope = torch.where(counts, energy, 0.0), torch.where(counts.unsqueeze(-1), slope, 0.0)
     element, local = _locate_finite(torch.where(counts.unsqueeze(-1), coords, torch.nan), nodes)
     n_nodes = nodes.shape[1]
-    return MeshStatistics(
+    return (
         element_sums(element, energy.unsqueeze(-1), n_nodes)[:, :-1],
         element_moments(element, local, n_nodes)[:, :-1],
         node_gradient(element, local, slope, n_nodes)[:, :-1],
-        nodes.new_zeros(nodes.shape[0], n_nodes - 1, device=device),
     )

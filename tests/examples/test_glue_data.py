@@ -2,19 +2,15 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from example_scripts import Modules, example_modules
+from example_scripts import module
 
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    with example_modules("glue") as load:
-        yield load
+modules = partial(module, "glue")
 
 
 def options(**given: object) -> SimpleNamespace:
@@ -94,7 +90,7 @@ def write_official(folder: Path, name: str, repeat: int = 10) -> None:
 
 
 @pytest.mark.parametrize("name", list(OFFICIAL))
-def test_official_files_of_every_task(modules: Modules, tmp_path: Path, name: str) -> None:
+def test_official_files_of_every_task(tmp_path: Path, name: str) -> None:
     task = modules("tasks").find_task(name)
     write_official(tmp_path / task.folder, name)
     data = modules("data").load_data(options(task=name, data_dir=str(tmp_path), tuning_samples=4))
@@ -107,13 +103,13 @@ def test_official_files_of_every_task(modules: Modules, tmp_path: Path, name: st
     assert len(data.train.texts[0]) == len(task.sentences)
 
 
-def test_mnli_has_two_evaluations_and_the_folder_may_be_the_task_s_own(modules: Modules, tmp_path: Path) -> None:
+def test_mnli_has_two_evaluations_and_the_folder_may_be_the_task_s_own(tmp_path: Path) -> None:
     write_official(tmp_path, "mnli")
     data = modules("data").load_data(options(task="MNLI", data_dir=str(tmp_path)))
     assert list(data.evaluations) == ["matched", "mismatched"]
 
 
-def test_quotation_marks_are_characters(modules: Modules, tmp_path: Path) -> None:
+def test_quotation_marks_are_characters(tmp_path: Path) -> None:
     """A CSV reader with its usual settings makes one row of these three."""
     lines = ['"an open quote \t1', 'said " and left \t0', '"" \t1', "plain \t0"]
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -123,14 +119,14 @@ def test_quotation_marks_are_characters(modules: Modules, tmp_path: Path) -> Non
     assert n_torn == 0
 
 
-def test_only_line_feeds_end_a_row(modules: Modules, tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_row(tmp_path: Path) -> None:
     """str.splitlines would also break at U+0085 and U+2028, which occur in real questions."""
     (tmp_path / "train.tsv").write_text("sentence\tlabel\none\u0085two\u2028three\t1\n", encoding="utf-8")
     texts, _, _ = modules("tsv").read_tsv(tmp_path / "train.tsv", modules("tasks").find_task("sst2"))
     assert texts == [("one\u0085two\u2028three",)]
 
 
-def test_a_few_torn_rows_are_left_out_and_named(modules: Modules, tmp_path: Path) -> None:
+def test_a_few_torn_rows_are_left_out_and_named(tmp_path: Path) -> None:
     write_official(tmp_path, "qqp", repeat=100)
     with (tmp_path / "train.tsv").open("a", encoding="utf-8") as file:
         file.write("7\t8\t9\tA question that breaks\n")
@@ -154,13 +150,11 @@ def test_a_few_torn_rows_are_left_out_and_named(modules: Modules, tmp_path: Path
         (b"sentence\tlabel\nFu\xdfball\t1\n", ["not UTF-8"]),
     ],
 )
-def test_bad_files_are_one_sentence(
-    modules: Modules, tmp_path: Path, content: str | bytes, expected: list[str]
-) -> None:
+def test_bad_files_are_one_sentence(tmp_path: Path, content: str | bytes, expected: list[str]) -> None:
     as_bytes = content if isinstance(content, bytes) else content.encode()
     for part in ("train", "dev"):
         (tmp_path / f"{part}.tsv").write_bytes(as_bytes)
-    with pytest.raises(modules("comparison.errors").UserError) as refused:
+    with pytest.raises(modules("comparison.options").UserError) as refused:
         modules("data").load_data(options(task="sst2", data_dir=str(tmp_path)))
     message = str(refused.value)
     assert "\n" not in message
@@ -169,14 +163,14 @@ def test_bad_files_are_one_sentence(
 
 
 @pytest.mark.parametrize("label", ["5.01", "-0.1", "nan", "five"])
-def test_regression_labels_stay_on_their_scale(modules: Modules, label: str) -> None:
+def test_regression_labels_stay_on_their_scale(label: str) -> None:
     samples, task = modules("samples"), modules("tasks").find_task("stsb")
-    with pytest.raises(modules("comparison.errors").UserError, match="numbers from 0 to 5"):
+    with pytest.raises(modules("comparison.options").UserError, match="numbers from 0 to 5"):
         samples.parse_labels(task, ["2.5", label], "a file")
 
 
-def test_what_cannot_be_found_is_said(modules: Modules, tmp_path: Path) -> None:
-    error, load = modules("comparison.errors").UserError, modules("data").load_data
+def test_what_cannot_be_found_is_said(tmp_path: Path) -> None:
+    error, load = modules("comparison.options").UserError, modules("data").load_data
     with pytest.raises(error, match=r"no GLUE task 'sts-3'; did you mean 'stsb'\? The tasks are cola, sst2"):
         load(options(task="sts-3"))
     with pytest.raises(error, match="does not exist"):
@@ -201,7 +195,7 @@ class Split(dict[str, list[object]]):
         return list(self)
 
 
-def test_hub_columns_and_splits(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_columns_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"premise": ["a"] * 20, "hypothesis": ["b"] * 20, "label": [2, 1] * 10, "idx": list(range(20))}
     splits = {name: Split(columns) for name in ("train", "validation_matched", "validation_mismatched")}
     asked = []
@@ -211,7 +205,7 @@ def test_hub_columns_and_splits(modules: Modules, monkeypatch: pytest.MonkeyPatc
     assert (len(data.train), len(data.tuning), data.train.texts[0]) == (18, 2, ("a", "b"))
     assert data.evaluations["mismatched"].labels == [2, 1] * 10
 
-    error = modules("comparison.errors").UserError
+    error = modules("comparison.options").UserError
     del splits["validation_matched"]["hypothesis"]
     with pytest.raises(error, match="no column 'hypothesis', which MNLI needs; it has premise, label, idx"):
         modules("data").load_data(options(task="mnli"))
@@ -226,7 +220,7 @@ def test_hub_columns_and_splits(modules: Modules, monkeypatch: pytest.MonkeyPatc
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_tuning_and_training_samples_are_apart_and_fixed(modules: Modules) -> None:
+def test_tuning_and_training_samples_are_apart_and_fixed() -> None:
     numbers = modules("samples").Samples([(str(i),) for i in range(100)], list(range(100)))
     set_aside = modules("data").set_aside
     train, tuning = set_aside(numbers, None, None)
@@ -239,7 +233,7 @@ def test_tuning_and_training_samples_are_apart_and_fixed(modules: Modules) -> No
     assert short.labels == train.labels[:30]
 
 
-def test_offline_pairs_are_balanced_deterministic_and_disjoint(modules: Modules) -> None:
+def test_offline_pairs_are_balanced_deterministic_and_disjoint() -> None:
     offline_pairs = modules("offline_pairs")
     splits = offline_pairs.load_offline_pairs()
     assert splits == offline_pairs.load_offline_pairs()
@@ -272,7 +266,7 @@ def outputs() -> tuple[np.ndarray, np.ndarray]:
     return predictions, labels
 
 
-def test_figures_of_classification_by_hand(modules: Modules, outputs: tuple[np.ndarray, np.ndarray]) -> None:
+def test_figures_of_classification_by_hand(outputs: tuple[np.ndarray, np.ndarray]) -> None:
     formulas = modules("metrics").FORMULAS
     assert formulas["accuracy"](*outputs) == pytest.approx(7 / 12)
     assert formulas["f1"](*outputs) == pytest.approx(2 * 4 / (2 * 4 + 2 + 3))
@@ -280,7 +274,7 @@ def test_figures_of_classification_by_hand(modules: Modules, outputs: tuple[np.n
     assert formulas["matthews_correlation"](*outputs) == pytest.approx(matthews)
 
 
-def test_correlations_by_their_definition(modules: Modules) -> None:
+def test_correlations_by_their_definition() -> None:
     """Ties, where rank correlations differ, share the mean of their ranks; a relation that is no line tells the two."""
     predictions, labels = np.array([3.0, 1.0, 3.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     ranks = np.array([3.5, 1.0, 3.5, 2.0, 5.0])
@@ -291,7 +285,7 @@ def test_correlations_by_their_definition(modules: Modules) -> None:
 
 
 @pytest.mark.parametrize("name", list(OFFICIAL))
-def test_every_task_has_its_official_figures(modules: Modules, name: str) -> None:
+def test_every_task_has_its_official_figures(name: str) -> None:
     task, metrics = modules("tasks").find_task(name), modules("metrics")
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(50, task.num_labels))
@@ -305,7 +299,7 @@ def test_every_task_has_its_official_figures(modules: Modules, name: str) -> Non
         assert figures == pytest.approx(expected, rel=1e-6)  # the official script takes STS-B's scores as float32
 
 
-def test_the_official_script_is_asked_where_there_is_one(modules: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_official_script_is_asked_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, task = modules("metrics"), modules("tasks").find_task("mrpc")
     asked = []
 
@@ -322,7 +316,7 @@ def test_the_official_script_is_asked_where_there_is_one(modules: Modules, monke
     assert metrics.official_metric(task) is None
 
 
-def test_a_constant_answer_scores_nothing(modules: Modules) -> None:
+def test_a_constant_answer_scores_nothing() -> None:
     metrics, tasks = modules("metrics"), modules("tasks")
     constant = np.ones((8, 1))
     stsb = metrics.task_figures(metrics.computed_here(tasks.find_task("stsb")), constant, np.arange(8.0), True)

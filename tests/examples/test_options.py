@@ -1,74 +1,62 @@
-"""What the options of the examples say of themselves, and who decides on the number of threads."""
+"""What scripts answer before they import anything slow, and how options become what a comparison takes."""
 
-import os
 import resource
 from pathlib import Path
 
 import pytest
-from example_scripts import EXAMPLES, example_modules, launch
+from example_scripts import EXAMPLES, ROOT, launch
+
+from examples.comparison.environment import without_places
+from examples.comparison.options import Parser, UserError, check
+
+SCRIPTS = [
+    *(("", f"{name}/finetune_{name}.py") for name in ("glue", "vision", "wikitext")),
+    *(("", f"{name}/run_{name}.py") for name in ("glue", "wikitext")),
+    *(("", f"{path}.py") for path in ("how_it_works/draw", "regression/regress")),
+    *(("-m", f"benchmarks.peft_methods.{name}") for name in ("glue", "wikitext")),
+    *(("-m", f"benchmarks.{name}.run_{name}") for name in ("regression", "vision")),
+]
 
 
-@pytest.mark.parametrize("name", ["glue", "wikitext"])
-def test_the_opposite_of_an_option_has_a_help_of_its_own(name: str) -> None:
-    with example_modules(name) as load:
-        parser = load("comparison.options").Parser(load("arguments").KINDS)
-        helps = {option: action.help for action in parser._actions for option in action.option_strings}
-    opposites = [option for option in helps if option.startswith("--no_")]
-    assert "--no_progress" in opposites
-    for option in opposites:
-        positive = option.replace("--no_", "--")
-        assert helps[option] == f"Switch {positive} off."
-        assert helps[positive] not in (None, helps[option])
-
-
-@pytest.mark.parametrize("name", ["glue", "vision", "wikitext"])
-def test_help_comes_at_once(name: str) -> None:
+@pytest.mark.parametrize(("option", "name"), SCRIPTS)
+def test_help_comes_at_once(option: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before torch and transformers are imported, which takes seconds."""
+    monkeypatch.chdir(ROOT)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = launch([str(EXAMPLES / name / f"finetune_{name}.py"), "--help"])
+    done = launch([*([option, name] if option else [str(EXAMPLES / name)]), "--help"])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and "--learning_rate" in done.stdout, done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # seen: 0.1 to 0.3
 
 
-PROBE = """
-import sys
-sys.path.insert(0, {examples!r})
-import torch
-from comparison.environment import set_threads, start_processes
-start_processes()
-for n_threads in (None, 3):
-    set_threads(n_threads)
-    print("threads", torch.get_num_threads())
-"""
-
-
-@pytest.mark.parametrize("given", [pytest.param("1", marks=pytest.mark.slow), None])
-def test_threads_are_those_of_the_option_then_of_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
-) -> None:
-    """Under `accelerate launch`, which sets OMP_NUM_THREADS to 1 for its process where nobody has set it."""
-    script = tmp_path / "probe.py"
-    script.write_text(PROBE.format(examples=str(EXAMPLES)), encoding="utf-8")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    done = launch(
-        ["-m", "accelerate.commands.launch", str(script)], **({} if given is None else {"OMP_NUM_THREADS": given})
+def test_options_from_files_and_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "steps: 3\nseeds: [1, 2]\nbudget:\nlearning_rates: {lora: [1e-3, 2e-3], ft: 1e-4}\n"
     )
-    assert done.returncode == 0, done.stderr
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    wanted = int(given) if given else min(usable, 8)
-    assert [line for line in done.stdout.splitlines() if "threads" in line] == [f"threads {wanted}", "threads 3"]
+    (tmp_path / "b.json").write_text('{"steps": 4, "smoke": true, "sizes": {"lora": 8}}')
+    args = Parser(None, "toy").parse([str(tmp_path / "a.yaml"), str(tmp_path / "b.json"), "--seeds", "7"])
+    assert (args.steps, args.seeds, args.budget, args.smoke) == (4, [7], None, True)
+    assert args.learning_rates == ["lora=1e-3,2e-3", "ft=1e-4"]
+    assert args.sizes == ["lora=8"]
+    for name, text, message in (
+        ("c.yaml", "stepz: 3", "There is no option --stepz"),
+        ("d.yaml", "- 3", "must hold options"),
+        ("e.json", "{", "not valid JSON"),
+        ("f.yaml", "steps: many", "invalid int value: 'many'"),
+        ("missing.yaml", None, "cannot be read: No such file"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            Parser(None, "toy").parse([str(tmp_path / name)])
 
 
-@pytest.mark.parametrize(
-    ("value", "wanted"), [("1", 1), ("6", 6), ("0", None), ("-2", None), ("many", None), ("", None)]
-)
-def test_without_a_launcher_the_environment_is_the_users(
-    monkeypatch: pytest.MonkeyPatch, value: str, wanted: int | None
-) -> None:
-    """What is no number of threads is left to OpenMP, which says so itself."""
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    with example_modules("wikitext") as load:
-        monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert load("comparison.environment").threads_from_environment() == wanted
+@pytest.mark.parametrize("wrong", ["--seeds 1 1", "--lr_ratio 1", "--lr_ratio nan", "--steps 0", "--n_nodes 1"])
+def test_options_that_cannot_be_are_refused_by_name(wrong: str) -> None:
+    with pytest.raises(UserError, match=wrong.split()[0]):
+        check(Parser(None, "toy").parse(wrong.split()))
+
+
+def test_places_become_names(tmp_path: Path) -> None:
+    found = without_places({"a": [str(tmp_path / "model"), "Salesforce/wikitext", "lora=1e-3"], "b": ("./x/y", 3)})
+    assert found == {"a": ["model", "Salesforce/wikitext", "lora=1e-3"], "b": ["y", 3]}

@@ -1,19 +1,18 @@
 """The WikiText example: a small run end to end, what it writes, and one clear sentence for each kind of bad input."""
 
-import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from example_scripts import EXAMPLES, Modules, example_modules, launch, launch_two
+from example_scripts import EXAMPLES, launch, launch_two, module
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,8 +26,8 @@ import lreg_peft  # noqa: F401  (registers LREG, which PeftModel.from_pretrained
 
 SCRIPT = EXAMPLES / "wikitext" / "run_wikitext.py"
 AS_LORA = "lreg, as LoRA"
-LORA, LREG = ["lora", "lora-linear-head"], ["lreg-head", "lreg-mlp", "lreg"]
-METHODS = ["ft", "bitfit", "vocab-bias", *LORA, *LREG]
+LORA, LREG = ["lora", "lora-linear-head"], ["lreg-head", "lreg"]
+METHODS = ["ft", "bitfit", *LORA, *LREG]
 SIZED = {**dict.fromkeys(LORA, "rank"), **dict.fromkeys(LREG, "n_components"), "lreg": "parameters"}
 
 # One worker of pytest-xdist runs this module, so the small run happens once.
@@ -46,10 +45,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
     return folder, done.stdout, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Modules]:
-    with example_modules("wikitext") as load:
-        yield load
+modules = partial(module, "wikitext")
 
 
 # --- the small run --------------------------------------------------------------------------------------------------
@@ -77,11 +73,9 @@ def test_base_model_is_trained_and_every_method_gains(smoke: tuple[Path, str, di
     bounds = {
         "ft": 0.88,
         "bitfit": 0.985,
-        "vocab-bias": 0.94,
         "lora": 0.985,
         "lora-linear-head": 0.93,
         "lreg-head": 0.94,
-        "lreg-mlp": 0.975,
         "lreg": 0.93,
     }
     assert bounds.keys() == set(METHODS)
@@ -137,7 +131,7 @@ def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
         assert saved < 4 * row["trainable_parameters"] + 12_000
         assert row["units_per_second"] > 0
         assert row["training_seconds"] > 0
-        assert row["peak_memory"] is None or row["peak_memory"] > 1e8
+        assert (row["peak_memory"] is not None) == torch.cuda.is_available()
     provenance = results["provenance"]
     assert {"lreg_peft", "peft", "torch", "transformers", "python"} <= provenance["versions"].keys()
     assert {"command", "device", "dtype", "threads per process", "wall time in seconds"} <= provenance.keys()
@@ -145,9 +139,7 @@ def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("method", list(SIZED))
-def test_saved_adapter_gives_the_reported_perplexity(
-    smoke: tuple[Path, str, dict[str, Any]], modules: Callable[[str], ModuleType], method: str
-) -> None:
+def test_saved_adapter_gives_the_reported_perplexity(smoke: tuple[Path, str, dict[str, Any]], method: str) -> None:
     """An evaluation of its own: every token but the first predicted once, from the tokens before it in its block."""
     folder, _, results = smoke
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -174,7 +166,7 @@ def test_saved_adapter_gives_the_reported_perplexity(
 
 
 def test_a_second_start_with_other_settings_is_refused(
-    smoke: tuple[Path, str, dict[str, Any]], modules: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+    smoke: tuple[Path, str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (smoke[0] / "results.json").read_bytes()
     with pytest.raises(SystemExit) as ended:
@@ -185,7 +177,7 @@ def test_a_second_start_with_other_settings_is_refused(
 
 
 @pytest.fixture(scope="module")
-def tiny(modules: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `gpt2` and `roberta` with random models and tokenizers of their own, and two texts."""
     folder = tmp_path_factory.mktemp("tiny")
     text = modules("offline_text").load_offline_text(max_base_chars=1)
@@ -220,9 +212,7 @@ def tiny_command(tiny: Path, name: str, output_dir: Path) -> list[str]:
         pytest.param("roberta", "replicated", marks=pytest.mark.slow),
     ],
 )
-def test_one_and_two_processes_give_the_same_figures(
-    tiny: Path, name: str, kind: str, modules: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_one_and_two_processes_give_the_same_figures(tiny: Path, name: str, kind: str, tmp_path: Path) -> None:
     """Batch, masks and start from data are divided, not multiplied: two processes take the same steps as one."""
     modules("run_wikitext").main(tiny_command(tiny, name, tmp_path / "one"))
     done = launch_two(kind, SCRIPT, tiny_command(tiny, name, tmp_path / "two"))
@@ -238,24 +228,6 @@ def test_one_and_two_processes_give_the_same_figures(
         assert figure(together) == pytest.approx(figure(alone), rel=1e-5), alone["method"]
     base, *adapted = map(figure, one["rows"])
     assert max(adapted) < 0.999 * base
-
-
-def test_the_calibration_and_its_controls(tiny: Path, modules: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    """LReg with and without its last pass over the batches, and LoRA with a bias that gets the same."""
-    names = ["lora-linear", "lora-linear-bias", "lreg", "lreg-uncalibrated", "lreg-no-norm"]
-    command = tiny_command(tiny, "gpt2", tmp_path)
-    at = command.index("--methods")
-    command[at : at + 6] = ["--methods", *names, "--learning_rates", *(f"{name}=1e-2" for name in names)]
-    modules("run_wikitext").main(command)
-    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
-    found = {row["method"]: figure(row) for row in rows}
-    assert found["lreg"] < found["lreg-uncalibrated"]
-    assert found["lora-linear-bias"] < found["lora-linear"]
-    trained = {row["method"]: row["trainable_parameters"] for row in rows}
-    assert trained["lreg"] == trained["lreg-uncalibrated"]
-    saved = load_file(tmp_path / "adapters" / "lora-linear-bias" / "trained.safetensors")
-    assert saved["lm_head.bias"].any()
-    assert sum(map(torch.numel, saved.values())) == trained["lora-linear-bias"]
 
 
 @pytest.mark.slow
@@ -277,7 +249,7 @@ def encode_lines(tokenizer: Any, text: str) -> list[int]:
 # --- the text and the blocks ----------------------------------------------------------------------------------------
 
 
-def test_offline_splits_share_no_paragraph(modules: Callable[[str], ModuleType]) -> None:
+def test_offline_splits_share_no_paragraph() -> None:
     offline_text = modules("offline_text")
     text = offline_text.load_offline_text()
     again = offline_text.load_offline_text(max_base_chars=1)
@@ -293,13 +265,13 @@ def test_offline_splits_share_no_paragraph(modules: Callable[[str], ModuleType])
             assert not paragraphs[part] & paragraphs[other], f"{part} and {other} overlap"
 
 
-def test_masks_follow_from_seed_epoch_and_sample_alone(tiny: Path, modules: Callable[[str], ModuleType]) -> None:
+def test_masks_follow_from_seed_epoch_and_sample_alone(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny / "roberta")
     ids = [tokenizer.cls_token_id, *range(10, 250), tokenizer.sep_token_id]
     samples = [{"input_ids": ids, "index": index} for index in range(4)]
 
     def masking(seed: int = 1, epoch: int = 0) -> Any:
-        made = modules("masking").SeededMasking(tokenizer, 0.15, seed)
+        made = modules("data").SeededMasking(tokenizer, 0.15, seed)
         made.set_epoch(epoch)
         return made
 
@@ -316,12 +288,10 @@ def test_masks_follow_from_seed_epoch_and_sample_alone(tiny: Path, modules: Call
 
 
 @pytest.mark.parametrize("n_tokens", [1, 29, 30, 31, 200])
-def test_masked_evaluation_has_every_token_in_one_block(
-    tiny: Path, modules: Callable[[str], ModuleType], n_tokens: int
-) -> None:
+def test_masked_evaluation_has_every_token_in_one_block(tiny: Path, n_tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny / "roberta")
     tokens = torch.arange(10, 10 + n_tokens)
-    masking = modules("masking").SeededMasking(tokenizer, 0.99, 0)
+    masking = modules("data").SeededMasking(tokenizer, 0.99, 0)
     batches = modules("data").masked_evaluation_batches(tokens, 32, 3, tokenizer, masking)
     whole = [torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]) for batch in batches]
     inner = torch.cat([row[1:-1] for batch in whole for row in batch])
@@ -329,7 +299,7 @@ def test_masked_evaluation_has_every_token_in_one_block(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_perplexity_is_that_of_the_labels(modules: Callable[[str], ModuleType], causal: bool) -> None:
+def test_perplexity_is_that_of_the_labels(causal: bool) -> None:
     """Against the formula, for a model whose logits are what they are, in two batches of different shape."""
     torch.manual_seed(0)
     table = torch.nn.Embedding(7, 7)
@@ -354,20 +324,10 @@ def test_perplexity_is_that_of_the_labels(modules: Callable[[str], ModuleType], 
 
 
 @pytest.mark.parametrize("n_tokens", [2, 5, 8, 9, 15, 16, 100])
-def test_evaluation_predicts_every_token_but_the_first_once(
-    modules: Callable[[str], ModuleType], n_tokens: int
-) -> None:
+def test_evaluation_predicts_every_token_but_the_first_once(n_tokens: int) -> None:
     batches = modules("data").overlapping(torch.arange(n_tokens), block_size=8, batch_size=3)
     predicted = torch.cat([batch[:, 1:].flatten() for batch in batches])
     assert torch.equal(predicted, torch.arange(1, n_tokens))
-
-
-def test_labels_in_the_picture_keep_their_distance(modules: Callable[[str], ModuleType]) -> None:
-    heights = modules("comparison.picture").spread_out([0.1, 0.1, 0.1, 0.95, 0.99, 1.0], 0.06)
-    assert heights == sorted(heights)
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 0.06 - 1e-12
-    assert heights[0] >= 0.0
-    assert heights[-1] <= 1.0
 
 
 # --- presets --------------------------------------------------------------------------------------------------------
@@ -384,12 +344,10 @@ GPT2_SHAPES = {"gpt2": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280
         ("roberta-base", 294_912, 303_128),
     ],
 )
-def test_paper_presets_have_the_published_counts(
-    modules: Callable[[str], ModuleType], name: str, lora: int, lreg: int
-) -> None:
-    options = modules("arguments").parse_arguments(["--model_name_or_path", f"hub/{name}", "--preset", "paper"])
-    assert (options.model.base_steps, options.comparison.steps) == (200, 200)
-    assert options.data.dataset_name == "Salesforce/wikitext"
+def test_paper_presets_have_the_published_counts(name: str, lora: int, lreg: int) -> None:
+    args = modules("run_wikitext").parse_arguments(["--model_name_or_path", f"hub/{name}", "--preset", "paper"])
+    assert (args.base_steps, args.steps) == (200, 200)
+    assert args.dataset_name == "Salesforce/wikitext"
     if name in GPT2_SHAPES:
         width, depth = GPT2_SHAPES[name]
         config = GPT2Config(n_embd=width, n_layer=depth, n_head=width // 64)
@@ -401,25 +359,23 @@ def test_paper_presets_have_the_published_counts(
         with torch.device("meta"):
             return kind.from_config(config)
 
-    budget = modules("comparison.budget")
-    task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model, longest_sample=None)
-    sizes = budget.Sizes(task, options.comparison.n_nodes)
-    methods = modules("comparison.methods").select_methods(options.comparison.methods, task_type, empty_model())
-    given = budget.given_sizes(options.comparison.sizes)
-    assert {m.name: sizes.count(m, given[m.name]) for m in methods} == {"lora": lora, "lreg-head": lreg}
-    grids = budget.learning_rate_grids(methods, 1, 3.0, "language_model", options.comparison.learning_rates)
+    task = SimpleNamespace(task_type=task_type, new_modules=(), empty_model=empty_model, rates="language_model")
+    sizes = modules("comparison.sizes")
+    methods = modules("comparison.methods").select_methods(args.methods, task_type)
+    given, counts = sizes.given_sizes(args.sizes, methods), sizes.Sizes(task, args.n_nodes)
+    assert {m.name: counts.count(m, given[m.name]) for m in methods} == {"lora": lora, "lreg-head": lreg}
+    grids = sizes.learning_rate_grids(methods, task, 1, 3.0, args.learning_rates)
     assert grids == {"lora": [1e-5], "lreg-head": [1e-3]}
 
 
 @pytest.mark.parametrize("name", [*GPT2_SHAPES, "roberta-base"])
-def test_fair_presets_search_every_method_alike(modules: Callable[[str], ModuleType], name: str) -> None:
+def test_fair_presets_search_every_method_alike(name: str) -> None:
     command = ["--model_name_or_path", name, "--train_file", "a.txt", "--test_file", "b.txt", "--seeds", "7"]
-    options = modules("arguments").parse_arguments(command)
-    assert options.comparison.seeds == [7]
-    assert (options.data.dataset_name, options.data.train_file) == (None, "a.txt"), "files take the preset's place"
-    named = {entry.partition("=")[0] for entry in options.comparison.learning_rates}
-    assert named == set(METHODS) - ({"lreg-mlp"} if name == "roberta-base" else set())
-    assert {len(entry.split(",")) for entry in options.comparison.learning_rates} == {options.comparison.lr_trials}
+    args = modules("run_wikitext").parse_arguments(command)
+    assert args.seeds == [7]
+    assert (args.dataset_name, args.train_file) == (None, "a.txt"), "files take the preset's place"
+    assert {entry.partition("=")[0] for entry in args.learning_rates} == set(METHODS)
+    assert {len(entry.split(",")) for entry in args.learning_rates} == {args.lr_trials}
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -427,7 +383,6 @@ def test_fair_presets_search_every_method_alike(modules: Callable[[str], ModuleT
 
 @pytest.fixture
 def refused(
-    modules: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -453,7 +408,7 @@ def refused(
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--methods", "lora", "loar"], ["'loar'", "ft, bitfit, vocab-bias, lora"]),
+        (["--methods", "lora", "loar"], ["'loar'", "ft, bitfit, lora"]),
         (["--train_file", "empty.txt", "--validation_file", "good.txt"], ["'empty.txt'", "no text"]),
         (["--train_file", "latin1.txt", "--validation_file", "good.txt"], ["'latin1.txt'", "UTF-8", "0xfc"]),
         (["--train_file", "missing.txt", "--validation_file", "good.txt"], ["'missing.txt'", "No such file"]),
@@ -474,9 +429,8 @@ def refused(
         (["--architecture", "vit"], ["'vit'", "no language model"]),
         (["--mlm_probability", "1"], ["--mlm_probability"]),
         (["--stepz", "3"], ["no option --stepz"]),
-        (["--methods", "head-only"], ["'head-only'", "for CAUSAL_LM"]),
+        (["--methods", "vocab-bias"], ["'vocab-bias'", "for CAUSAL_LM"]),
         (["--batch_size", "100000"], ["training samples", "--batch_size 100000"]),
-        (["--report_to", "nobody"], ["--report_to nobody"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )

@@ -165,14 +165,6 @@ def test_proposals_rest_on_the_gradients_of_the_loss(monkeypatch):
     assert seen["moments"].shape == (3, 5, 3)
 
 
-def test_the_history_can_be_drawn(tmp_path):
-    result = fit_coefficients(regression(), step_data(), ridge=1e-6, max_moves=3, show_progress=False)
-    figure = result.plot()
-    (line,) = figure.axes[0].lines
-    assert line.get_ydata().tolist() == pytest.approx(list(result.objectives))
-    figure.savefig(tmp_path / "history.png")
-
-
 def test_bad_options_are_refused():
     model = regression()
     before = tiny.state(model)

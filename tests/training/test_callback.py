@@ -378,44 +378,23 @@ class TestLife:
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"every": 0}, "every must be at least 1, got 0"),
-            ({"unit": "hours"}, "unit must be one of.*'hours'"),
-            ({"start": 0.8}, "0.8 and 0.75"),
-            ({"stop": 1.5}, "0.0 and 1.5"),
-            ({"strategy": "best"}, "strategy must be one of.*'best'"),
-            ({"size": 0}, "size must be positive, got 0"),
-            ({"n_check_batches": -1}, "n_check_batches must be at least 0"),
-        ],
-    )
-    def test_options(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            LRegCallback(**options)
-
-    @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
+            ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+            ({"every": 2.5}, TypeError, "every must be a whole number, got 2.5"),
+            ({"unit": "hours"}, ValueError, "unit must be one of.*'hours'"),
+            ({"start": 0.8}, ValueError, "0.8 and 0.75"),
+            ({"stop": 1.5}, ValueError, "0.0 and 1.5"),
+            ({"stop": math.nan}, ValueError, "stop must be finite"),
+            ({"strategy": "best"}, ValueError, "strategy must be one of.*'best'"),
+            ({"size": 0}, ValueError, "size must be positive, got 0"),
+            ({"size": math.nan}, ValueError, "size must be"),
+            ({"n_check_batches": -1}, ValueError, "n_check_batches must be at least 0"),
             ({"tolerance": -1}, ValueError, "tolerance must be at least 0, got -1"),
+            ({"tolerance": "0.5"}, TypeError, "tolerance must be a number"),
             ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
             ({"n_rows": 0}, ValueError, "n_rows must be at least 1, got 0"),
             ({"n_hard_samples": 0}, ValueError, "n_hard_samples must be at least 1, got 0"),
-            ({"every": 2.5}, TypeError, "every must be a whole number, got 2.5"),
-            ({"strategy": None}, ValueError, "strategy must be one of"),
-            *(
-                ({name: math.nan}, ValueError, f"{name} must be|start and stop")
-                for name in ("tolerance", "size", "start", "stop")
-            ),
-            *(
-                ({name: wrong}, TypeError, f"{name} must be a whole number")
-                for name in ("every", "n_refine", "n_check_batches", "n_rows", "n_hard_samples")
-                for wrong in (True, "3", 1.0)
-            ),
-            *(
-                ({name: wrong}, TypeError, f"{name} must be a number")
-                for name in ("tolerance", "size", "start", "stop")
-                for wrong in (True, "0.5", None)
-            ),
         ],
     )
     def test_options_are_noticed_at_construction(self, options, error, message):

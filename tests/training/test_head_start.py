@@ -285,29 +285,6 @@ class TestBadInput:
             start_head(model, batches)
 
 
-SHORTCUTS = [("bert", "full"), ("roberta", "factored+linear")]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "form"),
-    [*SHORTCUTS, *slow(*(pair for pair in product(["bert", "roberta"], tiny.WEIGHTINGS) if pair not in SHORTCUTS))],
-)
-def test_a_shortcut_on_a_classifier(model_type, form):
-    """The whole classifier of RoBERTa is wrapped, and its shortcut reads the first position."""
-    base = tiny.build(model_type, "SEQ_CLS", **CLASSES)
-    options = {"target_modules": ["query", "classifier"], "n_components": 6, "n_nodes": 4, **tiny.WEIGHTINGS[form]}
-    model = get_peft_model(base, LRegConfig(**options)).eval()
-    batches = [{**batch, "labels": batch["input_ids"][:, 0] % 3} for batch in texts(n_batches=8, batch=32)]
-    before = loss_on(model, batches)
-    assert start(model, batches, method="pca") is None
-    assert loss_on(model, batches) == before
-    model = get_peft_model(tiny.build(model_type, "SEQ_CLS", **CLASSES), LRegConfig(**options)).eval()
-    report = start(model, batches, start_head=True)
-    assert report.loss_before == pytest.approx(before, rel=1e-5)
-    assert report.loss_after == pytest.approx(loss_on(model, batches), rel=1e-4)
-    assert report.loss_after < report.heldout_after < report.loss_before
-
-
 def test_for_other_adapters():
     """The same start for LoRA, in a pass of its own."""
     base = tiny.build("roberta", "SEQ_CLS", **REGRESSION)

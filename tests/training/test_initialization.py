@@ -157,6 +157,25 @@ class TestGradientMethod:
             initialize_lreg_weights(adapted(), batches(), method="svd", show_progress=False)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_the_rest_of_the_model_runs_as_it_is(other):
+    """What a new adapter is started from: the base, and another active adapter, but nothing of its own."""
+    model = adapted(target_modules=["c_attn"])
+    model.add_adapter("trained", LRegConfig(target_modules=["mlp"], n_nodes=4, init_weights=False))
+    active = ["default", "trained"] if other else ["default"]
+    model.base_model.set_adapter(active)
+    data = [{**batch, "labels": batch["input_ids"]} for batch in batches(3)]
+    seen = []
+    layers(model)[-2].register_input_hook(seen.append)
+    with torch.no_grad():
+        model(**data[0])
+    before = model(**data[0]).logits
+    initialize_lreg_weights(model, data, method="gradient", show_progress=False)
+    torch.testing.assert_close(seen[1], seen[0])
+    assert torch.equal(model(**data[0]).logits, before)
+    assert model.base_model.active_adapters == active
+
+
 def test_more_components_than_the_data_has_directions():
     torch.manual_seed(0)
     samples = torch.randn(50, 2) @ torch.randn(2, 8)

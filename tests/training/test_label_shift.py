@@ -63,6 +63,15 @@ def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(weighting):
     assert loss_on(model, skewed(seed=9)) < base - 0.5
 
 
+def test_the_promised_loss_is_that_of_a_scaled_adapter_too():
+    model = adapted()
+    (head,) = [layer for layer in tiny.layers(model) if layer.is_output_layer]
+    head.set_scale("default", 4.0)
+    report = initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
+    assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
+    assert report.loss_after < report.loss_before - 0.5
+
+
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_labels_are_paired_as_the_model_pairs_them(task_type):
     """Without a task type PEFT wraps the model in a class whose name says nothing."""
@@ -72,14 +81,37 @@ def test_labels_are_paired_as_the_model_pairs_them(task_type):
     assert report.loss_before == pytest.approx(before, abs=1e-5)
 
 
-def test_refused_where_the_loss_is_another_one():
+def test_a_model_in_training_is_judged_without_dropout():
+    reports = []
+    for mode in (True, False):
+        model = adapted(**WEIGHTINGS["linear"], dropout=0.5).train(mode)
+        head = model.get_base_model().lm_head
+        head.base_layer.register_forward_hook(lambda module, args, out: out * torch.nan if module.training else None)
+        reports.append(initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False))
+        assert model.training is mode
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("method", ["pca", "gradient"])
+def test_no_pass_is_added(method):
+    model, passes = adapted(), []
+    model.get_base_model().transformer.register_forward_hook(lambda *args: passes.append(1))
+    initialize_lreg_weights(model, skewed(), method=method, start_head=True, show_progress=False)
+    assert len(passes) == len(skewed())
+
+
+@pytest.mark.parametrize("n_ignored", [0, 1])
+def test_refused_where_the_loss_is_another_one(n_ignored):
+    """A batch without labels that count shows nothing of the loss."""
     model = adapted()
     inner = model.get_base_model()
     inner.loss_function = lambda logits, labels, **options: 2 * logits.square().mean()
+    nothing = {name: torch.full_like(ids, -100) if name == "labels" else ids for name, ids in skewed(1)[0].items()}
+    batches = [nothing] * n_ignored + skewed()
     with pytest.raises(
         ValueError, match=r"loss of GPT2LMHeadModel is not the cross entropy of its outputs averaged over the labels"
     ):
-        initialize_lreg_weights(model, skewed(), start_head=True, method="pca", show_progress=False)
+        initialize_lreg_weights(model, batches, start_head=True, method="pca", show_progress=False)
 
 
 def test_a_full_head_gets_the_closed_form(monkeypatch):

@@ -16,6 +16,7 @@ from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
 from lreg_peft import LRegConfig, LRegLayer, copy_meshes, track_statistics, update_meshes
+from lreg_peft.training.mesh_update import node_spread
 from lreg_peft.training.statistics import count_hard_samples, statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
@@ -131,10 +132,9 @@ class TestCarrying:
         addresses = [tensor.data_ptr() for tensor in tensors]
         for _ in range(30):
             step(layer, optimizer, x)
-            update = update_meshes(layer, optimizer)
+            update_meshes(layer, optimizer)
             nodes = nodes_of(layer)
             assert (nodes.diff(dim=1) > 0).all() and (nodes[:, 0] == 0).all() and (nodes[:, -1] == 1).all()
-            assert update.smallest_element == nodes.diff(dim=1).min()
         assert [tensor.data_ptr() for tensor in tensors] == addresses
 
     def test_what_is_not_on_the_mesh_stays(self):
@@ -167,12 +167,9 @@ class TestCarrying:
         old = nodes_of(layer).clone()
         update = update_meshes(layer, optimizer)
         new = nodes_of(layer)
-        (module,) = update.modules
-        assert (module.module, module.adapter) == ("", "default")
         assert update.n_moved == sum(len(set(new[i].tolist()) - set(old[i].tolist())) for i in range(2)) > 0
-        assert module.largest_move == (new - old).abs().max()
         lengths = new.diff(dim=1).double().numpy()
-        assert update.node_spread == pytest.approx((lengths.std(axis=1) / lengths.mean(axis=1)).mean(), rel=1e-5)
+        assert node_spread(new) == pytest.approx((lengths.std(axis=1) / lengths.mean(axis=1)).mean(), rel=1e-5)
 
     def test_hits_move_the_mesh_of_the_paper(self):
         layer, x = toy(track=False), 2 * torch.randn(100, 1)
@@ -227,7 +224,7 @@ class TestAcceptance:
         assert held.keys() == now.keys() and all(torch.equal(held[name], now[name]) for name in held)
         # What was gathered is still there for the next try.
         again = sums(layer)
-        assert all(torch.equal(one, other) for one, other in zip(gathered.tensors(), again.tensors(), strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(gathered, again, strict=True))
         assert update_meshes(layer, optimizer, accept=lambda: 1.0).accepted
 
     @pytest.mark.parametrize("accept", [None, lambda: 1.0])
@@ -346,27 +343,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"'state1'.*torch.uint8"):
             update_meshes(layer, optimizer)
 
-    def test_options(self):
-        layer, optimizer, _ = trained()
-        with pytest.raises(ValueError, match="tolerance"):
-            update_meshes(layer, optimizer, tolerance=-1)
-        with pytest.raises(ValueError, match="strategy must be one of"):
-            update_meshes(layer, optimizer, strategy="best")
-
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
+            ({"strategy": "best"}, ValueError, "strategy must be one of"),
             ({"tolerance": float("nan")}, ValueError, "tolerance must be at least 0, got nan"),
-            ({"tolerance": "0.1"}, TypeError, "tolerance must be a number"),
             ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
             ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
             ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
-            ({"size": float("nan")}, ValueError, "size must be"),
             ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
             ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
         ],
     )
-    def test_options_that_cannot_be(self, options, error, message):
+    def test_options(self, options, error, message):
         layer, optimizer, _ = trained()
         before, held = state(layer), snapshot(layer, optimizer)
         with pytest.raises(error, match=message):
@@ -374,20 +363,12 @@ class TestErrors:
         now = snapshot(layer, optimizer)
         assert same_state(before, state(layer)) and all(torch.equal(held[name], now[name]) for name in held)
 
-    @pytest.mark.parametrize(
-        ("options", "error", "message"),
-        [
-            ({"n_rows": 0}, ValueError, "n_rows must be at least 1"),
-            ({"n_rows": 1.5}, TypeError, "n_rows must be a whole number"),
-            ({"n_rows": True}, TypeError, "n_rows must be a whole number"),
-            ({"n_hard_samples": "all"}, TypeError, "n_hard_samples must be a whole number"),
-        ],
-    )
-    def test_options_of_the_statistics(self, options, error, message):
+    def test_options_of_the_statistics(self):
         layer = toy()
         tracked = statistics_of(Site("", layer, "default"))
-        with pytest.raises(error, match=message):
-            track_statistics(layer, **options)
+        for options in ({"n_rows": 0}, {"n_hard_samples": 0}):
+            with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 1, got 0"):
+                track_statistics(layer, **options)
         assert statistics_of(Site("", layer, "default")) is tracked
         with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
             count_hard_samples(layer, torch.ones(1), 1.5)
@@ -419,8 +400,7 @@ class TestInModels:
             optimizer.step()
             optimizer.zero_grad()
             if i % 3 == 0:
-                update = update_meshes(model, optimizer)
-        assert [module.module.rpartition("transformer.")[2] for module in update.modules] == ["h.0.mlp", "h.1.mlp"]
+                assert update_meshes(model, optimizer).accepted
         for layer, nodes in zip(layers(model), before, strict=True):
             assert not torch.equal(nodes_of(layer), nodes)
 

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from benchmarks import multigrade_anchor
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import (
@@ -28,6 +27,7 @@ from tiny import (
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from benchmarks.measurements import multigrade_anchor
 from lreg_peft import (
     LRegConfig,
     add_grade,
@@ -39,7 +39,6 @@ from lreg_peft import (
 from lreg_peft.core import evaluate
 from lreg_peft.fitting.feature_cache import fingerprint_below
 from lreg_peft.fitting.output_layer import find_output_layer
-from lreg_peft.plotting import snapshot_meshes
 from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.sites import all_sites
 
@@ -152,10 +151,16 @@ class TestAdding:
         batch = {**batch, "labels": batch["input_ids"]}
         initialize_lreg_weights(model, [batch] * 2, adapter_name="grade_2", show_progress=False)
         torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
-        meshes = snapshot_meshes(model, [batch])
-        assert len(meshes) == 3
-        for mesh in meshes.values():  # every element holds a third of the samples
-            for coords, nodes in zip(mesh.coords.T, mesh.nodes, strict=True):
+        sites, seen = all_sites(model, "grade_2"), []
+        for site in sites:
+            site.layer.register_input_hook(
+                lambda features, layer=site.layer: seen.append(
+                    layer.coords("grade_2", features).detach().flatten(0, -2)
+                )
+            )
+        model(**batch)
+        for site, own in zip(sites, seen, strict=True):  # every element holds a third of the samples
+            for coords, nodes in zip(own.T, site.nodes, strict=True):
                 counts = torch.histogram(coords, nodes).hist
                 assert (counts / counts.sum() - 1 / 3).abs().max() < 0.06
 

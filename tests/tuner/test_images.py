@@ -198,8 +198,9 @@ class TestStridedStages:
         inputs, gradients = [], []
         stage = base.get_submodule("resnet.encoder.stages.3")
         stage.register_input_hook(lambda rows: inputs.append(rows))
-        stage.register_forward_hook(lambda m, a, out: out.register_hook(gradients.append) and None)
+        handle = stage.register_forward_hook(lambda m, a, out: out.register_hook(gradients.append) and None)
         model(**batch).loss.backward()
+        handle.remove()
         initialize_lreg_weights(model, [batch], method="gradient", show_progress=False)
         x = inputs[0].detach()
         pooled = functional.avg_pool2d(x.movedim(-1, 1), 2).movedim(1, -1).reshape(-1, 16) - x.reshape(-1, 16).mean(

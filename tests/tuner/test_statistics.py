@@ -86,12 +86,12 @@ def expected(layer, features) -> MeshStatistics:
 
 
 def assert_same(actual: MeshStatistics, wanted: MeshStatistics, **tolerance) -> None:
-    for mine, theirs in zip(actual.tensors(), wanted.tensors(), strict=True):
+    for mine, theirs in zip(actual, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, check_dtype=False, **(tolerance or CLOSE))
 
 
 def is_empty(statistics: MeshStatistics) -> bool:
-    return not any(tensor.any() for tensor in statistics.tensors())
+    return not any(tensor.any() for tensor in statistics)
 
 
 def run(layer, features):

@@ -1,0 +1,1 @@
+"""Every tuner of PEFT beside LReg."""

@@ -1,0 +1,1 @@
+"""`LagrangeRegressor` beside its peers, and the figures of the paper."""

@@ -37,7 +37,7 @@ PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-        *(path for top in ("docs", "examples", "tests") for path in (ROOT / top).rglob("*.md")),
+        *(path for top in ("docs", "examples", "benchmarks", "tests") for path in (ROOT / top).rglob("*.md")),
     ]
 )
 
@@ -247,7 +247,7 @@ SET_UP: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "docs/how-to/vision.md": lambda _: images(),
     **dict.fromkeys(TUTORIALS, short_tutorial),
     "examples/glue/README.md": glue_results,
-    "examples/vision/README.md": vision_results,
+    "benchmarks/vision/README.md": vision_results,
     "examples/wikitext/README.md": wikitext_results,
 }
 
@@ -353,7 +353,7 @@ def test_links_and_files_that_a_page_names_exist(page: str) -> None:
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
     for path in re.findall(
-        r"(?:examples|tests|docs)/(?:\w+/)*[\w.]+\.(?:py|md|yaml)", re.sub(r"\]\([^)]*\)", "", text)
+        r"(?:examples|benchmarks|tests|docs)/(?:\w+/)*[\w.]+\.(?:py|md|yaml)", re.sub(r"\]\([^)]*\)", "", text)
     ):
         assert (ROOT / path).exists() or (ROOT / page).parent.joinpath(path).exists(), path
 

@@ -46,8 +46,12 @@ ROOMS = {
 
 def mirrored() -> list[str]:
     """Paths, relative to the repository, of the Markdown outside docs/ that is part of the site."""
-    found = [*(ROOT / "examples").rglob("README.md"), *(ROOT / "tests").rglob("README.md")]
-    found += [*(ROOT / "benchmarks").rglob("README.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    found = [
+        *(ROOT / "examples").rglob("README.md"),
+        *(ROOT / "benchmarks").rglob("README.md"),
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+    ]
     return sorted(path.relative_to(ROOT).as_posix() for path in found if path.is_file())
 
 

@@ -37,7 +37,7 @@ NAMES = {
 
 def budgets() -> plt.Figure:
     """Test perplexity over trained parameters, from the study's record."""
-    record = json.loads((DOCS.parent / "examples" / "wikitext" / "results" / "study-axes.json").read_text())
+    record = json.loads((DOCS.parent / "benchmarks" / "peft_methods" / "results" / "wikitext-axes.json").read_text())
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for colour, (method, name) in zip((OURS, "#1f4e8c", "#6b9080", "#b08968", OTHERS), NAMES.items(), strict=True):
         rows = sorted((row for row in record["rows"] if row["method"] == method), key=lambda row: row["trainable"])

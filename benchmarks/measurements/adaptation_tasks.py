@@ -1,4 +1,4 @@
-"""Tasks to adapt a frozen model to, for scripts that compare ways of training: functions, sentences.
+"""Tasks to adapt a frozen model to, for scripts that compare ways of training: functions, sentences, text.
 
 All have the same face: a frozen model of one's own (`base`), the batches of a seed (`batches`), a figure on data that
 no training saw (`score`), and `fit`, one loop for all.
@@ -11,11 +11,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainerControl,
@@ -63,12 +65,16 @@ def fit(
 
 
 class Task:
-    """What the tasks share. `better` is 1 where a higher score is better, else -1."""
+    """What the tasks share. `better` is 1 where a higher score is better, else -1.
+
+    `start_head` is whether the start of the recipe includes the output layer.
+    """
 
     name: str
     unit: str
     better: int
     task_type: str | None = None
+    start_head = False
 
     def base(self) -> nn.Module:
         """A fresh copy of the frozen model, in eval mode."""
@@ -271,3 +277,43 @@ def _tsv(path: Path) -> list[tuple[tuple[str, ...], int]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return [((row["sentence"].strip(),), int(row["label"])) for row in rows]
+
+
+# Text
+
+
+class TextTask(Task):
+    """A language model of the GPT-2 family goes on with another text, in blocks of 128 tokens, without dropout.
+
+    Its first `n_blocks` blocks of the test text judge.
+    """
+
+    unit, better, task_type, start_head = "perplexity", -1, "CAUSAL_LM", True
+
+    def __init__(self, model: str, train_file: Path, test_file: Path, n_blocks: int = 100) -> None:
+        self.name, self._model = "text", model
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        self._train, test = (self._blocks(tokenizer, path) for path in (train_file, test_file))
+        self._test = test[:n_blocks]
+
+    @staticmethod
+    def _blocks(tokenizer: Any, path: Path) -> Tensor:
+        ids = torch.tensor(tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"])
+        return ids[: len(ids) // 128 * 128].view(-1, 128)
+
+    def base(self) -> nn.Module:
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return AutoModelForCausalLM.from_pretrained(self._model, **dropout).eval()
+
+    def rows(self) -> int:
+        return len(self._train)
+
+    def batch(self, rows: Tensor) -> Batch:
+        return {"input_ids": self._train[rows], "labels": self._train[rows]}
+
+    def evaluation(self) -> Iterator[Batch]:
+        return ({"input_ids": blocks, "labels": blocks} for blocks in self._test.split(10))
+
+    def score(self, model: nn.Module) -> float:
+        """Perplexity."""
+        return math.exp(self.loss(model))

@@ -3,10 +3,12 @@
     python -m benchmarks.measurements.curve_worth --output_dir OUT --tasks kinks steep numbers
     python -m benchmarks.measurements.curve_worth --output_dir OUT --tasks sentences [--data_dir SST2] --steps 200
         --rates 0.0055 --budget 64536
+    python -m benchmarks.measurements.curve_worth --output_dir OUT --tasks text --model MODEL --train_file TRAIN
+        --test_file TEST --variants "4 nodes" "4 nodes, moved" --budget 32768 --rates 0.02 --batch_size 4 --no_lora
 
 Tasks are those of `adaptation_tasks.py`: networks that know one function are adapted to another one; a sentence encoder
-classifies. Every variant has the gradient start, the same batches and the same steps. Of several --rates the first seed
-takes the best, by samples that are not reported on.
+classifies; a language model goes on with another text. Every variant has the gradient start, the same batches and the
+same steps. Of several --rates the first seed takes the best, by samples that are not reported on.
 
 Every adapter is then converted to a LoRA, without and with biases (`convert_to_lora`, 16 training batches, run by
 PEFT); of the two the better counts. The difference says how much of this adapter is curved. What a curve is worth to a
@@ -32,7 +34,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
+from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, TextTask, fit
 from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import (
     LRegCallback,
@@ -70,6 +72,8 @@ VARIANTS = {
     "profiles fixed": Variant(profile="fixed"),
     "4 nodes": Variant(4),
     "4 nodes, moved": Variant(4, "checked"),
+    "16 nodes": Variant(16),
+    "16 nodes, moved": Variant(16, "checked"),
     "8 nodes": Variant(),
     "8 nodes, moved": Variant(8, "checked"),
     "8 nodes, moved, all kept": Variant(8, "kept"),
@@ -141,7 +145,7 @@ def train(task: Task, name: str, seed: int, rate: float, options: argparse.Names
     base = task.base()
     model = get_peft_model(base, configuration(task, base, variant, options.budget))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, method="gradient", start_head=False, show_progress=False)
+    initialize_lreg_weights(model, start, method="gradient", start_head=task.start_head, show_progress=False)
     shape(model, variant)
     callback = None
     if variant.moved != "no":
@@ -219,7 +223,7 @@ def main() -> None:
     """Run what is missing; see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=list(FUNCTIONS), choices=[*FUNCTIONS, "sentences"])
+    parser.add_argument("--tasks", nargs="+", default=list(FUNCTIONS), choices=[*FUNCTIONS, "sentences", "text"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
@@ -228,6 +232,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=1_700, help="parameters of factored shortcuts")
     parser.add_argument("--data_dir", type=Path, help="train.tsv and validation.tsv of SST-2; offline pairs without")
     parser.add_argument("--encoder", help="folder or name; the packaged one without")
+    parser.add_argument("--model", help="folder or name of the language model, for text")
+    parser.add_argument("--train_file", type=Path, help="text to adapt to")
+    parser.add_argument("--test_file", type=Path, help="text that judges")
     parser.add_argument("--no_lora", action="store_true", help="without the conversions")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -251,6 +258,8 @@ def main() -> None:
     for kind in options.tasks:
         if kind == "sentences":
             task: Task = SentenceTask(options.data_dir, options.encoder)
+        elif kind == "text":
+            task = TextTask(options.model, options.train_file, options.test_file)
         else:
             task = FunctionTask(kind)
         own = [name for name, variant in VARIANTS.items() if kind in FUNCTIONS or not variant.block]

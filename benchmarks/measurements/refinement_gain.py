@@ -3,6 +3,9 @@
     python -m benchmarks.measurements.refinement_gain --output_dir OUT --tasks numbers
     python -m benchmarks.measurements.refinement_gain --output_dir OUT --tasks sentences [--data_dir SST2] --steps 100
         --rate 0.0055 --budget 64536 --refine_batches 5 --refine_size 16 --rounds 1 --ranks 4 --seeds 0
+    python -m benchmarks.measurements.refinement_gain --output_dir OUT --tasks text --model MODEL --train_file TRAIN
+        --test_file TEST --steps 200 --rate 0.02 --budget 32768 --batch_size 4 --refine_batches 5 --refine_size 4
+        --rounds 1 --ranks 4 --columns_at_once 4 --seeds 0
 
 The recipe of the package is trained and refined on --refine_batches batches of the same data, every fifth of which is
 held out. From the same trained state AdamW goes on for as many steps as that CPU time pays for, with a fresh warm-up
@@ -25,7 +28,7 @@ import torch
 from peft import get_peft_model
 from transformers.utils import logging
 
-from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, fit
+from benchmarks.measurements.adaptation_tasks import FUNCTIONS, FunctionTask, SentenceTask, Task, TextTask, fit
 from benchmarks.measurements.machine import command, device_name, versions
 from lreg_peft import initialize_lreg_weights, recommended_config, refine_linearized
 
@@ -36,7 +39,7 @@ def once(task: Task, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     base = task.base()
     model = get_peft_model(base, recommended_config(base, options.budget, task_type=task.task_type))
     start = list(islice(task.batches(seed, options.batch_size), 8))
-    initialize_lreg_weights(model, start, start_head=False, show_progress=False)
+    initialize_lreg_weights(model, start, start_head=task.start_head, show_progress=False)
     started = time.process_time()
     fit(model, task.batches(seed, options.batch_size), options.steps, options.rate)
     seconds = time.process_time() - started
@@ -98,7 +101,7 @@ def main() -> None:
     """Add the runs to the record in the folder; see above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=["numbers"], choices=[*FUNCTIONS, "sentences"])
+    parser.add_argument("--tasks", nargs="+", default=["numbers"], choices=[*FUNCTIONS, "sentences", "text"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -112,6 +115,9 @@ def main() -> None:
     parser.add_argument("--columns_at_once", type=int, default=64)
     parser.add_argument("--data_dir", type=Path, help="train.tsv and validation.tsv of SST-2; offline pairs without")
     parser.add_argument("--encoder", help="folder or name; the packaged one without")
+    parser.add_argument("--model", help="folder or name of the language model, for text")
+    parser.add_argument("--train_file", type=Path, help="text to adapt to")
+    parser.add_argument("--test_file", type=Path, help="text that judges")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -122,6 +128,8 @@ def main() -> None:
     for kind in options.tasks:
         if kind == "sentences":
             task: Task = SentenceTask(options.data_dir, options.encoder)
+        elif kind == "text":
+            task = TextTask(options.model, options.train_file, options.test_file)
         else:
             task = FunctionTask(kind)
         for seed in options.seeds:

@@ -1,7 +1,7 @@
 """Sums of functions of one feature and of two, all smoothing parameters by restricted maximum likelihood."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import linalg
@@ -18,6 +18,7 @@ _GAIN = 10.0  # in the criterion, for which more nodes are kept: a Bayes factor 
 # Factors that all penalties together may get for smaller errors of cross-validation.
 _FACTORS = 10.0 ** np.arange(0.5, 12.1, 0.5)
 _MOST_EDF = 0.8  # of the observations
+_CHOOSING = 50_000  # rows on which terms are chosen
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Additive:
         """Residuals `[m, q]` for the rows of every fold by the fit to the others."""
         result = np.empty((len(samples.X), len(self.intercept)))
         for f, fold in enumerate(samples.folds):
-            for part, columns in blocks(self.terms, samples.X, fold):
-                result[part] = samples.y[part] - self.fold_shift[f] - columns @ self.fold_theta[f]
+            result[fold] = samples.y[fold] - self.fold_shift[f]
+            for term, span in zip(self.terms, spans(self.terms), strict=True):
+                result[fold] -= term.function(samples.X[fold], self.fold_theta[f, span])
         return result
 
     def _inverses(self) -> Array:
@@ -148,6 +150,7 @@ def fit_additive(
     Returns:
         The fit.
     """
+    every, samples = samples, samples.thinned(_CHOOSING)
     X, q = samples.X, samples.y.shape[1]
     varying = [j for j in range(X.shape[1]) if X[:, j].min() < X[:, j].max()]
     wanted = mesh_sizes(varying, X.shape[1], n_nodes, max_nodes)
@@ -178,7 +181,12 @@ def fit_additive(
         fit = larger
     if len(varying) > 1:
         fit = with_pairs(fit, build, samples, interactions, max_nodes, random, solve)
-    return _cautious(fit, samples) if isinstance(smoothing, str) else fit
+    if samples is not every:
+        # More rows, more of each sum: penalties that are relative to them begin where they were.
+        known = replace(fit, smoothing=fit.smoothing * (every.total / samples.total))
+        sums = moments(fit.terms, every)
+        fit = solve_terms(fit.terms, every, smoothing, sums=sums, before=known, report=report)
+    return _cautious(fit, every) if isinstance(smoothing, str) else fit
 
 
 def solve_terms(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -160,7 +159,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
 
     def _fit(self, samples: Samples, n_classes: int) -> tuple[Logistic, tuple[dict[str, float], ...]]:
         random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-        part = _part(samples, random)
+        part = samples.thinned(_CHOOSING)
         varying = [j for j in range(samples.X.shape[1]) if np.ptp(part.X[:, j]) > 0]
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         wanted = mesh_sizes(varying, samples.X.shape[1], n_nodes, self.max_nodes)
@@ -222,17 +221,3 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
         self.edf_ = float(len(self.classes_) - 1 + fit.edf.sum())
         about = "mean cross-entropy plus half of the penalties, over all coefficients"
         self.optimality_ = Optimality.of(fit.objective / samples.total, fit.gap / samples.total, about)
-
-
-def _part(samples: Samples, random: np.random.Generator) -> Samples:
-    """All of the samples, or as many as choices need, with every class and fold in it."""
-    m = len(samples.X)
-    if m <= _CHOOSING:
-        return samples
-    step = m / _CHOOSING
-    rows = [np.unique(np.arange(fold.start, fold.stop, step).astype(int)) for fold in samples.folds]
-    kept = np.concatenate(rows)
-    ends = np.cumsum([0] + [len(r) for r in rows])
-    folds = tuple(slice(int(a), int(b)) for a, b in pairwise(ends))
-    weight = samples.weight[kept]
-    return Samples(samples.X[kept], samples.y[kept], weight, samples.mass[kept], folds, float(weight.sum()))

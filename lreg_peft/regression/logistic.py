@@ -76,25 +76,33 @@ class Problem:
         label: `[m]`.
         weight: `[m]`.
         n_logits: 1 for two classes.
+        groups: sizes of groups of columns with one penalty.
     """
 
     design: Array
     label: NDArray[np.int64]
     weight: Array
     n_logits: int
+    groups: NDArray[np.int64]
+
+    @property
+    def member(self) -> NDArray[np.int64]:
+        """`[p]`, the group of each column."""
+        return np.repeat(np.arange(len(self.groups)), self.groups)
 
     @classmethod
     def of(cls, terms: Sequence[Term], samples: Samples, n_classes: int) -> "Problem":
         """The columns of all terms."""
-        design = np.empty((len(samples.X), sum(sum(term.groups) for term in terms)))
+        groups = np.array([size for term in terms for size in term.groups], dtype=np.int64)
+        design = np.empty((len(samples.X), groups.sum()))
         for part, columns in blocks(terms, samples.X):
             design[part] = columns
         label = samples.y[:, 0].astype(np.int64)
-        return cls(design, label, samples.weight, 1 if n_classes == 2 else n_classes)
+        return cls(design, label, samples.weight, 1 if n_classes == 2 else n_classes, groups)
 
     def rows(self, kept: NDArray[np.bool_]) -> "Problem":
         """Some of the samples."""
-        return Problem(self.design[kept], self.label[kept], self.weight[kept], self.n_logits)
+        return Problem(self.design[kept], self.label[kept], self.weight[kept], self.n_logits, self.groups)
 
     def target(self) -> Array:
         """`[m, c]`."""
@@ -271,13 +279,12 @@ def solve_logistic(
         The fit.
     """
     problem = Problem.of(terms, samples, n_classes)
-    groups = np.array([size for term in terms for size in term.groups], dtype=np.int64)
+    member, groups = problem.member, problem.groups
     kinds = np.array([kind for term in terms for kind in term.kinds], dtype=np.int64)
-    member = np.repeat(np.arange(len(groups), dtype=np.int64), groups)
     theta, intercept = problem.start()
     if not isinstance(smoothing, str):
         log = np.full(len(groups), np.log(smoothing * samples.total))
-        return _finished(terms, samples, problem, log, groups, (theta, intercept), tolerance)
+        return _finished(terms, samples, problem, log, (theta, intercept), tolerance)
     power = np.bincount(member, problem.weight @ problem.design**2, len(groups)) / np.maximum(groups, 1)
     power = np.maximum(power * 0.25, np.finfo(float).tiny)
     low, high = np.log(power * _LEAST), np.log(power * _GONE)
@@ -288,7 +295,7 @@ def solve_logistic(
         hessians = _hessians(problem, _at(problem, theta, intercept, penalty, None).p)
         point = minimise(problem, penalty, (theta, intercept), _FOLD_TOLERANCE, 1, None, hessians)
         theta, intercept = point.theta, point.intercept
-        edf = share * _edf(hessians, penalty, member, groups)
+        edf = share * _edf(hessians, penalty, problem)
         used = np.bincount(member, (theta**2).sum(axis=1), len(groups)).astype(np.float64)
         # One more coefficient of variance one: logits of a separable class stay finite.
         new = np.log(pooled_penalties(edf + 1, used + 1, kinds, pools[kinds]))
@@ -297,11 +304,12 @@ def solve_logistic(
         log = np.clip(log + step, low, high)
         if moved < _STILL:
             break
-    return _finished(terms, samples, problem, log, groups, (theta, intercept), tolerance)
+    return _finished(terms, samples, problem, log, (theta, intercept), tolerance)
 
 
-def _edf(hessians: list[Array], penalty: Array, member: NDArray[np.int64], groups: NDArray[np.int64]) -> Array:
+def _edf(hessians: list[Array], penalty: Array, problem: Problem) -> Array:
     """Effective degrees of freedom `[groups]`, summed over logits."""
+    member, groups = problem.member, problem.groups
     result = np.zeros(len(groups))
     for factor, _ in _factors(hessians, penalty, False):
         inverse = linalg.lapack.dpotri(factor)[0].diagonal()[:-1]
@@ -314,12 +322,10 @@ def _finished(
     samples: Samples,
     problem: Problem,
     log: Array,
-    groups: NDArray[np.int64],
     start: tuple[Array, Array],
     tolerance: float,
 ) -> Logistic:
-    member = np.repeat(np.arange(len(groups), dtype=np.int64), groups)
-    penalty = np.exp(log)[member]
+    penalty = np.exp(log)[problem.member]
     point = minimise(problem, penalty, start, tolerance, _MAX_NEWTON)
     hessians = _hessians(problem, point.p)
     errors, rest = _held_out(problem, samples, penalty, (point.theta, point.intercept), hessians)
@@ -329,7 +335,7 @@ def _finished(
         value = columns[:, span] @ point.theta[span]
         mean = problem.weight @ value / samples.total
         variances[k] = problem.weight @ (value - mean) ** 2 / samples.total
-    edf = _edf(hessians, penalty, member, groups) if len(groups) else np.zeros(0)
+    edf = _edf(hessians, penalty, problem)
     return Logistic(
         tuple(terms), point.theta, point.intercept, np.exp(log)[:, None], edf[:, None], variances, point.objective,
         point.gap, errors, rest, hessians,
@@ -363,14 +369,12 @@ def rescaled(fit: Logistic, samples: Samples, n_classes: int, tolerance: float) 
     if not fit.terms or len(samples.folds) < 2:
         return fit
     problem = Problem.of(fit.terms, samples, n_classes)
-    groups = np.array([size for term in fit.terms for size in term.groups], dtype=np.int64)
-    member = np.repeat(np.arange(len(groups), dtype=np.int64), groups)
     log = np.log(fit.smoothing[:, 0])
     best, best_errors = 0.0, fit.errors
     for factors in _FACTORS:
         for factor in np.log(factors):
             errors, _ = _held_out(
-                problem, samples, np.exp(log + factor)[member], (fit.theta, fit.intercept), fit.hessians
+                problem, samples, np.exp(log + factor)[problem.member], (fit.theta, fit.intercept), fit.hessians
             )
             gain = (best_errors - errors)[:, 0]
             # Too little smoothing does more harm than too much: only less of it has to be certain.
@@ -382,14 +386,13 @@ def rescaled(fit: Logistic, samples: Samples, n_classes: int, tolerance: float) 
             break
     if not best:
         return fit
-    return _finished(fit.terms, samples, problem, log + best, groups, (fit.theta, fit.intercept), tolerance)
+    return _finished(fit.terms, samples, problem, log + best, (fit.theta, fit.intercept), tolerance)
 
 
 def minimise_large(fit: Logistic, part: Samples, samples: Samples, n_classes: int, tolerance: float) -> Logistic:
     """The optimum over all samples, with the penalties of a fit to a part of them."""
     problem = Problem.of(fit.terms, samples, n_classes)
-    groups = np.array([size for term in fit.terms for size in term.groups], dtype=np.int64)
-    penalty = np.repeat(fit.smoothing[:, 0], groups)
+    penalty = fit.smoothing[problem.member, 0]
     near = [samples.total / part.total * hessian for hessian in fit.hessians]
     point = minimise(problem, penalty, (fit.theta, fit.intercept), tolerance, _MAX_NEWTON, None, near)
     point = minimise(problem, penalty, (point.theta, point.intercept), tolerance, _MAX_NEWTON)

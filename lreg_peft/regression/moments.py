@@ -75,13 +75,12 @@ class Moments:
         )
 
 
-def blocks(terms: Sequence[Term], X: Array, rows: slice | None = None) -> Iterator[tuple[slice, Array]]:
+def blocks(terms: Sequence[Term], X: Array) -> Iterator[tuple[slice, Array]]:
     """The columns of all terms side by side, some rows at a time."""
     width = sum(sum(term.groups) for term in terms)
     step = max(64, _BLOCK // max(width, 1))
-    begin, end = (0, len(X)) if rows is None else (rows.start, rows.stop)
-    for start in range(begin, end, step):
-        part = slice(start, min(start + step, end))
+    for start in range(0, len(X), step):
+        part = slice(start, min(start + step, len(X)))
         empty = np.zeros((part.stop - part.start, 0))
         yield part, np.concatenate([empty, *(term.columns(X[part]) for term in terms)], axis=1)
 
@@ -112,7 +111,7 @@ def moments(terms: Sequence[Term], samples: Samples, known: Moments | None = Non
         for start in range(fold.start, fold.stop, step):
             part = slice(start, min(start + step, fold.stop))
             root = np.sqrt(weight[part])[:, None]
-            columns = _sparse_columns(terms, samples.X[part], width) * root
+            columns = _sparse_columns(terms, samples.X[part], width, root)
             late = columns[:, old_width:]
             # Half of a symmetric product is half of the work.
             if old_width < width:
@@ -138,16 +137,17 @@ def _width(term: Term) -> int:
     return term.size if isinstance(term, Line) else sum(term.groups)
 
 
-def _sparse_columns(terms: Sequence[Term], X: Array, width: int) -> Array:
-    """Hat functions for functions of one feature, which cost two entries a row; columns for the others."""
+def _sparse_columns(terms: Sequence[Term], X: Array, width: int, root: Array) -> Array:
+    """Hat functions for functions of one feature, which cost two entries a row, columns for others; times `root`."""
     result, start = np.zeros((len(X), width)), 0
     rows = np.arange(len(X))
     for term in terms:
         if isinstance(term, Line):
             element, local = find(X[:, term.feature], term.nodes)
-            result[rows, start + element], result[rows, start + element + 1] = 1 - local, local
+            right = local * root[:, 0]
+            result[rows, start + element], result[rows, start + element + 1] = root[:, 0] - right, right
         else:
-            result[:, start : start + _width(term)] = term.columns(X)
+            result[:, start : start + _width(term)] = term.columns(X) * root
         start += _width(term)
     return result
 

@@ -93,25 +93,9 @@ def grid_mesh(d: int, n_cells: int) -> SimplicialMesh:
 def barycentric_gradients(nodes: Tensor, simplices: Tensor) -> Tensor:
     """Gradients of the d + 1 barycentric coordinates of every simplex: `[n_simplices, d + 1, d]`."""
     corners = nodes[simplices]  # [n, d + 1, d]
-    inverse = _inverse(corners[:, 1:] - corners[:, :1])  # [n, d, d]; its columns are the gradients of 1..d
+    inverse = torch.linalg.inv(corners[:, 1:] - corners[:, :1])  # [n, d, d]; its columns are the gradients of 1..d
     rest = inverse.transpose(1, 2)
     return torch.cat((-rest.sum(1, keepdim=True), rest), dim=1)
-
-
-def _inverse(matrices: Tensor) -> Tensor:
-    """`[n, d, d]`. In closed form up to d = 3: LAPACK takes a call for each matrix."""
-    d = matrices.shape[-1]
-    if d == 1:
-        return 1 / matrices
-    if d == 2:
-        a, b, c, e = matrices.flatten(1).unbind(1)
-        adjugate = torch.stack((e, -b, -c, a), dim=1).view(-1, 2, 2)
-        return adjugate / (a * e - b * c).view(-1, 1, 1)
-    if d == 3:
-        rows = matrices.unbind(1)
-        columns = [torch.linalg.cross(rows[(i + 1) % 3], rows[(i + 2) % 3]) for i in range(3)]
-        return torch.stack(columns, dim=2) / (rows[0] * columns[0]).sum(1).view(-1, 1, 1)
-    return torch.linalg.inv(matrices)
 
 
 def volumes(nodes: Tensor, simplices: Tensor) -> Tensor:

@@ -144,6 +144,10 @@ class Line:
         """`[n, d] -> [n, r]`; the end elements go on outside."""
         return self.at(X[:, self.feature])
 
+    def function(self, X: Array, theta: Array) -> Array:
+        """Of coefficients `[r, q]` at the samples: `[n, q]`."""
+        return evaluate(X[:, self.feature], self.nodes, self.basis @ theta)
+
     def at(self, x: Array) -> Array:
         """`[n] -> [n, r]`."""
         return evaluate(x, self.nodes, self.basis)
@@ -227,6 +231,10 @@ class Pair:
         i, j = np.concatenate(self.products, axis=1)
         parts = [line.at(np.clip(X[:, line.feature], line.nodes[0], line.nodes[-1])) for line in self.lines]
         return parts[0][:, i] * parts[1][:, j]
+
+    def function(self, X: Array, theta: Array) -> Array:
+        """Of coefficients `[r, q]` at the samples: `[n, q]`."""
+        return self.columns(X) @ theta
 
 
 Term = Line | Pair

@@ -278,7 +278,7 @@ class _Collector(ExitStack):
             return False
         counts = (len(labels), labels.numel()) if isinstance(labels, Tensor) and labels.ndim else (1, 1)
         enough = zip((_GRADIENT_SAMPLES, _GRADIENT_LABELS), counts, strict=True)
-        wanted = min(-(-most // (n * rank_and_world()[1])) for most, n in enough)
+        wanted = min(-(-most // (max(n, 1) * rank_and_world()[1])) for most, n in enough)
         self._n_labelled += 1
         return (self._n_labelled - 1) % max(1, self._n_with_gradient // wanted) == 0
 

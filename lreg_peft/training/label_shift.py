@@ -222,7 +222,8 @@ class TokenRows(OutputRows):
             return self._shifted(counts, expected, constant)
 
     def _shifted(self, counts: Tensor, expected: Tensor, constant: Tensor | None) -> LabelShift:
-        k = self._closest_to_one() if constant is None else constant.float()
+        scale = self.layer.scaling[self._adapter]
+        k = self._closest_to_one() if constant is None or not scale else constant.float() / scale
         before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
         heldout = min(tried)
         if not heldout < before:
@@ -267,8 +268,8 @@ class TokenRows(OutputRows):
         return tensor_from_main((inverse @ total).float())
 
     def _design(self, features: Tensor) -> Tensor:
-        """What the table of the shortcut is weighted by, `[n, K]`."""
-        return self.layer.design(self._adapter, features).float()
+        """What the table of the shortcut is weighted by, `[n, K]`, the scale of the adapter included."""
+        return self.layer.design(self._adapter, features).float() * self.layer.scaling[self._adapter]
 
     def _pieces(self, half: int) -> Iterator[tuple[Tensor, Tensor]]:
         for features, targets in self._judges[half]:

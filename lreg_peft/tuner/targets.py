@@ -28,7 +28,7 @@ from .layer import LRegLayer
 from .patterns import by_pattern
 from .placement import check_task, nameable_modules, output_embedding
 from .reading import check_same_reading, misfits, sizes_of_shortcut, source_of
-from .recommend import fill_in
+from .recommend import fill_in, recommended_rate
 
 # What PEFT adds to `modules_to_save` only after shortcuts are in place.
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -52,9 +52,15 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """The modules that a configuration matches; printing it gives a table."""
+    """The modules that a configuration matches; printing it gives a table.
+
+    Attributes:
+        targets: the modules.
+        learning_rate: what to try first with Adam; None for tasks and kinds of shortcuts that were not measured.
+    """
 
     targets: tuple[Target, ...]
+    learning_rate: float | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -84,13 +90,16 @@ class TargetReport:
             shapes = [tuple(str(list(s)) if s else "" for s in (t.input_shape, t.output_shape)) for t in self.targets]
             rows = [row + shape for row, shape in zip(rows, [*shapes, ("", "")], strict=True)]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        return "\n".join(
+        lines = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in [head, *rows]
-        )
+        ]
+        if self.learning_rate is not None:
+            lines.append(f"learning rate to try first with Adam: {self.learning_rate:g}")
+        return "\n".join(lines)
 
 
 def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = None) -> TargetReport:
@@ -107,8 +116,8 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
             show only when the adapted model runs.
 
     Returns:
-        One entry per module, with feature sizes and trainable parameters; `print` it for a table. With example inputs
-        also the shapes that were seen.
+        One entry per module, with feature sizes and trainable parameters, and a learning rate to try first where one
+        was measured; `print` it for a table. With example inputs also the shapes that were seen.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches.
@@ -120,7 +129,7 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
     config = copy.deepcopy(config)
     settle_targets(model, config)
     if example_inputs is None:
-        return TargetReport(tuple(resolve_targets(model, config)))
+        return TargetReport(tuple(resolve_targets(model, config)), recommended_rate(config))
     modules = {}
     for path in _matched_names(model, config):
         module = model.get_submodule(path)
@@ -134,7 +143,8 @@ def inspect_targets(model: nn.Module, config: LRegConfig, example_inputs: Any = 
             dataclasses.replace(target, input_shape=shapes[0], output_shape=shapes[1])
             for target in resolve_targets(model, config)
             for shapes in seen[target.name].shapes[:1]
-        )
+        ),
+        recommended_rate(config),
     )
 
 

@@ -165,3 +165,15 @@ class TestMeshes:
         for most in (20, 60, 150):
             model = LagrangeRegressor(max_nodes=most).fit(X, y)
             assert sum(term.values[..., 0].size for term in model.terms_) <= most
+
+
+def test_terms_of_large_data_are_chosen_on_some_rows_and_fitted_to_all():
+    random = np.random.default_rng(0)
+    X = random.uniform(size=(60_000, 3))
+    truth = np.sin(5 * X[:, 0]) + 2 * (X[:, 1] - 0.5) * (X[:, 2] - 0.5)
+    y = truth + 0.3 * random.standard_normal(len(X))
+    model = LagrangeRegressor(basis="additive").fit(X, y)
+    assert (1, 2) in {term.features for term in model.terms_}
+    # The normal equations of the intercept, which hold for the rows that were fitted.
+    assert abs(np.mean(model.predict(X) - y)) < 1e-9
+    assert np.mean((model.predict(X) - truth) ** 2) < 0.01 * truth.var()

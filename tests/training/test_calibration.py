@@ -39,6 +39,16 @@ def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(weighting, componen
     assert loss_on(model, skewed(seed=9)) < unseen - 0.3
 
 
+@pytest.mark.parametrize("scale", [0.25, 4.0])
+def test_the_promised_loss_is_that_of_a_scaled_adapter_too(scale):
+    model = trained()
+    for layer in tiny.layers(model):
+        layer.set_scale("default", scale)
+    report = match_token_frequencies(model, skewed(), show_progress=False)
+    assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
+    assert report.loss_after < report.loss_before - 0.3
+
+
 def test_tokens_are_expected_as_often_as_they_come():
     model = trained(weighting="full", n_nodes=3)
     ids = torch.cat([batch["input_ids"] for batch in skewed(16)])

@@ -63,6 +63,15 @@ def test_lowers_the_loss_on_unseen_text_and_says_by_how_much(weighting):
     assert loss_on(model, skewed(seed=9)) < base - 0.5
 
 
+def test_the_promised_loss_is_that_of_a_scaled_adapter_too():
+    model = adapted()
+    (head,) = [layer for layer in tiny.layers(model) if layer.is_output_layer]
+    head.set_scale("default", 4.0)
+    report = initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
+    assert report.loss_after == pytest.approx(loss_on(model, skewed()), abs=1e-5)
+    assert report.loss_after < report.loss_before - 0.5
+
+
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_labels_are_paired_as_the_model_pairs_them(task_type):
     """Without a task type PEFT wraps the model in a class whose name says nothing."""

@@ -47,7 +47,7 @@ def test_meshes_move_with_the_moments_of_both_groups():
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert update_meshes(model, optimizer).modules
+    assert update_meshes(model, optimizer).n_moved
 
 
 def test_without_profiles_one_sentence():

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from peft import TaskType
 from peft.utils.error import NoMatchingPeftModuleError
 from tiny import adapt, build, gpt2, inputs, layers, llama, outputs, roberta, same_state, shake, state, trainable
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, inspect_targets
+from lreg_peft import LRegConfig, LRegLayer, inspect_targets, recommended_config
 
 LANGUAGE_MODELS = [
     ("gpt2", "CAUSAL_LM", "lm_head"),
@@ -181,6 +182,15 @@ class TestInspection:
         assert lines[1].split() == ["transformer.h.0.mlp", "GPT2MLP", "16", "16", "2", "2", "98"]
         assert lines[-1].split() == ["2", "modules", "196"]
         assert len({len(line) for line in lines}) == 1
+
+    @pytest.mark.parametrize("task_type", ["CAUSAL_LM", TaskType.CAUSAL_LM])
+    def test_learning_rate_of_the_recommended_configuration(self, task_type):
+        base = gpt2()
+        report = inspect_targets(base, recommended_config(base, task_type=task_type))
+        assert report.learning_rate == 2e-2
+        assert str(report).splitlines()[-1] == "learning rate to try first with Adam: 0.02"
+        other = LRegConfig(preset="paper", task_type=task_type)
+        assert inspect_targets(base, other).learning_rate is None  # nothing was measured of it
 
     def test_model_that_already_carries_adapters(self):
         model = adapt(gpt2(), target_modules=["mlp"])

@@ -165,12 +165,17 @@ def perplexity(model: torch.nn.Module, loader: DataLoader, accelerator: Accelera
 
 
 def written(model, tokenizer: AutoTokenizer, prompt: str) -> str:
-    """What a model writes after a prompt, the likeliest token each time."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = inputs["input_ids"]
-    longest = min(len(ids[0]) + 40, model.config.max_position_embeddings)
-    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_length=longest, do_sample=False,
-                            repetition_penalty=1.3, pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+    """What a model writes after a prompt; the same draws each time."""
+    set_seed(0)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    options = {
+        "max_length": min(len(ids[0]) + 40, model.config.max_position_embeddings),
+        "do_sample": True,
+        "top_k": 20,
+    }
+    tokens = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id, **options
+    )
     return repr(tokenizer.decode(tokens[0]))
 
 

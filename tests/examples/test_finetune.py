@@ -59,7 +59,7 @@ def test_one_file_needs_no_other_of_the_repository(path: str) -> None:
     """And is short enough to be read."""
     text = (EXAMPLES / path).read_text(encoding="utf-8")
     assert "sys.path" not in text and "examples." not in text and "benchmarks." not in text.replace("benchmarks/", "")
-    assert len(text.splitlines()) <= 220
+    assert len(text.splitlines()) <= 225
 
 
 # --- wikitext --------------------------------------------------------------------------------------------------------

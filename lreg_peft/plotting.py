@@ -38,7 +38,7 @@ def new_figure(caller: str, width: float, height: float) -> "Figure":
 
 def plot_meshes(
     model: nn.Module,
-    modules: Sequence[str] | None = None,
+    modules: Sequence[str] | str | None = None,
     before: nn.Module | None = None,
     *,
     data: BatchData | None = None,
@@ -53,7 +53,7 @@ def plot_meshes(
 
     Args:
         model: any module that contains LReg layers.
-        modules: paths of modules in the model, or ends of paths; None takes the first four.
+        modules: paths of modules in the model, or ends of paths, or one of them; None takes the first four.
         before: another copy of the model to compare with: one that `copy.deepcopy` made before training, or that an
             earlier checkpoint was loaded into.
         data: a data set, or batches as the model takes them; None draws no distribution.
@@ -135,9 +135,10 @@ def _meshes(model: nn.Module, data: BatchData | None, adapter_name: str | None) 
     }
 
 
-def _choose(paths: list[str], modules: Sequence[str] | None) -> list[str]:
+def _choose(paths: list[str], modules: Sequence[str] | str | None) -> list[str]:
     if modules is None:
         return paths[:4]
+    modules = [modules] if isinstance(modules, str) else modules
     chosen = [path for path in paths if any(path == name or path.endswith(f".{name}") for name in modules)]
     if not chosen:
         raise ValueError(f"no LReg layer matches modules={list(modules)}. The layers are: {paths}.")

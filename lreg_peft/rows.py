@@ -5,15 +5,17 @@ output; nothing knows of shortcuts.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
 
 from .core.distributed import rank_and_world
 from .core.solve.cross_entropy import solve_cross_entropy
@@ -102,10 +104,23 @@ def _is_of_datasets(data: Any, *names: str) -> bool:
 # Calling a model
 
 
+def first_batches(batches: Iterable[Any], most: int, what: str, hidden: bool) -> Iterable[Any]:
+    """At most so many batches, behind a progress bar that ends where they do."""
+    total = min(most, len(batches)) if isinstance(batches, Sized) else most
+    return tqdm(islice(batches, most), total=total, desc=what, disable=hidden)  # type: ignore[no-any-return]
+
+
 def check_batch(batch: Any) -> Mapping[str, Any]:
-    """The batch, which must be a dictionary: else a `TypeError`."""
+    """The batch, which must be a dictionary of tensors for several samples: else a `TypeError` or a `ValueError`."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a dictionary of model inputs by name, got {type(batch).__name__}.")
+    ids = batch.get("input_ids")
+    if isinstance(ids, list) or (isinstance(ids, Tensor) and ids.ndim == 1):
+        what = f"of shape {list(ids.shape)}" if isinstance(ids, Tensor) else "as a list"
+        raise ValueError(
+            f"a batch must hold tensors [batch, length], got input_ids {what}, as a sample has: put the samples into a "
+            "DataLoader with a collate_fn that pads them, such as DataCollatorWithPadding(tokenizer)."
+        )
     return batch
 
 

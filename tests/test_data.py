@@ -70,3 +70,14 @@ def test_every_function_that_reads_data_takes_a_data_set(kind):
     assert lreg_peft.match_token_frequencies(model, data, **quiet).loss_before > 0
     assert lreg_peft.refine_linearized(model, data, rank=2, **quiet).loss_before > 0
     assert lreg_peft.plot_meshes(model, data=data).axes
+
+
+@pytest.mark.parametrize(("as_tensors", "what"), [(False, "as a list"), (True, r"of shape \[6\]")])
+def test_a_list_of_samples_is_no_list_of_batches(as_tensors, what):
+    data = [{key: torch.tensor(value) if as_tensors else value for key, value in s.items()} for s in samples()]
+    model = tiny.adapt(tiny.gpt2(), task_type="CAUSAL_LM", target_modules=["lm_head"])
+    before = tiny.state(model)
+    for call in (lreg_peft.initialize_lreg_weights, lreg_peft.match_token_frequencies, lreg_peft.convert_to_lora):
+        with pytest.raises(ValueError, match=f"{what}, as a sample has: put the samples into a DataLoader"):
+            call(model, data, show_progress=False)
+    assert tiny.same_state(before, tiny.state(model))

@@ -69,6 +69,8 @@ class TestPlot:
         with pytest.raises(ValueError, match="has no LReg layer"):
             plot_meshes(nn.Linear(2, 2))
         with pytest.raises(ValueError, match=r"no LReg layer matches modules=\['nothing'\].*h\.0\.mlp"):
+            plot_meshes(adapted(), "nothing")
+        with pytest.raises(ValueError, match=r"no LReg layer matches modules=\['nothing'\].*h\.0\.mlp"):
             plot_meshes(adapted(), ["nothing"])
         with pytest.raises(ValueError, match=r"channels must lie in \[0, 15\], got 16"):
             plot_meshes(adapted(), channels=[16])

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from ..core.distributed import (
     together,
 )
 from ..modules import eval_mode, unwrap
-from ..rows import IGNORE_INDEX, BatchData, batches_of, loss_of, model_inputs
+from ..rows import IGNORE_INDEX, BatchData, batches_of, first_batches, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer, layers_with_adapter
@@ -117,9 +116,7 @@ def initialize_lreg_weights(
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, n_batches if with_gradient else 0)
     with together(), collector, output_rows or nullcontext(), eval_mode(model), torch.set_grad_enabled(with_gradient):
-        for batch in tqdm(
-            islice(batches_of(data), n_batches), total=n_batches, desc="LReg start: inputs", disable=hidden
-        ):
+        for batch in first_batches(batches_of(data), n_batches, "LReg start: inputs", hidden):
             _run(model, batch, collector, output_rows)
 
     starts = {}

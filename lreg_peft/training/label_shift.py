@@ -8,19 +8,17 @@ next, so it is chosen on rows that the counts have not seen, down to leaving the
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..core.checks import whole
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
-from ..rows import BatchData, batches_of, exact_pass, is_per_token, logits_of
+from ..rows import BatchData, batches_of, exact_pass, first_batches, is_per_token, logits_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
@@ -120,7 +118,7 @@ def match_token_frequencies(
     hidden = not show_progress or rank_and_world()[0] > 0
     instead = "do without match_token_frequencies"
     rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
-    rows.read(model, tqdm(islice(found, n_batches), total=n_batches, desc="LReg calibration", disable=hidden))
+    rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden))
     with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
         trial.keep()

@@ -109,7 +109,9 @@ def _description(config: Any) -> str:
     names = [f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets or ())]
     where = ", ".join(names if len(names) <= 8 else [*names[:7], f"and {len(names) - 7} more"])
     linear = " with a linear term" if config.linear_term else ""
+    sizes = sorted({config.n_components, *config.component_pattern.values()})
+    components = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     return (
         f"piecewise-linear shortcuts around {where}; weighting `{config.weighting}`{linear}, "
-        f"n_components={config.n_components}, n_nodes={config.n_nodes}"
+        f"n_components={components}, n_nodes={config.n_nodes}"
     )

@@ -153,7 +153,7 @@ def settle_targets(model: nn.Module, config: LRegConfig) -> None:
     check_task(unwrap(model), config)
     if config.target_modules is None:
         fill_in(unwrap(model), config)
-    _release_targeted_heads(config)
+    _release_targeted_heads(unwrap(model), config)
     _expand_all_linear(model, config)
 
 
@@ -254,17 +254,25 @@ def _check_supported(name: str, module: nn.Module) -> None:
         )
 
 
-def _release_targeted_heads(config: LRegConfig) -> None:
+def _release_targeted_heads(model: nn.Module, config: LRegConfig) -> None:
     """Take heads that are targets out of `modules_to_save`.
 
     For classification PEFT adds its head names to `modules_to_save` unasked. A head that is named as a target keeps
-    its weights and gets a shortcut instead (a contradiction in the user's own words was refused by the config).
+    its weights and gets a shortcut instead, with a warning, since a new head would be lost (a contradiction in the
+    user's own words was refused by the config).
     """
     if not config.modules_to_save or config.target_modules is None:
         return
     unguarded = copy.copy(config)
     unguarded.modules_to_save = None
     kept = [name for name in config.modules_to_save if not check_target_module_exists(unguarded, name)]
+    released = [name for name in config.modules_to_save if name not in kept and hasattr(model, name)]
+    if released and not config.inference_mode:
+        warnings.warn(
+            f"{released[0]!r} is in target_modules: it gets a shortcut, and its own weights are neither trained nor "
+            "saved, as those of a head otherwise are. If it is newly drawn, take it out of target_modules.",
+            stacklevel=2,
+        )
     config.modules_to_save = kept or None
 
 

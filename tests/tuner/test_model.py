@@ -510,7 +510,8 @@ class TestWholeSubmodules:
         assert not torch.allclose(outputs(model), base)
 
     def test_classification_head_as_a_target(self):
-        model = adapt(roberta("SEQ_CLS"), task_type="SEQ_CLS", target_modules=["classifier"])
+        with pytest.warns(UserWarning, match="'classifier' is in target_modules.*If it is newly drawn, take it out"):
+            model = adapt(roberta("SEQ_CLS"), task_type="SEQ_CLS", target_modules=["classifier"])
         (head,) = layers(model)
         assert type(head.base_layer).__name__ == "RobertaClassificationHead"
         assert "classifier" not in model.peft_config["default"].modules_to_save  # PEFT would train it in full

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -339,6 +339,8 @@ def select_methods(
         UserError: for a name that is none of these; the message lists them.
     """
     there = {name: method for name, method in known.items() if task_type in method.tasks}
+    if task_type == "MASKED_LM":  # its output head is a block, beside which no LoRA can stand
+        there = {name: replace(method, as_lora=False) for name, method in there.items()}
     unknown = [name for name in names if name not in there]
     if unknown:
         raise UserError(

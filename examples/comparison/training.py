@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
@@ -241,9 +242,16 @@ def _of_all_processes(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The shares that the processes had of each batch, put together again in the order of the ranks."""
     shares = gather_object([[{name: values.cpu() for name, values in batch.items()} for batch in batches]])
     return [
-        {name: torch.cat([share[name] for share in parts]).to(PartialState().device) for name in parts[0]}
+        {name: _joined([share[name] for share in parts]).to(PartialState().device) for name in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
+
+
+def _joined(shares: list[Tensor]) -> Tensor:
+    """Rows of tensors that were padded to different lengths; what is added is hidden by an attention mask of zeros."""
+    longest = max(share.shape[-1] for share in shares)
+    rows = [share if share.ndim < 2 else F.pad(share, (0, longest - share.shape[-1])) for share in shares]
+    return torch.cat(rows)
 
 
 def batches_to_start_from(task: Task, seed: int, n_samples: int) -> list[dict[str, Tensor]]:

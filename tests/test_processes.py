@@ -18,9 +18,7 @@ from torch import nn
 
 import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
-import lreg_peft.fitting.problem as problem_module
 import lreg_peft.training.initialization as start_module
-import lreg_peft.training.label_shift as shift_module
 from lreg_peft import (
     LRegConfig,
     LRegLayer,
@@ -31,6 +29,7 @@ from lreg_peft import (
     track_statistics,
     update_meshes,
 )
+from lreg_peft.core.encoder import LagrangeEncoder
 
 SECONDS = 10.0
 
@@ -147,20 +146,20 @@ def scenarios(rank: int, folder: Path):
     yield "start: data", lambda m: start(m, Breaking(batches(rank), rank)), inside(), "the disk of process 1", None
     yield "start: no batch", lambda m: start(m, [1] if rank else batches(0)), inside(), "a batch must be a dict", None
     for at in (1, 2, 3):
-        patch = failing(rank, start_module, "_start", at)
-        yield f"start: module {at}", start, inside(), "_start of process 1", patch
+        patch = failing(rank, start_module, "standardised_start", at)
+        yield f"start: module {at}", start, inside(), "standardised_start of process 1", patch
     for at in (1, 4):
         patch = failing(rank, start_module.LRegLayer, "set_encoder", at)
         yield f"start: at the end {at}", start, inside(), "set_encoder of process 1", patch
-    patch = failing(rank, start_module._Collector, "backward")
-    yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "backward of process 1", patch
+    patch = failing(rank, torch.autograd, "grad")
+    yield "start: gradients", lambda m: start(m, method="gradient"), inside(), "grad of process 1", patch
 
     yield "output: other options", lambda m: output(m, n_batches=2 + rank), at_head(), "'n_batches' of process 1", None
     yield "output: no head", output, inside() if rank else at_head(), "add the head to target_modules", None
     yield "output: data", lambda m: output(m, Breaking(batches(rank), rank)), at_head(), "the disk of process 1", None
-    for at in (1, 4):  # of the direction, then of the losses
-        patch = failing(rank, shift_module.TokenRows, "_pieces", at)
-        yield f"output: rows {at}", output, at_head(), "_pieces of process 1", patch
+    for at in (1, 9, 20):  # in the passes of the model, of the direction, of the losses
+        patch = failing(rank, LRegLayer, "design", at)
+        yield f"output: rows {at}", output, at_head(), "design of process 1", patch
     yield "output: writing", output, at_head(), "set_table of process 1", failing(rank, LRegLayer, "set_table")
 
     for kind, call in (("fit", fit), ("meshes", meshes)):
@@ -171,15 +170,15 @@ def scenarios(rank: int, folder: Path):
         yield f"{kind}: data", lambda m, c=call: c(m, Breaking(batches(rank), rank)), at_head(), "the disk", None
         nothing = [{"input_ids": b["input_ids"], "labels": torch.full_like(b["labels"], -100)} for b in batches(0)]
         yield f"{kind}: no labels", lambda m, c=call, n=nothing: c(m, n), at_head(), "no labels to fit", None
-        for at in (1, 2, 5):
-            patch = failing(rank, problem_module.FitProblem, "_passes", at)
-            yield f"{kind}: pass {at}", call, at_head(), "_passes of process 1", patch
+        for at in (1, 4, 9):  # in the passes of the model, then in those of the solver
+            patch = failing(rank, LagrangeEncoder, "forward", at)
+            yield f"{kind}: pass {at}", call, at_head(), "forward of process 1", patch
         patch = failing(rank, LRegLayer, "set_table", 1 if kind == "fit" else 2)
         yield f"{kind}: writing", call, at_head(), "set_table of process 1", patch
     patch = failing(rank, coefficients_module, "adapt_mesh")
     yield "meshes: proposal", meshes, at_head(), "adapt_mesh of process 1", patch
-    patch = failing(rank, coefficients_module, "_residual", 2)
-    yield "meshes: residuals", meshes, at_head(), "_residual of process 1", patch
+    patch = failing(rank, coefficients_module, "element_moments", 2)
+    yield "meshes: residuals", meshes, at_head(), "element_moments of process 1", patch
 
     yield (
         "cache: other dtype",

@@ -5,7 +5,7 @@ import tiny
 import torch
 from peft import get_peft_model
 
-from lreg_peft import LRegConfig, initialize_lreg_weights
+from lreg_peft import LRegConfig, LRegLayer, initialize_lreg_weights
 from lreg_peft.training import label_shift
 from lreg_peft.training.label_shift import PSEUDOCOUNTS
 
@@ -156,14 +156,14 @@ def test_refused_without_a_shortcut_on_the_head():
     assert tiny.same_state(before, tiny.state(model))
 
 
-def test_a_failure_in_the_second_pass_leaves_the_model_as_it_was(monkeypatch):
+def test_a_failure_while_the_shift_is_written_leaves_the_model_as_it_was(monkeypatch):
     model = adapted(init_weights="pca")
     before = tiny.state(model)
 
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(label_shift, "_shifts", fail)
+    monkeypatch.setattr(LRegLayer, "set_table", fail)
     with pytest.raises(KeyboardInterrupt):
         initialize_lreg_weights(model, skewed(), start_head=True, show_progress=False)
     assert tiny.same_state(before, tiny.state(model))

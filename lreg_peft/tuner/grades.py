@@ -171,6 +171,8 @@ def _adapter_folders(path: str, hub: dict[str, Any]) -> dict[str, str | None]:
     if os.path.isdir(path):
         found = [*Path(path).glob(_CONFIG_FILE), *Path(path).glob(f"*/{_CONFIG_FILE}")]
         files = [file.relative_to(path).as_posix() for file in found]
+    elif os.path.isabs(path) or path.count("/") > 1:
+        raise ValueError(f"{path!r} is no folder, and no repository on the Hub has such a name.")
     else:
         files = [file.rfilename for file in HfApi().model_info(path, **hub).siblings or []]
     folders: dict[str, str | None] = {"default": None} if _CONFIG_FILE in files else {}

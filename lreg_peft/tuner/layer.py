@@ -548,8 +548,10 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, LRegLa
     }
     if not layers:
         there = {name for layer in model.modules() if isinstance(layer, LRegLayer) for name in layer.lreg_encoder}
+        others = sorted({str(config.peft_type.value) for config in getattr(model, "peft_config", {}).values()})
+        instead = f"Its adapters are of {', '.join(others)}. " if others and not there else ""
         raise ValueError(
-            f"the model has no LReg adapter called {adapter_name!r}. "
+            f"the model has no LReg adapter called {adapter_name!r}. {instead}"
             + (f"There are: {sorted(there)}." if there else "Call get_peft_model(model, LRegConfig(...)) first.")
         )
     return layers

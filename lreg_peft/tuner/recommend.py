@@ -307,7 +307,7 @@ def _fill(sites: list[_Site], parameters: int | None, budget: int | str | None) 
         cheapest = min(sites, key=lambda site: site.cost)
         raise ValueError(
             f"budget={budget!r} ({parameters:,} parameters) does not pay for one component: the cheapest, at "
-            f"{cheapest.name!r}, has {cheapest.cost:,}."
+            f"{cheapest.name!r}, has {cheapest.cost:,}; give at least that."
         )
     if not any(site.components for site in inside):
         least = min(site.cost for site in inside)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -271,6 +271,9 @@ class TestOwedStart:
 
 class TestBadInput:
     def test_no_adapter(self):
+        lora = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+        with pytest.raises(ValueError, match=r"no LReg adapter called 'default'\. Its adapters are of LORA\."):
+            initialize_lreg_weights(lora, batches())
         with pytest.raises(ValueError, match="no LReg adapter called 'default'"):
             initialize_lreg_weights(tiny_gpt2(), batches())
 

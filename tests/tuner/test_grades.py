@@ -428,6 +428,8 @@ class TestFiles:
     def test_names_taken_and_empty_folders(self, tmp_path):
         with pytest.raises(ValueError, match="holds no adapter"):
             load_grades(gpt2(), tmp_path)
+        with pytest.raises(ValueError, match="nowhere' is no folder"):
+            load_grades(gpt2(), tmp_path / "nowhere")
         model = stack_of_three("additive")
         model.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"called .*'default'.* already"):

@@ -148,7 +148,11 @@ def test_the_configuration_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"budget": 10}, ValueError, "budget=10 .* does not pay for one component: the cheapest, at 'transformer"),
+        (
+            {"budget": 10},
+            ValueError,
+            "budget=10 .* does not pay for one component: the cheapest, at 'transformer.*give at least that",
+        ),
         ({"budget": "lora"}, ValueError, "budget must be a number, 'lora:RANK'.* got 'lora'"),
         ({"budget": "lora:0"}, ValueError, "budget must be a number.* got 'lora:0'"),
         ({"budget": "lora:2:nothing"}, ValueError, "LoRA has nothing to adapt"),

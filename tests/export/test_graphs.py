@@ -62,6 +62,6 @@ def test_a_saved_graph_computes_the_same_at_every_length(name):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch by itself
 def test_a_compiled_package_computes_the_same_at_every_length(tmp_path):
-    model, program = exported("gpt2, the recipe")
+    model, program = exported("roberta, blocks")
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     compare(torch._inductor.aoti_load_package(path), model)

@@ -7,6 +7,7 @@ from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.model_selection import GridSearchCV
+from tiers import slow
 
 from lreg_peft.regression import LagrangeClassifier, LagrangeEncoder, LagrangeRegressor, MultigradeRegressor
 
@@ -152,7 +153,7 @@ class TestClasses:
 
 
 class TestFewSamples:
-    @pytest.mark.parametrize(("n", "d"), [(12, 2), (20, 2), (15, 30)])
+    @pytest.mark.parametrize(("n", "d"), [(12, 2), (20, 2), *slow((15, 30))])
     def test_intervals_cover(self, n, d):
         inside = []
         for seed in range(12):

@@ -53,7 +53,7 @@ class Shortcut:
         parts = []
         for name in self.adapters:
             layout = self.layer.layout(name, features, output)
-            design = layout.pool(self.layer.design(name, layout.rows(features))) * self.layer.scaling[name]
+            design = layout.pool(self.layer.scaled_design(name, layout.rows(features)))
             parts.append(design.flatten(0, -2))
         return torch.cat(parts, dim=-1)
 

@@ -267,7 +267,7 @@ class TokenRows(OutputRows):
 
     def _design(self, features: Tensor) -> Tensor:
         """What the table of the shortcut is weighted by, `[n, K]`, the scale of the adapter included."""
-        return self.layer.design(self._adapter, features).float() * self.layer.scaling[self._adapter]
+        return self.layer.scaled_design(self._adapter, features).float()
 
     def _pieces(self, half: int) -> Iterator[tuple[Tensor, Tensor]]:
         for features, targets in self._judges[half]:

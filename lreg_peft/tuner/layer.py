@@ -253,6 +253,10 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         latent = parts["lreg_projection"]._modules[adapter_name](features)
         return parts["lreg_encoder"]._modules[adapter_name](latent)  # type: ignore[no-any-return]
 
+    def scaled_design(self, adapter_name: str, features: Tensor) -> Tensor:
+        """The design times the scale of the adapter: what the shortcut adds is this times `table`."""
+        return self.design(adapter_name, features) * self.scaling[adapter_name]
+
     def latent(self, adapter_name: str, features: Tensor) -> Tensor:
         """z = P x + b: `[..., in_features]` -> `[..., d]`, fp32 or fp64."""
         return self.lreg_projection[adapter_name](self.encoder_input(adapter_name, features))  # type: ignore[no-any-return]
@@ -315,7 +319,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         base = autocast_base if enabled or type(self.base_layer) is not nn.Linear else self.base_layer
         with torch.autocast(kind, enabled=False):
             names = self.stacked_adapters
-            design = torch.cat([self.design(name, features) * self.scaling[name] for name in names], dim=-1)
+            design = torch.cat([self.scaled_design(name, features) for name in names], dim=-1)
             table = torch.cat([self.table(name) for name in names])
             return fused_cross_entropy(
                 base, features, targets, design, table, normaliser=normaliser, label_smoothing=label_smoothing

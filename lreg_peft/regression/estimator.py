@@ -1,7 +1,6 @@
 """The scikit-learn estimator."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -10,7 +9,6 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
-from tqdm import tqdm
 
 from .additive import fit_additive
 from .base import SumOfTerms, is_number, keeps_attributes
@@ -26,7 +24,6 @@ from .terms import FittedTerm
 
 Basis = Literal["auto", "additive", "simplicial"]
 Nodes = Literal["smooth", "free"]
-Smoothing = Literal["reml", "gcv"]
 
 # Up to so many features "auto" considers simplices.
 _MAX_SIMPLICIAL = 3
@@ -52,9 +49,8 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
         nodes: "smooth" as above; "free" moves `n_nodes` nodes per feature to where they serve best.
-        smoothing: "reml", "gcv" (one feature, or simplices), or the penalty itself per sample.
+        smoothing: "reml", or the penalty itself per sample.
         random_state: for subsamples of large data.
-        verbose: show progress bars.
 
     Attributes:
         terms_: the fitted terms, a tuple of `FittedTerm`; empty on simplices.
@@ -105,9 +101,8 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         max_nodes: int = 4000,
         scale: Scale = "quantile",
         nodes: Nodes = "smooth",
-        smoothing: Smoothing | float = "reml",
+        smoothing: float | Literal["reml"] = "reml",
         random_state: Any = None,
-        verbose: bool = False,
     ):
         self.basis = basis
         self.n_nodes = n_nodes
@@ -117,7 +112,6 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         self.nodes = nodes
         self.smoothing = smoothing
         self.random_state = random_state
-        self.verbose = verbose
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "LagrangeRegressor":
         """Fit.
@@ -235,9 +229,8 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}.")
         self._check_sizes(d)
-        known = self.smoothing in get_args(Smoothing) if isinstance(self.smoothing, str) else is_number(self.smoothing)
-        if not known:
-            raise ValueError(f"smoothing must be 'reml', 'gcv' or a number of at least 0, got {self.smoothing!r}.")
+        if self.smoothing != "reml" and not is_number(self.smoothing):
+            raise ValueError(f"smoothing must be 'reml' or a number of at least 0, got {self.smoothing!r}.")
         pairs = self._plain_interactions()
         special = self.nodes != "smooth"
         if self.basis == "simplicial" and self.n_nodes != "auto" and int(self.n_nodes) < _LEAST_MESH:
@@ -249,8 +242,6 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         if self.basis == "simplicial" and not isinstance(pairs, str) and pairs:
             raise ValueError("a mesh of simplices has no interactions to choose; leave interactions='auto'.")
         simplicial = self.basis == "simplicial" or (self.basis == "auto" and 1 < d <= _MAX_SIMPLICIAL)
-        if self.smoothing == "gcv" and self.basis != "simplicial" and not special and d > 1:
-            raise ValueError("smoothing='gcv' is for one feature or basis='simplicial'; sums need 'reml' or a number.")
         if self.basis == "auto" and (special or not simplicial or pairs != "auto"):
             return "additive"
         return self.basis
@@ -258,24 +249,21 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     def _fit_sum(self, samples: Samples) -> SumModel:
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         if self.nodes == "free":
-            return fit_free(samples, n_nodes, self.max_nodes, verbose=bool(self.verbose)).model()
+            return fit_free(samples, n_nodes, self.max_nodes).model()
         if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
             return fit_smooth(samples, n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given)
-        with _bar("smoothing", self.verbose) as report:
-            return fit_additive(
-                samples,
-                n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
-                smoothing=self.smoothing, report=report,
-                random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
-            ).model()  # fmt: skip
+        return fit_additive(
+            samples,
+            n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
+            smoothing=self.smoothing,
+            random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
+        ).model()  # fmt: skip
 
     def _fit_simplicial(self, samples: Samples) -> SimplicialFit:
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)
         seed = 0 if self.random_state is None else check_random_state(self.random_state).randint(2**31)
-        return fit_simplicial(
-            samples, scale=self.scale, smoothing=self.smoothing, max_nodes=most, seed=seed, verbose=bool(self.verbose)
-        )
+        return fit_simplicial(samples, scale=self.scale, smoothing=self.smoothing, max_nodes=most, seed=seed)
 
     def _better(self, model: SumModel, samples: Samples) -> SumModel | SimplicialFit:
         """The sum, or a mesh of simplices if the sum found interactions and generalised cross-validation prefers it."""
@@ -333,9 +321,3 @@ def _check_units(y: Array) -> None:
 
 def _no_variance(X: Array) -> Array:
     return np.zeros((len(X), 1))
-
-
-@contextmanager
-def _bar(name: str, verbose: bool) -> Iterator[Any]:
-    with tqdm(desc=name, unit=" updates", disable=not verbose) as bar:
-        yield lambda: bar.update()

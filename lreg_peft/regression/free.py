@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import numpy as np
 from scipy import linalg, sparse
-from tqdm import tqdm
 
 from .additive import Additive, solve_terms
 from .mesh1d import Array, find, place_nodes
@@ -39,7 +38,7 @@ _RIDGE = 1e-10  # of targets of variance one: what samples do not determine is s
 _PENALTY = 1e-12
 
 
-def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int, *, verbose: bool = False) -> Additive:
+def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> Additive:
     """Fit functions of single features on `n_nodes` nodes each; None chooses by generalised cross-validation.
 
     The penalties of the result are too small to matter, and it takes the nodes as given.
@@ -56,7 +55,7 @@ def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int, *, verbose: 
     fits: list[_Fit] = []
     scores: list[float] = []
     history: list[dict[str, float]] = []
-    for count in tqdm(counts if len(varying) else [], desc="nodes", disable=not verbose):
+    for count in counts if len(varying) else []:
         path = _placed(data, count)
         fits.append(path[-1])
         free = samples.total - _parameters(path[-1].meshes)

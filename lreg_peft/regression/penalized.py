@@ -1,4 +1,4 @@
-"""Penalised least squares in sparse normal equations, and how much penalty: by REML or by generalised cross-validation.
+"""Penalised least squares in sparse normal equations, and how much penalty: by restricted maximum likelihood.
 
 |y - Phi c|^2 + lambda c^T K c is minimised for each output, Phi and K of a mesh on a line or of simplices. As a mixed
 model (Wahba 1978; Wood 2017, sec. 6.2) the jumps of the gradient that K measures are normal with variance sigma^2 /
@@ -8,7 +8,7 @@ lambda; lambda is shared by the outputs, and the posterior gives the uncertainty
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,6 @@ from scipy import optimize, sparse
 from scipy.sparse.linalg import SuperLU, splu
 
 from .mesh1d import Array
-
-Smoothing = Literal["reml", "gcv"]
 
 # A multiple of the identity, relative to the mean diagonals of the matrices of samples and of the penalty: it decides
 # only what neither does (no samples in some direction at all), in favour of small values.
@@ -34,9 +32,6 @@ _SMALL, _CAREFUL, _PROBES = 300, 1500, 32
 _LARGE = 400  # nodes from which lambda follows the refinement in single steps
 # Most effective degrees of freedom, of the observations: the rest tells the noise.
 _MOST_EDF = 0.8
-# Generalised cross-validation counts a degree of freedom as so many: plain, it interpolates noise now and then
-# (Kim & Gu 2004).
-COST = 1.4
 
 _BLOCK = 1 << 22  # entries of solutions held at once
 
@@ -163,7 +158,7 @@ def solve(problem: Problem, log_smoothing: float) -> Solved:
 class SmoothingSearch:
     """Finds lambda for one mesh after the other, starting where the last search ended."""
 
-    def __init__(self, smoothing: Smoothing | float, seed: int = 0):
+    def __init__(self, smoothing: str | float, seed: int = 0):
         self.smoothing = smoothing
         self.seed = seed
         self.log_smoothing: float | None = None if isinstance(smoothing, str) else math.log(max(smoothing, 1e-300))
@@ -174,7 +169,7 @@ class SmoothingSearch:
             solved = solve(problem, self.log_smoothing or 0.0)
             return solved, self._edf(problem, solved, _CAREFUL)
         low, high = problem.balance + _LOW, problem.balance + _HIGH
-        if self.smoothing == "reml" and not polish and self.log_smoothing is not None and len(problem.moment) > _LARGE:
+        if not polish and self.log_smoothing is not None and len(problem.moment) > _LARGE:
             return self._step(problem, low, high)
         tried: dict[float, tuple[float, Solved]] = {}
 
@@ -221,21 +216,17 @@ class SmoothingSearch:
         return float(np.clip(trace, 1.0, n))
 
     def score(self, problem: Problem, solved: Solved) -> float:
-        """What is minimised: twice the negative restricted log-likelihood, or log cross-validation; 0 for no signal."""
-        if not problem.active.any():
-            return 0.0
+        """What is minimised: twice the negative restricted log-likelihood; 0 for no signal."""
         active = problem.active
-        if self.smoothing == "reml":
-            rank = problem.gram.shape[0] - problem.nullity
-            fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
-            return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
-        return math.log(cross_validation(problem, solved, self._edf(problem, solved, _SMALL), COST))
+        rank = problem.gram.shape[0] - problem.nullity
+        fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
+        return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
 
 
-def cross_validation(problem: Problem, solved: Solved, edf: float, cost: float = 1.0) -> float:
+def cross_validation(problem: Problem, solved: Solved, edf: float) -> float:
     """Generalised, over the variance of y, mean over the outputs that vary."""
     relative = (residual_squares(problem, solved) / np.maximum(problem.square, 1e-300))[problem.active]
-    return float(relative.mean() / max(1 - cost * edf / problem.n_samples, 1e-2) ** 2) if len(relative) else 0.0
+    return float(relative.mean() / max(1 - edf / problem.n_samples, 1e-2) ** 2) if len(relative) else 0.0
 
 
 def evidence(problem: Problem, solved: Solved) -> float:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from tqdm import tqdm
 
 from .mesh1d import Array
-from .penalized import COST, Posterior, Problem, SmoothingSearch, Solved, cross_validation, evidence, residual_squares
+from .penalized import Posterior, Problem, SmoothingSearch, Solved, cross_validation, evidence, residual_squares
 from .penalized import rows_of as _design
 from .report import Optimality, widening
 from .samples import Samples
@@ -165,7 +164,6 @@ def fit_simplicial(
     smoothing: Any = "reml",
     max_nodes: int = 4000,
     seed: int = 0,
-    verbose: bool = False,
 ) -> SimplicialFit:
     """Fit y = f(x) with a continuous f that is linear on each simplex of an adaptive mesh.
 
@@ -179,10 +177,9 @@ def fit_simplicial(
     Args:
         samples: up to 4 columns may vary.
         scale: "quantile" maps each column to [0, 1] by its quantiles, "minmax" linearly.
-        smoothing: how lambda is chosen, "reml" or "gcv", or lambda itself.
+        smoothing: "reml", or lambda itself.
         max_nodes: refinement stays below.
         seed: of the signs that estimate traces on large meshes; nothing else is random.
-        verbose: show a progress bar of the nodes.
 
     Raises:
         ValueError: for more than 4 columns that vary.
@@ -225,21 +222,19 @@ def fit_simplicial(
 
     state = best = fitted(mesh)
     stale, looked_from = 0, None
-    with tqdm(total=max_nodes, initial=len(mesh.nodes), disable=not verbose, desc="nodes", unit="") as bar:
-        while active.any() and len(state.mesh.nodes) < _FULL * max_nodes:
-            finer = _refined(state, located, max_nodes) if stale < _PATIENCE else None
-            if finer is None and looked_from is not best:  # once from each mesh, or this would not end
-                stale, looked_from = 0, best
-                located.cell, located.local = locate_in_mesh(points, best.mesh)
-                finer = _looked_ahead(best, located, max_nodes)
-            if finer is None:
-                break
-            located.cell, located.local = descend(finer, located.cell, located.local)
-            state = fitted(finer)
-            bar.update(len(finer.nodes) - bar.n)
-            stale = 0 if state.criterion < best.criterion * (1 - _BETTER) else stale + 1
-            if state.criterion < best.criterion:
-                best = state
+    while active.any() and len(state.mesh.nodes) < _FULL * max_nodes:
+        finer = _refined(state, located, max_nodes) if stale < _PATIENCE else None
+        if finer is None and looked_from is not best:  # once from each mesh, or this would not end
+            stale, looked_from = 0, best
+            located.cell, located.local = locate_in_mesh(points, best.mesh)
+            finer = _looked_ahead(best, located, max_nodes)
+        if finer is None:
+            break
+        located.cell, located.local = descend(finer, located.cell, located.local)
+        state = fitted(finer)
+        stale = 0 if state.criterion < best.criterion * (1 - _BETTER) else stale + 1
+        if state.criterion < best.criterion:
+            best = state
     if active.any():
         located.cell, located.local = locate_in_mesh(points, best.mesh)
         best = fitted(best.mesh, polish=True)
@@ -272,8 +267,8 @@ def _fit_on(
     squares = residual_squares(problem, solved)
     if not active.any():
         criterion = 0.0
-    elif search.smoothing in ("gcv", 0) or not problem.rough.nnz:
-        criterion = cross_validation(problem, solved, edf, COST if search.smoothing == "gcv" else 1.0)
+    elif search.smoothing == 0 or not problem.rough.nnz:
+        criterion = cross_validation(problem, solved, edf)
     else:
         criterion = math.exp(evidence(problem, solved))
     return _State(mesh, solved, problem, squares, edf, criterion)

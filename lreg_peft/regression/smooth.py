@@ -28,7 +28,7 @@ class _Fit:
     solved: list[Solved] = field(repr=False)
     edf: Array  # [q]
     line: Array  # [k, q], at the nodes
-    criterion: float  # REML or cross-validation, over outputs
+    criterion: float  # REML, over outputs
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def fit_smooth(
         n_nodes: None takes 256 and doubles them while the fit uses most of them and the criterion gains.
         max_nodes: most nodes.
         scale: see `place_nodes`; jumps of the slope are alike per sample ("quantile") or per length ("minmax").
-        smoothing: "reml", "gcv" or lambda itself.
+        smoothing: "reml" or lambda itself.
 
     Returns:
         The fit, the function with mean zero over the samples.

@@ -100,11 +100,3 @@ class TestPictures:
         X, y, _, _ = split("Friedman-1")
         figure = LagrangeRegressor(interactions=0).fit(X[:300], y[:300]).plot(max_terms=3)
         assert len(figure.axes) == 3
-
-
-def test_verbose_shows_a_bar(capsys):
-    X, y, _, _ = split("A2")
-    LagrangeRegressor(verbose=True, interactions=0).fit(X[:300], y[:300])
-    assert "smoothing" in capsys.readouterr().err
-    LagrangeRegressor(interactions=0).fit(X[:300], y[:300])
-    assert capsys.readouterr().err == ""

@@ -104,7 +104,7 @@ def fit_mrc(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFi
 
 def fit_free(x: torch.Tensor, y: torch.Tensor, n_nodes: int) -> PiecewiseLinearFit:
     model = LagrangeRegressor(nodes="free", n_nodes=n_nodes).fit(x.numpy(), y.numpy())
-    losses = tuple(entry["mean_squared_error"] for entry in model.history_[:-1])
+    losses = tuple(entry["mean_squared_error"] for entry in model.history_)
     nodes, values = torch.from_numpy(model.nodes_[0]), torch.from_numpy(model.values_[0] + model.intercept_)
     return PiecewiseLinearFit(nodes[None], values.view(1, -1, 1), losses, losses[-1])
 

@@ -1,7 +1,6 @@
 """Classification by sums of piecewise-linear functions, at the global optimum of the penalised cross-entropy."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,21 +11,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from .base import SumOfTerms, is_number, keeps_attributes
-from .logistic import Logistic, minimise_large, rescaled, solve_logistic
+from .entropy import Entropy
 from .mesh1d import Array, Scale
-from .moments import spans
-from .report import Optimality
-from .ridge import inverse
+from .report import Optimality, SumModel
 from .samples import Samples, collect
 from .scaling import exponents
-from .search import POOLS, Builder, mesh_sizes, with_pairs
-from .terms import FittedTerm, Term
-
-# Penalties and interactions are chosen on so many samples at most, and with so many columns per function.
-_CHOOSING = 20_000
-_COLUMNS, _RANK, _PAIR_RANK = 200, (4, 12), 3
-# A label says less than a number: bends of single features share some of their variance.
-_POOLS = (POOLS[0], 5.0, *POOLS[2:])
+from .search import fit_sum
+from .terms import FittedTerm
 
 
 class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
@@ -115,9 +106,9 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             samples = collect(
                 np.ldexp(X[present], -powers), label[:, None].astype(np.float64), weight[present], classes=True
             )
-            fit, history = self._fit(samples, len(classes))
-        self.classes_, self.history_ = classes, history
-        self._keep(fit, samples, powers)
+            model = self._fit(samples, len(classes))
+        self.classes_ = classes
+        self._keep(model, powers)
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -157,67 +148,22 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             ):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
-    def _fit(self, samples: Samples, n_classes: int) -> tuple[Logistic, tuple[dict[str, float], ...]]:
-        random = np.random.default_rng(check_random_state(self.random_state).randint(2**31))
-        part = samples.thinned(_CHOOSING)
-        varying = [j for j in range(samples.X.shape[1]) if np.ptp(part.X[:, j]) > 0]
-        n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
-        wanted = mesh_sizes(varying, samples.X.shape[1], n_nodes, self.max_nodes)
-        build = Builder(part, self.scale, _PAIR_RANK)
-        tolerance, history = float(self.tolerance), []
-
-        def solve(terms: Sequence[Term], before: Any) -> Logistic:
-            fit = solve_logistic(
-                terms, part, n_classes, smoothing=self.smoothing, pools=np.asarray(_POOLS), tolerance=tolerance
-            )
-            history.append(
-                {
-                    "nodes": float(sum(term.size for term in terms)),
-                    "interactions": float(sum(len(term.features) == 2 for term in terms)),
-                    "edf": float(n_classes - 1 + fit.edf.sum()),
-                    "cross_entropy": float(fit.errors.sum() / part.total),
-                }
-            )
-            return fit
-
-        rank = None if self.n_nodes != "auto" else int(np.clip(_COLUMNS // max(len(varying), 1), *_RANK))
-        fit = solve([build.line(j, wanted[j], rank) for j in varying], None)
-        if len(varying) > 1:
-            fit = with_pairs(fit, build, part, self._plain_interactions(), self.max_nodes, random, solve)
-        if self.smoothing == "auto":
-            fit = rescaled(fit, part, n_classes, tolerance)
-        if part is not samples:
-            fit = minimise_large(fit, part, samples, n_classes, tolerance)
-        return fit, tuple(history)
-
-    def _keep(self, fit: Logistic, samples: Samples, powers: np.ndarray) -> None:
-        both = len(self.classes_) == 2
+    def _fit(self, samples: Samples, n_classes: int) -> SumModel:
+        fit, history = fit_sum(
+            samples, lambda part: Entropy(part, n_classes, self.smoothing, float(self.tolerance)),
+            n_nodes=None if self.n_nodes == "auto" else int(self.n_nodes),
+            interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
+            random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
+        )  # fmt: skip
         # Two classes: half of the logit each, with opposite signs.
-        signs = np.array([[-0.5, 0.5]]) if both else np.eye(len(self.classes_))
-        intercept, terms, group = fit.intercept @ signs, [], 0
-        penalty = np.repeat(fit.smoothing[:, 0], [size for term in fit.terms for size in term.groups])
-        inverses = np.array([inverse(h + np.diag(np.append(penalty, 0.0)))[:-1, :-1] for h in fit.hessians])
-        for k, (term, span) in enumerate(zip(fit.terms, spans(fit.terms), strict=True)):
-            here = slice(group, group + len(term.groups))
-            group = here.stop
-            values = (term.basis @ fit.theta[span] @ signs).reshape(*map(len, term.meshes), -1)
-            edf = np.full(len(self.classes_), fit.edf[here].sum() / len(self.classes_))
-            variance = fit.variances[k] @ signs**2
-            spread = (
-                np.einsum("kp,cpr,kr->kc", term.basis, inverses[:, span, span], term.basis, optimize=True) @ signs**2
-            )
-            fitted = FittedTerm(
-                term.features, term.meshes, values, fit.smoothing[here], edf, variance,
-                np.sqrt(np.maximum(spread, 0)).reshape(values.shape),
-            )  # fmt: skip
-            # Functions have mean zero over the samples.
-            mean = samples.weight @ fitted.evaluate(samples.X) / samples.total
-            intercept = intercept + mean
-            terms.append(replace(fitted, values=values - mean).in_units(powers))
-        self.terms_, self.intercept_ = tuple(terms), intercept
+        signs = np.array([[-0.5, 0.5]]) if n_classes == 2 else np.eye(n_classes)
+        return fit.model(Entropy.about, history, signs)
+
+    def _keep(self, model: SumModel, powers: np.ndarray) -> None:
+        terms = [term.in_units(powers) for term in model.terms]
+        self.terms_, self.intercept_ = tuple(terms), model.intercept
         self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in terms]
         self.values_ = [term.values for term in terms]
         self.smoothing_ = [term.smoothing for term in terms]
-        self.edf_ = float(len(self.classes_) - 1 + fit.edf.sum())
-        about = "mean cross-entropy plus half of the penalties, over all coefficients"
-        self.optimality_ = Optimality.of(fit.objective / samples.total, fit.gap / samples.total, about)
+        self.edf_ = float(len(self.classes_) - 2 + model.edf.sum())
+        self.history_, self.optimality_ = model.history, model.optimality

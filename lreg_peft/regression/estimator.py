@@ -10,7 +10,6 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
-from .additive import fit_additive
 from .base import SumOfTerms, is_number, keeps_attributes
 from .free import fit_free
 from .mesh1d import Array, Scale
@@ -18,8 +17,10 @@ from .relu import network_to_mesh, sum_network
 from .report import Optimality, SumModel
 from .samples import Samples, collect
 from .scaling import exponents
+from .search import fit_sum
 from .simplicial import SimplicialFit, fit_simplicial
 from .smooth import fit_smooth
+from .squares import Squares
 from .terms import FittedTerm
 
 Basis = Literal["auto", "additive", "simplicial"]
@@ -249,16 +250,16 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     def _fit_sum(self, samples: Samples) -> SumModel:
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         if self.nodes == "free":
-            return fit_free(samples, n_nodes, self.max_nodes).model()
+            return fit_free(samples, n_nodes, self.max_nodes)
         if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
             given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
             return fit_smooth(samples, n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given)
-        return fit_additive(
-            samples,
+        fit, history = fit_sum(
+            samples, lambda part: Squares(part, self.smoothing),
             n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
-            smoothing=self.smoothing,
             random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
-        ).model()  # fmt: skip
+        )  # fmt: skip
+        return fit.model(Squares.about, history)
 
     def _fit_simplicial(self, samples: Samples) -> SimplicialFit:
         most = self.max_nodes if self.n_nodes == "auto" else min(int(self.n_nodes), self.max_nodes)

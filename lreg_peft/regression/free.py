@@ -16,10 +16,10 @@ from itertools import pairwise
 import numpy as np
 from scipy import linalg, sparse
 
-from .additive import Additive, solve_terms
 from .mesh1d import Array, find, place_nodes
-from .moments import moments
+from .report import SumModel
 from .samples import Samples
+from .squares import Squares
 from .terms import Line
 
 # Numbers of nodes that generalised cross-validation chooses from; it stops after so many without a better score.
@@ -38,7 +38,7 @@ _RIDGE = 1e-10  # of targets of variance one: what samples do not determine is s
 _PENALTY = 1e-12
 
 
-def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> Additive:
+def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> SumModel:
     """Fit functions of single features on `n_nodes` nodes each; None chooses by generalised cross-validation.
 
     The penalties of the result are too small to matter, and it takes the nodes as given.
@@ -70,12 +70,12 @@ def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> Additive:
         nodes = low[j] + span[j] * mesh
         nodes[-1] = samples.X[:, j].max()
         terms.append(Line.over(int(j), samples.X[:, j], samples.mass, nodes, "quantile"))
-    fit = solve_terms(terms, samples, _PENALTY, sums=moments(terms, samples))
+    fit = Squares(samples, _PENALTY).fit(terms, folds=False)
     rest = samples.total - _parameters(best)
     edf = 1 + fit.edf.sum(axis=0)
-    noise = fit.noise_variance * np.maximum(samples.total - edf, 1e-3 * samples.total)
+    noise = fit.noise * np.maximum(samples.total - edf, 1e-3 * samples.total)
     noise = noise / max(rest, 1e-3 * samples.total)
-    return replace(fit, noise_variance=noise, history=(*history, *fit.history))
+    return replace(fit, noise=noise).model(Squares.about, history)
 
 
 def _mean(samples: Samples) -> Array:

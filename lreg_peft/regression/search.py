@@ -1,18 +1,20 @@
 """What a sum is made of: nodes for single features, and the pairs that cross-validation confirms.
 
-For squares and for the cross-entropy alike: a fit has `terms`, `edf`, `variances` and `errors`, and tells its `rest`.
+For squares and for the cross-entropy alike.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from .entropy import Entropy
 from .interactions import rank_pairs
 from .mesh1d import Array, Scale, place_nodes
 from .samples import Samples
-from .terms import Line, Pair, Term
+from .squares import Squares
+from .sums import SumFit
+from .terms import Line, Pair
 
 # Nodes per function: what the features share, and the most and least a function gets at the start.
 _SHARED = 400
@@ -21,20 +23,69 @@ _ALONE = 256  # of a single feature
 _CROWDED = 1 / 3  # a function that spends more of its nodes than this gets twice as many, up to
 _FINEST = 512
 
-# Variances of one kind are related: each is estimated as if it had so many more coefficients with the kind's mean.
-# Those of single features are not, so that features without use vanish; those of interactions are nearly common to all
-# pairs, for what single pairs seem to gain in few samples is mostly chance. A few of the pairs, those that explain
-# most, get finer products and variances of their own where cross-validation confirms it.
-POOLS = (0.0, 0.0, 50.0, 50.0, 50.0, 3.0, 3.0, 3.0)
 _PAIRS, _FINE_PAIRS = 40, 8
 _FINE_SAMPLES = 500
 # Energies that stand out, what the larger of two has by chance, and what is evidence in the sum of many; all in
 # standard deviations.
 _TELLING = 1000  # samples
 _STRONG, _CHANCE, _EVIDENCE = 4.0, 0.85, 1.0
-_PAIR_NODES, _FINE_NODES = (4, 8), 24
-_RANK, _FINE_RANK = 5, 12
-CERTAIN = 0.5  # standard errors over the folds by which a larger model must be better
+_PAIR_NODES, _FINE_NODES, _FINE_RANK = (4, 8), 24, 12
+
+_CERTAIN = 0.5  # standard errors over the folds by which a larger model must be better
+# Factors that all penalties together may get for smaller errors of cross-validation.
+_STRONGER, _WEAKER = 10.0 ** np.arange(0.5, 12.1, 0.5), 10.0 ** np.arange(-0.5, -1.6, -0.5)
+_MOST_EDF = 0.8  # of the observations
+
+Loss = Squares | Entropy
+
+
+def fit_sum(
+    samples: Samples,
+    loss_over: Callable[[Samples], Loss],
+    *,
+    n_nodes: int | None,
+    interactions: int | str | Sequence[tuple[int, int]],
+    max_nodes: int,
+    scale: Scale,
+    random: np.random.Generator,
+) -> tuple[SumFit, tuple[dict[str, float], ...]]:
+    """Choose terms and penalties on a part of large data, and fit them to all.
+
+    Args:
+        samples: the data.
+        loss_over: what is minimised over samples.
+        n_nodes: per function; None starts with up to 32 and doubles them where they are used.
+        interactions: "auto", how many, or which; 0 for none.
+        max_nodes: most nodes of all terms together.
+        scale: see `place_nodes`.
+        random: for the search of interactions in large data.
+
+    Returns:
+        The fit, and one entry per model tried.
+    """
+    loss = loss_over(samples)
+    part = samples.thinned(loss.choosing)
+    if part is not samples:
+        loss = loss_over(part)
+    varying = [j for j in range(part.X.shape[1]) if part.X[:, j].min() < part.X[:, j].max()]
+    rank = loss.line_rank(len(varying)) if n_nodes is None else None
+    wanted = _mesh_sizes(varying, part.X.shape[1], n_nodes, max_nodes)
+    build = Builder(part, scale)
+    fit = loss.fit([build.line(j, wanted[j], rank) for j in varying])
+    while n_nodes is None and (finer := _crowded(fit, wanted, max_nodes)):
+        wanted.update({j: 2 * wanted[j] for j in finer})
+        larger = loss.fit([build.line(j, wanted[j], rank) for j in varying], fit)
+        if not better(larger, fit):
+            break
+        fit = larger
+    if len(varying) > 1 and interactions != 0 and len(part.X) >= 10 and len(part.folds) > 1:
+        fit = _PairSearch(fit, loss, build, max_nodes, random).run(interactions)
+    if isinstance(loss.smoothing, str) and fit.terms and len(part.folds) > 1:
+        fit = _rescaled(fit, loss)
+    history = tuple(loss.history)
+    if part is not samples:
+        fit = loss_over(samples).fit(fit.terms, fit, fit.smoothing, folds=False)
+    return fit, history
 
 
 @dataclass
@@ -43,12 +94,11 @@ class Builder:
 
     samples: Samples
     scale: Scale
-    rank: int = _RANK
     lines: dict[tuple[int, int, int | None], Line] = field(default_factory=dict)
     sorted: dict[int, tuple[Array, Array]] = field(default_factory=dict)
 
     def line(self, j: int, k: int, rank: int | None = None) -> Line:
-        """A function of feature `j` on at most `k` nodes."""
+        """A function of feature `j` on at most `k` nodes; `rank`: most columns."""
         if (j, k, rank) not in self.lines:
             if j not in self.sorted:
                 order = np.argsort(self.samples.X[:, j], kind="stable")
@@ -60,109 +110,123 @@ class Builder:
             self.lines[j, k, rank] = Line.over(j, x, mass, nodes, self.scale, rank)
         return self.lines[j, k, rank]
 
-    def pair(self, i: int, j: int, k: int, fine: bool = False) -> Pair:
-        """An interaction on a grid of at most `k` nodes a side."""
-        rank = _FINE_RANK if fine else self.rank
-        return Pair.of(self.line(i, k, rank), self.line(j, k, rank), fine)
 
+class _PairSearch:
+    """Adds pairs to a fit of single features."""
 
-def per_term(terms: Sequence[Term], edf: Array) -> Array:
-    """`[groups, q] -> [terms, q]`."""
-    starts = np.cumsum([0] + [len(term.groups) for term in terms])[:-1]
-    return np.add.reduceat(edf, starts, axis=0) if len(terms) else edf[:0]
+    def __init__(self, fit: SumFit, loss: Loss, build: Builder, max_nodes: int, random: np.random.Generator):
+        self.first, self.loss, self.build, self.max_nodes, self.random = fit, loss, build, max_nodes, random
+        self.samples = loss.samples
+        self.room = max_nodes - sum(term.size for term in fit.terms)
+        self.values = {term.features[0]: len(np.unique(self.samples.X[:, term.features[0]])) for term in fit.terms}
 
+    def run(self, interactions: int | str | Sequence[tuple[int, int]]) -> SumFit:
+        """The fit with the pairs that were asked for, or that cross-validation confirms."""
+        if interactions == "auto":
+            return self._confirmed()
+        if isinstance(interactions, (int, str)):
+            asked = [pair for _, pair in self._ranked(self.first)[: int(interactions)]]
+        else:
+            given = sorted({(min(pair), max(pair)) for pair in interactions})
+            asked = [pair for pair in given if pair[0] in self.values and pair[1] in self.values]
+        if not asked:
+            return self.first
+        found = self._fitted(self.first, asked, [])
+        if found is None:
+            raise ValueError(
+                f"max_nodes={self.max_nodes} leaves no room for {len(asked)} interactions beside "
+                f"{self.max_nodes - self.room} nodes of single features; raise it."
+            )
+        return found
 
-def with_pairs(
-    fit: Any,
-    build: Builder,
-    samples: Samples,
-    interactions: int | str | Sequence[tuple[int, int]],
-    max_nodes: int,
-    random: np.random.Generator,
-    solve: Callable[[Sequence[Term], Any], Any],
-) -> Any:
-    """The fit with the pairs that were asked for, or that cross-validation confirms."""
-    lines = fit.terms
-    used = dict(zip([term.features[0] for term in lines], per_term(lines, fit.edf).max(axis=1), strict=True))
-    candidates = sorted(used, key=lambda j: (-used[j], j))
-    size = int(np.clip(round(2 * samples.total ** (1 / 3)), _PAIR_NODES[0], _FINE_NODES))
+    def _confirmed(self) -> SumFit:
+        """First the pairs that stand out, in fine form; then many coarse ones, if there is anything in all that are
+        left; then fine forms of the most variable of those. Each as far as cross-validation confirms it.
+        """
+        best, fine, ranked = self.first, [], self._ranked(self.first)
+        few = self.samples.total < _FINE_SAMPLES
+        strong = [pair for energy, pair in ranked if energy > _STRONG][:_FINE_PAIRS]
+        if strong and not few:
+            larger = self._fitted(best, strong, [])
+            if larger is not None and better(larger, best):
+                best, fine = larger, strong
+                ranked = [(energy, pair) for energy, pair in self._ranked(best) if pair not in fine]
+        energy = np.array([energy for energy, _ in ranked])
+        something = self.samples.total < _TELLING or (energy - _CHANCE).sum() >= _EVIDENCE * np.sqrt(len(energy))
+        if not len(energy) or not something:
+            return best
+        larger = self._fitted(best, fine, [pair for _, pair in ranked[:_PAIRS]])
+        if larger is None or not better(larger, best):
+            return best
+        best = larger
+        if few:
+            return best
+        first = len(self.first.terms) + len(fine)
+        order = np.argsort(-best.variances[first:].sum(axis=1), kind="stable")
+        coarse = [best.terms[first + k].features for k in order]
+        larger = self._fitted(best, [*fine, *coarse[:_FINE_PAIRS]], coarse[_FINE_PAIRS:])
+        return larger if larger is not None and better(larger, best) else best
 
-    few = samples.total < _FINE_SAMPLES
-    values = {j: len(np.unique(samples.X[:, j])) for j in used}
-    room = max_nodes - sum(term.size for term in lines)
+    def _ranked(self, fit: SumFit) -> list[tuple[float, tuple[int, int]]]:
+        used = _per_term(self.first).max(axis=1)
+        features = [term.features[0] for term in self.first.terms]
+        candidates = sorted(features, key=lambda j: (-used[features.index(j)], j))
+        return rank_pairs(self.samples, self.loss.rest(fit), candidates, self.random)
 
-    def pairs_of(pairs: Sequence[tuple[int, int]], most: float, fine: bool = False) -> list[Pair]:
-        side = min(size, _FINE_NODES if fine else _PAIR_NODES[1])
-        while side >= 2 and sum(min(side, values[i]) * min(side, values[j]) for i, j in pairs) > most:
+    def _fitted(
+        self, before: SumFit, fine: Sequence[tuple[int, int]], coarse: Sequence[tuple[int, int]]
+    ) -> SumFit | None:
+        """With these pairs; None where there is no room for any."""
+        terms = self._pairs(fine, self.room, fine=self.samples.total >= _FINE_SAMPLES)
+        terms += self._pairs(coarse, self.room - sum(term.size for term in terms), fine=False)
+        return self.loss.fit([*self.first.terms, *terms], before) if terms else None
+
+    def _pairs(self, pairs: Sequence[tuple[int, int]], room: float, *, fine: bool) -> list[Pair]:
+        """On the largest grids that there is room for."""
+        sides = (2, _FINE_NODES if fine else _PAIR_NODES[1])
+        side = int(np.clip(max(round(2 * self.samples.total ** (1 / 3)), _PAIR_NODES[0]), *sides))
+        while side >= 2 and sum(min(side, self.values[i]) * min(side, self.values[j]) for i, j in pairs) > room:
             side -= 1
-        return [build.pair(i, j, side, fine) for i, j in pairs] if side >= 2 else []
-
-    def solved(before: Any, fine: Sequence[tuple[int, int]], coarse: Sequence[tuple[int, int]]) -> Any:
-        terms = pairs_of(fine, room, fine=not few) if fine else []
-        rest = room - sum(term.size for term in terms)
-        terms += pairs_of(coarse, rest) if coarse else []
-        return solve([*lines, *terms], before) if terms else None
-
-    if interactions == 0 or len(samples.X) < 10 or len(samples.folds) < 2:
-        return fit
-    if interactions == "auto":
-        return _confirmed(
-            fit, lambda fit: rank_pairs(samples, fit.rest(samples), candidates, random), solved, samples.total
-        )
-    if isinstance(interactions, (int, str)):
-        asked = [pair for _, pair in rank_pairs(samples, fit.rest(samples), candidates, random)[: int(interactions)]]
-    else:
-        given = sorted({(min(pair), max(pair)) for pair in interactions})
-        asked = [(i, j) for i, j in given if i in used and j in used]
-    if not asked:
-        return fit
-    found = solved(fit, asked, [])
-    if found is None:
-        raise ValueError(
-            f"max_nodes={max_nodes} leaves no room for {len(asked)} interactions beside {max_nodes - room} nodes of "
-            "single features; raise it."
-        )
-    return found
+        rank = _FINE_RANK if fine else self.loss.pair_rank
+        return [
+            Pair.of(self.build.line(i, side, rank), self.build.line(j, side, rank), fine)
+            for i, j in (pairs if side >= 2 else ())
+        ]
 
 
-def _confirmed(
-    fit: Any, rank: Callable[[Any], list[tuple[float, tuple[int, int]]]], solved: Callable[..., Any], total: float
-) -> Any:
-    """First the pairs that stand out, in fine form; then many coarse ones, if there is anything in all that are left;
-    then fine forms of the most variable of those. Each as far as cross-validation confirms it.
-    """
-    best, fine, ranked = fit, [], rank(fit)
-    strong = [pair for energy, pair in ranked if energy > _STRONG][:_FINE_PAIRS]
-    if strong and total >= _FINE_SAMPLES:
-        larger = solved(fit, strong, [])
-        if larger is not None and better(larger, fit):
-            best, fine = larger, strong
-            ranked = [(energy, pair) for energy, pair in rank(best) if pair not in fine]
-    energy = np.array([energy for energy, _ in ranked])
-    if not len(energy) or (total >= _TELLING and (energy - _CHANCE).sum() < _EVIDENCE * np.sqrt(len(energy))):
-        return best
-    larger = solved(best, fine, [pair for _, pair in ranked[:_PAIRS]])
-    if larger is None or not better(larger, best):
-        return best
-    best = larger
-    if total < _FINE_SAMPLES:
-        return best
-    # The gram matrix of each term weighs its coefficients: variances over the samples.
-    first = len(fit.terms) + len(fine)
-    order = np.argsort([-float(v.sum()) for v in best.variances[first:]], kind="stable")
-    coarse = [best.terms[first + k].features for k in order]
-    larger = solved(best, [*fine, *coarse[:_FINE_PAIRS]], coarse[_FINE_PAIRS:])
-    return larger if better(larger, best) else best
-
-
-def better(larger: Any, smaller: Any) -> bool:
-    """Whether errors of cross-validation `[folds, q]` are clearly smaller, relative to the sizes of the outputs."""
+def better(larger: SumFit, smaller: SumFit, certain: float = _CERTAIN) -> bool:
+    """Whether errors of cross-validation `[folds, c]` are clearly smaller, relative to the sizes of the outputs."""
     scale = np.maximum(smaller.errors.sum(axis=0), np.finfo(float).tiny)
     gain = ((smaller.errors - larger.errors) / scale).sum(axis=1)
-    return bool(gain.mean() > CERTAIN * gain.std(ddof=1) / np.sqrt(len(gain)))
+    return bool(len(gain) > 1 and gain.mean() > certain * gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
-def mesh_sizes(varying: Sequence[int], n_features: int, n_nodes: int | None, max_nodes: int) -> dict[int, int]:
+def _rescaled(fit: SumFit, loss: Loss) -> SumFit:
+    """All penalties by one factor, where that clearly makes smaller errors of cross-validation.
+
+    And in any case such that some degrees of freedom are left for the noise.
+    """
+    best = fit
+    for factors, certain in ((_STRONGER, 0.0), (_WEAKER, _CERTAIN)):
+        for factor in factors:
+            # Too little smoothing does more harm than too much: only less of it has to be certain.
+            other = loss.fit(fit.terms, best, fit.smoothing * factor)
+            crowded = factor > 1 and 1 + best.edf.sum(axis=0).max() > _MOST_EDF * loss.samples.total
+            if not crowded and not better(other, best, certain):
+                break
+            best = other
+        if best is not fit:
+            break
+    return best
+
+
+def _per_term(fit: SumFit) -> Array:
+    """Effective degrees of freedom, `[terms, c]`."""
+    starts = np.cumsum([0] + [len(term.groups) for term in fit.terms])[:-1]
+    return np.add.reduceat(fit.edf, starts, axis=0) if len(starts) else fit.edf[:0]
+
+
+def _mesh_sizes(varying: Sequence[int], n_features: int, n_nodes: int | None, max_nodes: int) -> dict[int, int]:
     """Nodes per feature at the start. Raises a `ValueError` where there are too few for all."""
     if len(varying) > max(max_nodes // 2, 1):
         raise ValueError(
@@ -173,10 +237,10 @@ def mesh_sizes(varying: Sequence[int], n_features: int, n_nodes: int | None, max
     return dict.fromkeys(varying, max(2, min(n_nodes or start, max_nodes // max(len(varying), 1))))
 
 
-def crowded(fit: Any, wanted: dict[int, int], max_nodes: int) -> list[int]:
+def _crowded(fit: SumFit, wanted: dict[int, int], max_nodes: int) -> list[int]:
     """Features whose functions use most of their nodes, as far as there is room to double them."""
     result, room = [], max_nodes - sum(term.size for term in fit.terms)
-    for j, used, term in zip(wanted, per_term(fit.terms, fit.edf), fit.terms, strict=True):
+    for j, used, term in zip(wanted, _per_term(fit), fit.terms, strict=True):
         if used.max(initial=0) > _CROWDED * term.size and wanted[j] <= term.size < _FINEST:
             room -= wanted[j]
             if room >= 0:

@@ -140,7 +140,7 @@ class TestClasses:
 
     def test_twenty_rows_are_no_certainty(self):
         losses = []
-        for seed in range(6):
+        for seed in range(20):
             random = np.random.default_rng(seed)
             X = random.standard_normal((220, 3))
             label = (X[:, 0] + random.standard_normal(220) > 0).astype(int)
@@ -148,7 +148,7 @@ class TestClasses:
             reference = LogisticRegression().fit(X[:20], label[:20]).predict_proba(X[20:])
             losses.append((log_loss(label[20:], p), log_loss(label[20:], reference)))
         ours, reference = np.mean(losses, axis=0)
-        # Functions cost something over straight lines where the truth is one: .65 against .54; .69 is no knowledge.
+        # Functions cost something over straight lines where the truth is one: .64 against .54; .69 is no knowledge.
         assert ours < reference + 0.12
 
 

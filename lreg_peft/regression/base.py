@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .mesh1d import Array, Scale
+from .report import Optimality, SumModel
 from .terms import FittedTerm
 
 if TYPE_CHECKING:
@@ -27,6 +28,18 @@ def is_integer(value: Any, least: int) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, not negative."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < np.inf)
+
+
+def check_units(**arrays: Array) -> None:
+    """Raises a `ValueError` for columns whose squares are no numbers."""
+    for name, values in arrays.items():
+        largest = np.abs(values).max(axis=0)
+        wild = largest[(largest > 0) & ~((largest > 1e-150) & (largest < 1e150))]
+        if len(wild):
+            raise ValueError(
+                f"every column of {name} must be between 1e-150 and 1e150, so that its variance is a number, got "
+                f"values up to {wild[0]:.3g}; take other units."
+            )
 
 
 @contextmanager
@@ -49,8 +62,23 @@ class SumOfTerms:
     max_nodes: int
     scale: Scale
     interactions: Any
+    _model: Any
     terms_: tuple[FittedTerm, ...]
+    nodes_: Any
+    values_: Any
+    intercept_: Any
+    smoothing_: Any
+    history_: tuple[dict[str, float], ...]
+    optimality_: Optimality
     n_features_in_: int
+
+    def _keep(self, model: SumModel) -> None:
+        self._model = model
+        self.terms_, self.intercept_ = model.terms, model.intercept
+        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in model.terms]
+        self.values_ = [term.values for term in model.terms]
+        self.smoothing_ = [term.smoothing for term in model.terms]
+        self.history_, self.optimality_ = model.history, model.optimality
 
     @property
     def feature_importances_(self) -> Array:

@@ -10,14 +10,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from .base import SumOfTerms, is_number, keeps_attributes
+from .base import SumOfTerms, check_units, is_number, keeps_attributes
 from .entropy import Entropy
 from .mesh1d import Array, Scale
-from .report import Optimality, SumModel
+from .report import SumModel
 from .samples import Samples, collect
-from .scaling import exponents
 from .search import fit_sum
-from .terms import FittedTerm
 
 
 class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
@@ -34,8 +32,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             list of pairs of column numbers those.
         max_nodes: most nodes of the model.
         scale: "quantile" places nodes where samples are, "minmax" at equal steps.
-        smoothing: "auto", or one penalty for all coefficients, per sample.
-        tolerance: gap in the mean cross-entropy at which to stop.
+        smoothing: "reml", or one penalty for all coefficients, per sample.
         random_state: for the search of interactions in large data.
 
     Attributes:
@@ -56,10 +53,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
     """
 
     classes_: np.ndarray
-    terms_: tuple[FittedTerm, ...]
-    smoothing_: list[Array]
-    optimality_: Optimality
-    n_features_in_: int
+    edf_: float
 
     def __init__(
         self,
@@ -67,8 +61,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
         interactions: int | Sequence[tuple[int, int]] | Literal["auto"] = "auto",
         max_nodes: int = 4000,
         scale: Scale = "quantile",
-        smoothing: float | Literal["auto"] = "auto",
-        tolerance: float = 1e-6,
+        smoothing: float | Literal["reml"] = "reml",
         random_state: Any = None,
     ):
         self.n_nodes = n_nodes
@@ -76,7 +69,6 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
         self.max_nodes = max_nodes
         self.scale = scale
         self.smoothing = smoothing
-        self.tolerance = tolerance
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "LagrangeClassifier":
@@ -102,13 +94,12 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             classes, label = np.unique(y[present], return_inverse=True)
             if len(classes) < 2:
                 raise ValueError(f"y must hold at least two classes, got one class: {classes[0]!r}.")
-            powers = exponents(X[present])
-            samples = collect(
-                np.ldexp(X[present], -powers), label[:, None].astype(np.float64), weight[present], classes=True
-            )
+            check_units(X=X)
+            samples = collect(X[present], label[:, None].astype(np.float64), weight[present], classes=True)
             model = self._fit(samples, len(classes))
         self.classes_ = classes
-        self._keep(model, powers)
+        self._keep(model)
+        self.edf_ = float(len(classes) - 2 + model.edf.sum())
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -133,24 +124,16 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
 
     def _logits(self, X: Any) -> Array:
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
-        result = np.repeat(self.intercept_[None], len(X), axis=0)
-        for term in self.terms_:
-            result += term.evaluate(X)
-        return result
+        return self._model.mean(validate_data(self, X, dtype=np.float64, reset=False))
 
     def _check_options(self, d: int) -> None:
         self._check_sizes(d)
-        for name in ("smoothing", "tolerance"):
-            value = getattr(self, name)
-            if not (name == "smoothing" and isinstance(value, str) and value == "auto") and not (
-                is_number(value) and value > 0
-            ):
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        if self.smoothing != "reml" and not (is_number(self.smoothing) and self.smoothing > 0):
+            raise ValueError(f"smoothing must be 'reml' or a positive number, got {self.smoothing!r}.")
 
     def _fit(self, samples: Samples, n_classes: int) -> SumModel:
         fit, history = fit_sum(
-            samples, lambda part: Entropy(part, n_classes, self.smoothing, float(self.tolerance)),
+            samples, lambda part: Entropy(part, n_classes, self.smoothing),
             n_nodes=None if self.n_nodes == "auto" else int(self.n_nodes),
             interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
             random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
@@ -158,12 +141,3 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
         # Two classes: half of the logit each, with opposite signs.
         signs = np.array([[-0.5, 0.5]]) if n_classes == 2 else np.eye(n_classes)
         return fit.model(Entropy.about, history, signs)
-
-    def _keep(self, model: SumModel, powers: np.ndarray) -> None:
-        terms = [term.in_units(powers) for term in model.terms]
-        self.terms_, self.intercept_ = tuple(terms), model.intercept
-        self.nodes_ = [term.nodes[0] if len(term.nodes) == 1 else term.nodes for term in terms]
-        self.values_ = [term.values for term in terms]
-        self.smoothing_ = [term.smoothing for term in terms]
-        self.edf_ = float(len(self.classes_) - 2 + model.edf.sum())
-        self.history_, self.optimality_ = model.history, model.optimality

@@ -24,7 +24,8 @@ from .terms import Term
 _MAX_NEWTON = 50
 # Penalty of how far intercepts are from the logarithms of the base rates: enough to be finite where a class is missing.
 _INTERCEPT = 1e-3
-_FOLD_TOLERANCE = 1e-4
+# Gaps per sample: of the fit, and of fits on the way to it and without a fold.
+_TOLERANCE, _FOLD_TOLERANCE = 1e-9, 1e-7
 
 
 class Entropy:
@@ -33,16 +34,15 @@ class Entropy:
     Args:
         samples: with labels 0, 1, ... as `y`.
         n_classes: at least two.
-        smoothing: "auto", or one penalty for all coefficients, per sample.
-        tolerance: of the gap, per sample.
+        smoothing: "reml", or one penalty for all coefficients, per sample.
     """
 
     about = "mean cross-entropy plus half of the penalties, over all coefficients"
     choosing = 20_000  # rows on which terms are chosen
     pair_rank = 3
 
-    def __init__(self, samples: Samples, n_classes: int, smoothing: str | float, tolerance: float):
-        self.samples, self.smoothing, self.tolerance = samples, smoothing, tolerance
+    def __init__(self, samples: Samples, n_classes: int, smoothing: str | float):
+        self.samples, self.smoothing = samples, smoothing
         self.history: list[dict[str, float]] = []
         label = samples.y[:, 0].astype(np.int64)
         rate = np.bincount(label, samples.weight, n_classes) + 0.5 / n_classes
@@ -106,7 +106,7 @@ class Entropy:
                 step, None if start is None else start[:, 0], power / 4, kinds, self._pools[kinds], prior=1.0, most=25
             )[:, None]
         best = problem(penalties[:, 0])
-        point = best.minimise(theta, self.tolerance)
+        point = best.minimise(theta, _TOLERANCE)
         hessians = best.hessians(point)
         factors = [cholesky(h + np.diag(best.penalty)) for h in hessians]
         errors, without = self._cross_validated(best, point, hessians, folds)

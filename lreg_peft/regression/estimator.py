@@ -10,13 +10,12 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import nn
 
-from .base import SumOfTerms, is_number, keeps_attributes
+from .base import SumOfTerms, check_units, is_number, keeps_attributes
 from .free import fit_free
 from .mesh1d import Array, Scale
 from .relu import network_to_mesh, sum_network
 from .report import Optimality, SumModel
 from .samples import Samples, collect
-from .scaling import exponents
 from .search import fit_sum
 from .simplicial import SimplicialFit, fit_simplicial
 from .smooth import fit_smooth
@@ -63,7 +62,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         intercept_: float or `[n_outputs]`. Terms have mean zero over the samples.
         feature_importances_: `[n_features]`, shares of the variance of all terms; those of an interaction go to both
             features by halves. Not on simplices.
-        smoothing_: the penalties: a list with `[penalties, n_outputs]` per term, infinite for what has vanished; on
+        smoothing_: the penalties: a list with `[penalties, n_outputs]` per term; on
             simplices one number.
         edf_: effective degrees of freedom; float or `[n_outputs]`.
         noise_variance_: float or `[n_outputs]`.
@@ -79,20 +78,11 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     feature and those on simplices go on linearly; interactions stay at the value on their border.
     """
 
-    _model: SumModel | SimplicialFit
     _single: bool
-    terms_: tuple[FittedTerm, ...]
-    nodes_: Any
     simplices_: Any
-    values_: Any
-    intercept_: Any
-    smoothing_: Any
     edf_: Any
     noise_variance_: Any
-    history_: tuple[Any, ...]
-    optimality_: Any
     basis_: str
-    n_features_in_: int
 
     def __init__(
         self,
@@ -137,9 +127,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
             basis = self._check_options(X.shape[1])
             outputs = y.reshape(len(y), -1)
-            _check_units(outputs)
-            powers = exponents(X[weight > 0])
-            X = np.ldexp(X, -powers)
+            check_units(X=X, y=outputs)
             samples = collect(X, outputs, weight)
             if basis == "simplicial":
                 model: SumModel | SimplicialFit = self._fit_simplicial(samples)
@@ -147,7 +135,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
                 model = self._fit_sum(samples)
             else:
                 model = self._better(self._fit_sum(samples), samples)
-        self._single, self._powers = y.ndim == 1, powers
+        self._single = y.ndim == 1
         self._keep(model)
         return self
 
@@ -164,7 +152,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
             `[n_samples]` or `[n_samples, n_outputs]`, as `y` had it; with `return_std` a pair of those.
         """
         check_is_fitted(self)
-        X = np.ldexp(validate_data(self, X, dtype=np.float64, reset=False), -self._powers)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
         mean = self._as_given(self._model.mean(X))
         if not return_std:
             return mean
@@ -215,7 +203,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         model = SumModel((term,), zero, term.edf, zero, (), nothing, _no_variance)
         result = cls(basis="additive", n_nodes=len(nodes))
         result.n_features_in_ = 1
-        result._single, result._powers = outputs == 1, np.zeros(1, dtype=int)
+        result._single = outputs == 1
         result._keep(model)
         return result
 
@@ -284,40 +272,23 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         return mesh if score(mesh) < score(model) else model
 
     def _keep(self, model: SumModel | SimplicialFit) -> None:
-        self._model = model
+        self.basis_, self.simplices_ = "additive", None
         if isinstance(model, SimplicialFit):
-            self.basis_ = "simplicial"
-            self.nodes_, self.simplices_ = np.ldexp(model.nodes, self._powers[model.columns]), model.simplices
-            self.values_, self.smoothing_ = self._as_given(model.values), model.smoothing
+            self.basis_, self.simplices_, self.terms_ = "simplicial", model.simplices, ()
+            self._model, self.history_, self.optimality_ = model, model.history, model.optimality
+            self.nodes_, self.values_, self.smoothing_ = model.nodes, self._as_given(model.values), model.smoothing
+            self.intercept_ = self._as_given(model.intercept)
         else:
-            self.basis_ = "additive"
-            self.nodes_ = [
-                mesh[0] if len(mesh) == 1 else mesh for mesh in (t.in_units(self._powers).nodes for t in model.terms)
-            ]
-            self.simplices_ = None
-            self.values_ = [self._as_given(term.values) for term in model.terms]
-            self.smoothing_ = [term.smoothing for term in model.terms]
-        self.terms_ = tuple(term.in_units(self._powers) for term in model.terms)
-        self.intercept_ = self._as_given(model.intercept)
-        self.edf_ = self._as_given(model.edf)
-        self.noise_variance_ = self._as_given(model.noise_variance)
-        self.history_ = model.history
-        self.optimality_ = model.optimality
+            super()._keep(model)
+            self.values_ = [self._as_given(values) for values in self.values_]
+            self.intercept_ = self._as_given(self.intercept_)
+        self.edf_, self.noise_variance_ = self._as_given(model.edf), self._as_given(model.noise_variance)
 
     def _as_given(self, values: Array) -> Any:
         """Without the axis of outputs, the last one, if `y` had none."""
         if not self._single:
             return values
         return values[..., 0] if values.ndim > 1 else float(values[0])
-
-
-def _check_units(y: Array) -> None:
-    largest = float(np.abs(y).max())
-    if largest and not 1e-150 < largest < 1e150:
-        raise ValueError(
-            f"y must be between 1e-150 and 1e150, so that its variance is a number, got values up to {largest:.3g}; "
-            "take other units."
-        )
 
 
 def _no_variance(X: Array) -> Array:

@@ -73,16 +73,19 @@ def collect(X: Array, y: Array, weight: Array, *, classes: bool = False) -> Samp
         X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
     whole = bool((weight == np.round(weight)).all())
     counts = weight if whole else np.ones(len(X))
-    # Hashes that do not depend on the order of the columns sort; one that does tells rows apart.
+    # Rows are sorted by hashes that depend neither on their order nor on that of the columns: each column has a key of
+    # its own, the mean of 24 bits of its values' hashes. Sums below 2^53 are exact, and weights may have any common
+    # factor.
     bits = _bits(X)
-    features = _mix(bits).sum(axis=1, dtype=np.uint64)
+    mean = counts @ (_mix(bits) >> np.uint64(40)).astype(np.float64) / counts.sum()
+    features = _mix(bits * (_bits(mean) | np.uint64(1))).sum(axis=1, dtype=np.uint64)
     targets = _mix(_bits(y) * np.arange(1, 2 * y.shape[1], 2, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
-    exact = _mix(bits * np.arange(3, 2 * X.shape[1] + 3, 2, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
-    order = np.lexsort((exact, _mix(features + targets), y[:, 0]))
+    row = _mix(features + targets)
+    order = np.lexsort((row, y[:, 0]))
     X, y, counts, weight = X[order], y[order], counts[order], weight[order]
-    exact, row = exact[order], _mix(exact + targets)[order]
+    features, row = features[order], row[order]
     starts = np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))
-    copies = _are_copies(exact, counts, starts, classes)
+    copies = _are_copies(features, counts, starts, classes)
     if len(starts) < len(X) and (whole or copies):
         X, y, weight, counts = X[starts], y[starts], np.add.reduceat(weight, starts), np.add.reduceat(counts, starts)
     if copies or not whole:
@@ -92,9 +95,9 @@ def collect(X: Array, y: Array, weight: Array, *, classes: bool = False) -> Samp
     return _in_folds(X, y, weight, counts, min(FOLDS, len(X) if copies or not whole else int(weight.sum())))
 
 
-def _are_copies(exact: NDArray[np.uint64], counts: Array, starts: NDArray[np.int64], classes: bool) -> bool:
+def _are_copies(features: NDArray[np.uint64], counts: Array, starts: NDArray[np.int64], classes: bool) -> bool:
     per_row = np.add.reduceat(counts, starts)
-    _, group = np.unique(exact[starts], return_inverse=True)
+    _, group = np.unique(features[starts], return_inverse=True)
     per_features = np.bincount(group, per_row)
     same_features = float((per_features * (per_features - 1)).sum())
     if counts.sum() > _MOST_COPIES * len(starts) and (classes or len(starts) <= _FEW_PLACES):

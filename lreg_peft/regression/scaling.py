@@ -36,11 +36,6 @@ class ColumnScale:
         return _map_columns(u, self.outputs, self.inputs)
 
 
-def exponents(x: np.ndarray) -> np.ndarray:
-    """Per column the power of two that its largest value is below: `[n_samples, d] -> [d]`."""
-    return np.frexp(np.abs(x).max(axis=0))[1]
-
-
 def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnScale:
     """The map for each column of `x` `[n_samples, d]`, all of which must hold at least two values.
 

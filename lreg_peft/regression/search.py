@@ -33,7 +33,7 @@ _PAIR_NODES, _FINE_NODES, _FINE_RANK = (4, 8), 24, 12
 
 _CERTAIN = 0.5  # standard errors over the folds by which a larger model must be better
 # Factors that all penalties together may get for smaller errors of cross-validation.
-_STRONGER, _WEAKER = 10.0 ** np.arange(0.5, 12.1, 0.5), 10.0 ** np.arange(-0.5, -1.6, -0.5)
+_FACTORS = 10.0 ** np.arange(0.5, 12.1, 0.5)
 _MOST_EDF = 0.8  # of the observations
 
 Loss = Squares | Entropy
@@ -202,21 +202,17 @@ def better(larger: SumFit, smaller: SumFit, certain: float = _CERTAIN) -> bool:
 
 
 def _rescaled(fit: SumFit, loss: Loss) -> SumFit:
-    """All penalties by one factor, where that clearly makes smaller errors of cross-validation.
+    """Stronger penalties, all by one factor, where that makes smaller errors of cross-validation.
 
     And in any case such that some degrees of freedom are left for the noise.
     """
     best = fit
-    for factors, certain in ((_STRONGER, 0.0), (_WEAKER, _CERTAIN)):
-        for factor in factors:
-            # Too little smoothing does more harm than too much: only less of it has to be certain.
-            other = loss.fit(fit.terms, best, fit.smoothing * factor)
-            crowded = factor > 1 and 1 + best.edf.sum(axis=0).max() > _MOST_EDF * loss.samples.total
-            if not crowded and not better(other, best, certain):
-                break
-            best = other
-        if best is not fit:
+    for factor in _FACTORS:
+        other = loss.fit(fit.terms, best, fit.smoothing * factor)
+        crowded = 1 + best.edf.sum(axis=0).max() > _MOST_EDF * loss.samples.total
+        if not crowded and not better(other, best, certain=0.0):
             break
+        best = other
     return best
 
 

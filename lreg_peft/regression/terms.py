@@ -6,7 +6,7 @@ group: the straight part and the bends of a function of one feature; products of
 constraints are needed, and a term can vanish.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ class FittedTerm:
         features: the columns it looks at, one or two.
         nodes: one mesh per feature, `[k]` each.
         values: at the nodes, `[k, outputs]` or `[k1, k2, outputs]`.
-        smoothing: `[penalties, outputs]`, what the term was penalised with; infinite for a part that vanished.
+        smoothing: `[penalties, outputs]`, what the term was penalised with.
         edf: `[outputs]`, effective degrees of freedom.
         variance: `[outputs]`, of the function over the samples.
         deviation: standard deviations at the nodes, shaped like `values`: what the samples leave open, given the
@@ -44,11 +44,6 @@ class FittedTerm:
     edf: Array
     variance: Array
     deviation: Array
-
-    def in_units(self, powers: NDArray[np.int64]) -> "FittedTerm":
-        """The term for features that are `2**powers` times as large."""
-        nodes = tuple(np.ldexp(mesh, powers[j]) for j, mesh in zip(self.features, self.nodes, strict=True))
-        return replace(self, nodes=nodes)
 
     def evaluate(self, X: Array) -> Array:
         """`[n, d] -> [n, outputs]`. Outside its mesh a line goes on straight, a pair stays at its border."""

@@ -79,7 +79,7 @@ class TestClassifier:
         """Two nodes per feature: the penalised model of scikit-learn on standardised features."""
         X, y, _, _ = split("Friedman-1")
         X, label = X[:400, :3], (y[:400] > 14).astype(int)
-        model = LagrangeClassifier(n_nodes=2, smoothing=0.01, interactions=0, tolerance=1e-10).fit(X, label)
+        model = LagrangeClassifier(n_nodes=2, smoothing=0.01, interactions=0).fit(X, label)
         standard = (X - X.mean(axis=0)) / X.std(axis=0)
         reference = LogisticRegression(C=1 / (0.01 * 400), tol=1e-10, max_iter=1000).fit(standard, label)
         np.testing.assert_allclose(model.predict_proba(X), reference.predict_proba(standard), atol=1e-5)

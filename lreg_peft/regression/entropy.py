@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from .mesh1d import Array
 from .moments import blocks, spans
-from .penalties import cholesky, choose_penalties, free_coefficients, solve_with
+from .penalties import cholesky, choose_penalties, free_coefficients, mean_power, solve_with
 from .samples import Samples
 from .squares import POOLS
 from .sums import SumFit, group_kinds, group_sizes, starting_penalties
@@ -25,7 +25,7 @@ _MAX_NEWTON = 50
 # Penalty of how far intercepts are from the logarithms of the base rates: enough to be finite where a class is missing.
 _INTERCEPT = 1e-3
 # Gaps per sample: of the fit, and of fits on the way to it and without a fold.
-_TOLERANCE, _FOLD_TOLERANCE = 1e-9, 1e-7
+_TOLERANCE, _FOLD_TOLERANCE = 1e-9, 1e-6
 
 
 class Entropy:
@@ -38,7 +38,7 @@ class Entropy:
     """
 
     about = "mean cross-entropy plus half of the penalties, over all coefficients"
-    choosing = 20_000  # rows on which terms are chosen
+    choosing = 10_000  # rows on which terms are chosen
     pair_rank = 3
 
     def __init__(self, samples: Samples, n_classes: int, smoothing: str | float):
@@ -93,20 +93,21 @@ class Entropy:
         def step(penalties: Array) -> tuple[Array, Array]:
             nonlocal theta
             here = problem(penalties)
-            factors = here.factors(here.at(theta))
-            theta = here.minimise(theta, _FOLD_TOLERANCE, factors, steps=1).theta
+            point = here.at(theta)
+            factors = here.factors(point)
+            theta = here.minimise(point, _FOLD_TOLERANCE, factors, steps=1).theta
             used = np.bincount(member, (theta[:-1] ** 2).sum(axis=1), len(sizes)).astype(np.float64)
             return degrees(penalties, factors), used
 
         if penalties is None:
-            power = np.bincount(member, samples.weight @ design[:, :-1] ** 2, len(sizes)) / np.maximum(sizes, 1)
+            power = mean_power(samples.weight @ design[:, :-1] ** 2, member, sizes)
             start = starting_penalties(terms, before)
             # One more coefficient of variance one: logits of a separable class stay finite.
             penalties = choose_penalties(
                 step, None if start is None else start[:, 0], power / 4, kinds, self._pools[kinds], prior=1.0, most=25
             )[:, None]
         best = problem(penalties[:, 0])
-        point = best.minimise(theta, _TOLERANCE)
+        point = best.minimise(best.at(theta), _TOLERANCE)
         hessians = best.hessians(point)
         factors = [cholesky(h + np.diag(best.penalty)) for h in hessians]
         errors, without = self._cross_validated(best, point, hessians, folds)
@@ -154,7 +155,8 @@ class Entropy:
             weight[fold] = 0
             share = weight.sum() / problem.weight.sum()
             factors = [cholesky(share * h + np.diag(problem.penalty)) for h in hessians]
-            theta = replace(problem, weight=weight).minimise(start.theta, _FOLD_TOLERANCE, factors).theta
+            without_fold = replace(problem, weight=weight)
+            theta = without_fold.minimise(without_fold.at(start.theta), _FOLD_TOLERANCE, factors).theta
             logits = problem.design[fold] @ theta + self._anchor
             errors.append(problem.weight[fold] @ _losses(logits, self._target[fold]))
             without.append((theta[:-1], self._anchor + theta[-1] + mean @ theta[:-1]))
@@ -211,10 +213,9 @@ class _Problem:
         return [cholesky(h + np.diag(self.penalty)) for h in self.hessians(point)]
 
     def minimise(
-        self, theta: Array, tolerance: float, factors: list[Array] | None = None, steps: int = _MAX_NEWTON
+        self, point: _Point, tolerance: float, factors: list[Array] | None = None, steps: int = _MAX_NEWTON
     ) -> _Point:
-        """The optimum from `theta` `[p + 1, c]`, to a gap per sample; `factors` are about those near the optimum."""
-        point = self.at(theta)
+        """The optimum, to a gap per sample, from a point; `factors` are about those near the optimum."""
         for _ in range(steps):
             if point.gap <= tolerance * self.weight.sum():
                 break
@@ -247,7 +248,7 @@ class _Problem:
         size = point.theta.size
         step, _ = cg(
             LinearOperator((size, size), matvec=image), point.descent.ravel(),
-            rtol=1e-3, maxiter=40, M=LinearOperator((size, size), matvec=precondition),
+            rtol=1e-2, maxiter=40, M=LinearOperator((size, size), matvec=precondition),
         )  # fmt: skip
         return np.asarray(step).reshape(shape)
 

@@ -18,7 +18,6 @@ from .report import Optimality, SumModel
 from .samples import Samples, collect
 from .search import fit_sum
 from .simplicial import SimplicialFit, fit_simplicial
-from .smooth import fit_smooth
 from .squares import Squares
 from .terms import FittedTerm
 
@@ -239,9 +238,6 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         if self.nodes == "free":
             return fit_free(samples, n_nodes, self.max_nodes)
-        if samples.X.shape[1] == 1 and np.ptp(samples.X) > 0:
-            given = self.smoothing if isinstance(self.smoothing, str) else float(self.smoothing) * samples.total
-            return fit_smooth(samples, n_nodes=n_nodes, max_nodes=self.max_nodes, scale=self.scale, smoothing=given)
         fit, history = fit_sum(
             samples, lambda part: Squares(part, self.smoothing),
             n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,

@@ -95,27 +95,3 @@ def evaluate(x: Array, nodes: Array, values: Array) -> Array:
     local = local[:, None]
     # In this form a node gives its value exactly.
     return (1 - local) * values[element] + local * values[element + 1]
-
-
-def second_differences(nodes: Array, level: Array | None) -> Array:
-    """Rows that weigh the jumps of the slope at the interior nodes, `[k - 2, 3]` on nodes j - 1, j, j + 1.
-
-    Args:
-        nodes: `[k]`.
-        level: `[k]`, the share of samples below, increasing. Jumps are then of slopes in a coordinate between the range
-            and that share: where nodes are dense, as quantiles are where the samples are, the function may bend more,
-            and a far value does not make a straight line of all others. None takes the jump over the root of the mean
-            of the two elements, so that the sum of squares approximates the integral of the squared second derivative.
-
-    Returns:
-        The rows; 1, -2, 1 for equal steps.
-    """
-    lengths = np.diff(nodes)
-    typical = (nodes[-1] - nodes[0]) / len(lengths)
-    if level is None:
-        factor = typical**1.5 / np.sqrt((lengths[:-1] + lengths[1:]) / 2)
-    else:
-        steps = QUANTILE_SHARE * np.diff(level) / lengths + (1 - QUANTILE_SHARE) / (nodes[-1] - nodes[0])
-        factor = 2 / (steps[:-1] + steps[1:]) / len(lengths)
-    left, right = factor / lengths[:-1], factor / lengths[1:]
-    return np.stack((left, -left - right, right), axis=1)

@@ -36,13 +36,12 @@ def choose_penalties(
         solve: from penalties to effective degrees of freedom and squares of coefficients over the noise variance, both
             `[groups]`.
         start: `[groups]`, NaN where the default shall be taken; None for all.
-        power: `[groups]`, mean of the diagonal of the normal equations over the group.
+        power: `[groups]`, see `mean_power`.
         kinds: `[groups]`, numbers; variances of one kind are related.
         pools: `[groups]`, of so many coefficients with the mean variance of its kind a group's variance knows.
         prior: and of so many with variance one.
         most: updates.
     """
-    power = np.maximum(power, 1e-14 * power.max(initial=0.0) + np.finfo(float).tiny)
     low, high = np.log(power * _LEAST), np.log(power * _GONE)
     log = np.log(power)
     if start is not None:
@@ -59,6 +58,12 @@ def choose_penalties(
         if moved < _STILL or (change < _TOLERANCE and moved < _NEAR):
             break
     return np.exp(log)
+
+
+def mean_power(diagonal: Array, member: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
+    """Mean over each group of a diagonal of normal equations, `[p] -> [groups]`; positive for empty columns too."""
+    power = np.bincount(member, diagonal, len(sizes)) / np.maximum(sizes, 1)
+    return np.maximum(power, 1e-14 * power.max(initial=0.0) + np.finfo(float).tiny)
 
 
 def cholesky(matrix: Array) -> Array:

@@ -22,6 +22,7 @@ _MOST, _LEAST = 32, 8
 _ALONE = 256  # of a single feature
 _CROWDED = 1 / 3  # a function that spends more of its nodes than this gets twice as many, up to
 _FINEST = 512
+_MOST_GIVEN = 1024  # matrices of all nodes are dense
 
 _PAIRS, _FINE_PAIRS = 40, 8
 _FINE_SAMPLES = 500
@@ -228,6 +229,11 @@ def _mesh_sizes(varying: Sequence[int], n_features: int, n_nodes: int | None, ma
         raise ValueError(
             f"max_nodes={max_nodes} gives less than two nodes to each of the {n_features} features; raise max_nodes to "
             f"at least {2 * n_features}."
+        )
+    if n_nodes is not None and n_nodes > _MOST_GIVEN:
+        raise ValueError(
+            f"n_nodes must be at most {_MOST_GIVEN} per feature, got {n_nodes}; for more take LagrangeEncoder with a "
+            "linear model."
         )
     start = _ALONE if len(varying) == 1 else int(np.clip(_SHARED // max(len(varying), 1), _LEAST, _MOST))
     return dict.fromkeys(varying, max(2, min(n_nodes or start, max_nodes // max(len(varying), 1))))

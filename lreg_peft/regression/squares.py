@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .mesh1d import Array
 from .moments import Moments, moments, spans
-from .penalties import cholesky, choose_penalties, free_coefficients, solve_with
+from .penalties import cholesky, choose_penalties, free_coefficients, mean_power, solve_with
 from .samples import Samples
 from .sums import SumFit, group_kinds, group_sizes, starting_penalties
 from .terms import Term
@@ -18,6 +18,11 @@ from .terms import Term
 # pairs, for what single pairs seem to gain in few samples is mostly chance. A few of the pairs, those that explain
 # most, get finer products and variances of their own where cross-validation confirms it.
 POOLS = np.array([0.0, 0.0, 50.0, 50.0, 50.0, 3.0, 3.0, 3.0])
+
+# One function on a fine mesh may be wiggly, which is not found from strong penalties: updates begin at the best of
+# these multiples of the mean power. For sums of several, on coarser meshes, weak ones are a start that overfits few
+# samples.
+_FIRST = 10.0 ** np.arange(-6.0, 1.0, 1.5)
 
 
 class Squares:
@@ -68,7 +73,7 @@ class Squares:
                 first = None if start is None else start[:, o]
                 chosen.append(equations.choose(first, kinds, POOLS[kinds]))
             else:
-                chosen.append(np.maximum(penalties[:, o], 1e-12 * equations.power + np.finfo(float).tiny))
+                chosen.append(np.maximum(penalties[:, o], 1e-12 * equations.power))
             solved.append(equations.at(chosen[-1]))
         theta, smoothing = np.stack([s.theta for s in solved], axis=1), np.stack(chosen, axis=1)
         errors, without = self._cross_validated(sums, np.repeat(smoothing, sizes, axis=0), folds)
@@ -121,6 +126,7 @@ class _Solved:
     noise: float
     objective: float
     gap: float
+    criterion: float  # twice the negative restricted log-likelihood, up to a constant
 
 
 @dataclass(frozen=True)
@@ -148,8 +154,8 @@ class NormalEquations:
 
     @property
     def power(self) -> Array:
-        """`[groups]`, mean of the diagonal."""
-        return np.maximum(np.bincount(self.member, self.gram.diagonal(), len(self.sizes)) / self.sizes, 0.0)
+        """`[groups]`, mean of the diagonal; positive."""
+        return mean_power(self.gram.diagonal(), self.member, self.sizes)
 
     def choose(self, start: Array | None, kinds: NDArray[np.int64], pools: Array) -> Array:
         """Penalties `[groups]` by restricted maximum likelihood, see `choose_penalties`."""
@@ -158,6 +164,8 @@ class NormalEquations:
             solved = self.at(penalties)
             return solved.edf, np.bincount(self.member, solved.theta**2, len(self.sizes)) / solved.noise
 
+        if start is None and 0 < len(self.sizes) <= 2:
+            start = min((self.power * factor for factor in _FIRST), key=lambda first: self.at(first).criterion)
         most = 100 if len(self.gram) < 500 else 25
         return choose_penalties(use, start, self.power, kinds, pools, most=most)
 
@@ -174,7 +182,9 @@ class NormalEquations:
         noise = residual / max(self.total - 1 - edf.sum(), 1e-3 * self.total)
         # g^T A^-1 g is at most |g|^2 over the penalties.
         gap = float((self._descent(theta, penalty) ** 2 / penalty).sum())
-        return _Solved(theta, edf, noise, objective, gap)
+        determinant = 2 * np.log(factor.diagonal()).sum() - np.log(penalty).sum()
+        criterion = float(max(self.total - 1, 1.0) * np.log(objective) + determinant)
+        return _Solved(theta, edf, noise, objective, gap, criterion)
 
     def _descent(self, theta: Array, penalty: Array) -> Array:
         return self.product - self.gram @ theta - penalty * theta

@@ -10,9 +10,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
 from torch import nn
 
-from lreg_peft.regression import LagrangeRegressor, MultigradeRegressor
+from lreg_peft.regression import LagrangeEncoder, LagrangeRegressor, MultigradeRegressor
 
 
 def _curved_sum(seed=0):
@@ -59,8 +60,7 @@ class TestGrades:
         phase = np.random.RandomState(0).uniform(0, 2 * np.pi, 40)[:20]
         y = np.sin(2 * np.pi * np.outer(x, np.linspace(10, 200, 20)) + phase).sum(axis=1)
         grades = [
-            LagrangeRegressor(n_nodes=66 * 2**k - 2**k + 1, scale="minmax", smoothing=0, max_nodes=5000)
-            for k in range(7)
+            make_pipeline(LagrangeEncoder(n_nodes=66 * 2**k + 1, scale="minmax"), LinearRegression()) for k in range(7)
         ]
         model = MultigradeRegressor(grades, form="additive").fit(x[:, None], y)
         assert (np.diff(model.losses_) < 0).all()  # least squares: zero is among the choices

@@ -6,7 +6,6 @@ lambda; lambda is shared by the outputs, and the posterior gives the uncertainty
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +25,9 @@ _LOW, _HIGH, _FIRST = -20.0, 25.0, 12
 
 _STIFF = 20.0  # of log lambda: functions are linear
 
-_TOLERANCE = 0.03  # of log lambda: changes the score in the fourth digit only
-# A trace is taken as it is up to so many nodes, where it costs nothing and where it counts; else from so many probes.
-_SMALL, _CAREFUL, _PROBES = 300, 1500, 32
-_LARGE = 400  # nodes from which lambda follows the refinement in single steps
+_TOLERANCE, _ROUGH = 0.03, 0.5  # of log lambda: the first changes the score in the fourth digit only
+# A trace is taken as it is up to so many nodes, else from so many probes.
+_SMALL, _PROBES = 500, 32
 # Most effective degrees of freedom, of the observations: the rest tells the noise.
 _MOST_EDF = 0.8
 
@@ -109,12 +107,6 @@ class Posterior:
         local = local.reshape(indices.shape)
         width = max(1, _BLOCK // n)
         result = np.zeros(len(indices))
-        if len(indices) <= len(touched):  # by solves for the rows, or for the nodes they touch where those are fewer
-            for start in range(0, len(indices), width):
-                part = slice(start, start + width)
-                rows = rows_of(indices[part], weights[part], n).T.toarray()
-                result[part] = (rows * self._factor.solve(rows)).sum(0)
-            return result
         for start in range(0, len(touched), width):
             block = touched[start : start + width]
             unit = np.zeros((n, len(block)))
@@ -167,60 +159,54 @@ class SmoothingSearch:
         """The solution at the best lambda and its effective degrees of freedom; a rough search unless `polish`."""
         if not isinstance(self.smoothing, str) or problem.rough.nnz == 0:
             solved = solve(problem, self.log_smoothing or 0.0)
-            return solved, self._edf(problem, solved, _CAREFUL)
+            return solved, self._edf(problem, solved)
         low, high = problem.balance + _LOW, problem.balance + _HIGH
-        if not polish and self.log_smoothing is not None and len(problem.moment) > _LARGE:
-            return self._step(problem, low, high)
         tried: dict[float, tuple[float, Solved]] = {}
 
-        def evaluate(at: float) -> float:
+        def score(at: float) -> float:
             if at not in tried:
                 solved = solve(problem, at)
-                tried[at] = (self.score(problem, solved), solved)
+                tried[at] = (restricted_likelihood(problem, solved), solved)
             return tried[at][0]
 
         if self.log_smoothing is None:
-            centre = min(np.linspace(low, high, _FIRST).tolist(), key=evaluate)
-            step = (high - low) / (_FIRST - 1)
+            centre, reach = min(np.linspace(low, high, _FIRST).tolist(), key=score), (high - low) / (_FIRST - 1)
         else:
-            centre, step = float(np.clip(self.log_smoothing, low + 1, high - 1)), 1.0
-        best = _minimise(evaluate, centre, step, low, high, _TOLERANCE if polish else 0.5)
-        solved = tried[best][1]
-        edf = self._edf(problem, solved, _CAREFUL if polish else _SMALL)
+            centre, reach = float(np.clip(self.log_smoothing, low, high)), 1.0
+        while True:
+            bounds = max(centre - reach, low), min(centre + reach, high)
+            optimize.minimize_scalar(
+                lambda at: score(float(at)), bounds=bounds, method="bounded",
+                options={"xatol": _TOLERANCE if polish else _ROUGH},
+            )  # fmt: skip
+            best = min((centre, *tried), key=score)
+            if abs(best - centre) < 0.7 * reach or best in (low, high):
+                break
+            centre, reach = best, 2 * reach
+        solved, edf = tried[best][1], self._edf(problem, tried[best][1])
         while polish and edf > max(_MOST_EDF * problem.n_samples, 1.01 * problem.nullity) and best < high:
             best = min(best + 0.5, high)
             solved = solve(problem, best)
-            edf = self._edf(problem, solved, _CAREFUL)
+            edf = self._edf(problem, solved)
         self.log_smoothing = best
         return solved, edf
 
-    def _step(self, problem: Problem, low: float, high: float) -> tuple[Solved, float]:
-        """The lambda at hand for this mesh, and one update of Fellner and Schall for the next (Wood & Fasiolo 2017)."""
-        assert self.log_smoothing is not None
-        solved = solve(problem, float(np.clip(self.log_smoothing, low, high)))
-        edf = self._edf(problem, solved, _SMALL)
-        c = solved.coefficients[:, problem.active]
-        noise = residual_squares(problem, solved)[problem.active] / max(problem.n_samples - edf, 1.0)
-        bent = ((c * (problem.rough @ c)).sum(0) / np.maximum(noise, np.finfo(float).tiny)).mean()
-        ratio = math.log(max(edf - problem.nullity, 1e-3)) - math.log(max(bent, 1e-300))
-        self.log_smoothing = solved.log_smoothing + float(np.clip(ratio - solved.log_smoothing, -2, 2))
-        return solved, edf
-
-    def _edf(self, problem: Problem, solved: Solved, most: int) -> float:
-        """tr(H^-1 Phi^T W Phi); from random signs (Hutchinson 1990) for more than `most` nodes."""
+    def _edf(self, problem: Problem, solved: Solved) -> float:
+        """tr(H^-1 Phi^T W Phi); from random signs (Hutchinson 1990) for many nodes."""
         n = len(problem.moment)
-        if n <= most:
+        if n <= _SMALL:
             return float(solved.factor.solve(problem.gram.toarray()).trace())
         probes = np.random.default_rng(self.seed).choice([-1.0, 1.0], size=(n, _PROBES))
         trace = (probes * solved.factor.solve(problem.gram @ probes)).sum() / _PROBES
         return float(np.clip(trace, 1.0, n))
 
-    def score(self, problem: Problem, solved: Solved) -> float:
-        """What is minimised: twice the negative restricted log-likelihood; 0 for no signal."""
-        active = problem.active
-        rank = problem.gram.shape[0] - problem.nullity
-        fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
-        return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
+
+def restricted_likelihood(problem: Problem, solved: Solved) -> float:
+    """Twice its negative logarithm, up to a constant of the mesh."""
+    active = problem.active
+    rank = problem.gram.shape[0] - problem.nullity
+    fit = max(problem.n_samples - problem.nullity, 1.0) * np.log(solved.objective[active]).sum()
+    return float(fit + active.sum() * (solved.log_determinant - rank * solved.log_smoothing))
 
 
 def cross_validation(problem: Problem, solved: Solved, edf: float) -> float:
@@ -247,22 +233,3 @@ def residual_squares(problem: Problem, solved: Solved) -> Array:
     c = solved.coefficients
     squares = problem.square - 2 * (problem.moment * c).sum(0) + (c * (problem.gram @ c)).sum(0)
     return np.maximum(squares, 1e-14 * problem.square)
-
-
-def _minimise(
-    evaluate: Callable[[float], float], centre: float, step: float, low: float, high: float, tolerance: float
-) -> float:
-    """Of a smooth function of one variable: a bracket, then Brent."""
-    left, right = max(centre - step, low), min(centre + step, high)
-    while evaluate(left) < evaluate(centre) and left > low:
-        centre, right = left, centre
-        step *= 2
-        left = max(left - step, low)
-    while evaluate(right) < evaluate(centre) and right < high:
-        centre, left = right, centre
-        step *= 2
-        right = min(right + step, high)
-    inside = optimize.minimize_scalar(
-        lambda x: evaluate(float(x)), bounds=(left, right), method="bounded", options={"xatol": tolerance}
-    )
-    return min((left, centre, right, float(inside.x)), key=evaluate)

@@ -6,7 +6,7 @@ simplex, where its values are the barycentric coordinates.
 Meshes begin as a grid and are refined by bisection of longest edges (Rivara 1984), which keeps them conforming and
 nested: every simplex that a mesh has had is kept, in binary trees, so that points are located by walking down from a
 root.
-On the Freudenthal grid of `grid_mesh` and up to d = 4 that is Maubach's bisection (1995, SIAM J. Sci. Comput. 16(1)):
+On the Freudenthal grid of `grid_mesh` and up to d = 3 that is Maubach's bisection (1995, SIAM J. Sci. Comput. 16(1)):
 only d shapes of simplices ever arise, whatever is refined, and none is a sliver.
 """
 
@@ -30,7 +30,6 @@ class SimplicialMesh:
 
     Attributes:
         nodes: `[n_nodes, d]`, fp64.
-        levels: `[n_nodes]`, the most bisections that a simplex has been through when the node was made; 0 at first.
         cells: `[n_cells, d + 1]`, node indices of all simplices, those of the grid first.
         first_child: `[n_cells]`, -1 for leaves.
         split: `[n_cells, 2]`, the positions (i, j); -1 for leaves.
@@ -38,7 +37,6 @@ class SimplicialMesh:
     """
 
     nodes: Tensor
-    levels: Tensor
     cells: Tensor
     first_child: Tensor
     split: Tensor
@@ -85,9 +83,7 @@ def grid_mesh(d: int, n_cells: int) -> SimplicialMesh:
     steps = torch.cat((paths.new_zeros(len(paths), 1), strides[paths].cumsum(1)), dim=1)  # [d!, d + 1]
     cells = (corner.view(-1, 1, 1) + steps).flatten(0, 1)
     none = torch.full((len(cells),), -1)
-    return SimplicialMesh(
-        nodes, torch.zeros(len(nodes), dtype=torch.long), cells, none, none[:, None].repeat(1, 2), n_cells
-    )
+    return SimplicialMesh(nodes, cells, none, none[:, None].repeat(1, 2), n_cells)
 
 
 def barycentric_gradients(nodes: Tensor, simplices: Tensor) -> Tensor:
@@ -160,31 +156,16 @@ def descend(mesh: SimplicialMesh, cell: Tensor, weights: Tensor) -> tuple[Tensor
     return cell, weights
 
 
-def ancestors(mesh: SimplicialMesh, cell: Tensor, n_old: int) -> Tensor:
-    """The distinct cells below index `n_old` (those of an earlier mesh) that hold the given ones: `[n_distinct]`."""
-    parent = torch.arange(len(mesh.cells))
-    inner = (mesh.first_child >= 0).nonzero().squeeze(1)
-    parent[mesh.first_child[inner]] = inner
-    parent[mesh.first_child[inner] + 1] = inner
-    while len(cell) and cell.max() >= n_old:
-        cell = torch.where(cell >= n_old, parent[cell], cell).unique()
-    return cell
-
-
-def longest_edges(nodes: Tensor, levels: Tensor, simplices: Tensor) -> Tensor:
+def longest_edges(nodes: Tensor, simplices: Tensor) -> Tensor:
     """Positions of the two ends of each simplex's longest edge: `[n_simplices, 2]`.
 
-    Among edges of the same length it is the one whose ends have the lowest levels (in d = 4 Maubach's bisection needs
-    that), then the one of the oldest nodes: the same for every simplex that has both.
+    Among edges of the same length it is the one of the oldest nodes: the same for every simplex that has both.
     """
     i, j = _edge_positions(simplices.shape[1])
     squared = _squared_lengths(nodes, simplices)
     longest = squared >= squared.amax(1, keepdim=True) * _TIE
     keys, last = _edge_keys(simplices, i, j), torch.iinfo(torch.long).max
-    level = levels[simplices]
-    level = torch.maximum(level[:, i], level[:, j]).masked_fill(~longest, last)
-    lowest = level == level.amin(1, keepdim=True)
-    return torch.stack((i, j), dim=1)[keys.masked_fill(~lowest, last).argmin(1)]
+    return torch.stack((i, j), dim=1)[keys.masked_fill(~longest, last).argmin(1)]
 
 
 def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
@@ -197,7 +178,7 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
         mesh: the mesh; not changed.
         marked: `[n_marked]`, cells that are leaves.
     """
-    nodes, levels, cells = mesh.nodes, mesh.levels, mesh.cells
+    nodes, cells = mesh.nodes, mesh.cells
     first_child, split = mesh.first_child.clone(), mesh.split.clone()
     keys, middles = cells.new_zeros(0), cells.new_zeros(0)  # edges bisected in this call, sorted, and their midpoints
     pending = marked.unique()
@@ -205,13 +186,11 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
     positions = _edge_positions(cells.shape[1])
     while len(pending):
         corners = cells[pending]  # [p, d + 1]
-        ends = longest_edges(nodes, levels, corners)  # [p, 2]
+        ends = longest_edges(nodes, corners)  # [p, 2]
         edge, which = _edge_keys(corners, *ends.split(1, dim=1)).squeeze(1).unique(return_inverse=True)
-        level = levels.new_zeros(len(edge)).scatter_reduce(0, which, levels[corners].amax(1) + 1, "amax")
         known = torch.isin(edge, keys)
         made = edge[~known]
         nodes = torch.cat((nodes, (nodes[made >> 32] + nodes[made & 0xFFFFFFFF]) / 2))
-        levels = torch.cat((levels, level[~known]))
         keys, order = torch.cat((keys, made)).sort()
         middles = torch.cat((middles, torch.arange(len(nodes) - len(made), len(nodes))))[order]
         middle = middles[torch.searchsorted(keys, edge)][which].unsqueeze(1)  # [p, 1]
@@ -234,7 +213,7 @@ def bisect(mesh: SimplicialMesh, marked: Tensor) -> SimplicialMesh:
         near = leaves[at_end[cells[leaves]].sum(1) >= 2]
         hanging = torch.isin(_edge_keys(cells[near], *positions), keys).any(1)
         pending = near[hanging]
-    return SimplicialMesh(nodes, levels, cells, first_child, split, mesh.grid)
+    return SimplicialMesh(nodes, cells, first_child, split, mesh.grid)
 
 
 def interior_facets(nodes: Tensor, simplices: Tensor) -> Facets:

@@ -23,7 +23,6 @@ from .samples import Samples
 from .scaling import ColumnScale, Scale, fit_scale
 from .simplices import (
     SimplicialMesh,
-    ancestors,
     bisect,
     descend,
     grid_mesh,
@@ -33,10 +32,11 @@ from .simplices import (
 )
 
 #: More inputs than this and simplices are the wrong tool: a cube alone holds d! of them.
-MAX_DIMENSION = 4
+MAX_DIMENSION = 3
 
-# Nodes of the first mesh: this many cells per axis, fewer for few samples.
-_START_CELLS = {1: 32, 2: 4, 3: 2, 4: 1}
+# Cells per axis of the first mesh, fewer for few samples. So many because a single bisection may show no gain where
+# several do; the penalty makes nodes harmless that are of no use.
+_START_CELLS = {1: 64, 2: 16, 3: 4}
 
 # A round of refinement marks the edges that hold this share of what can be gained ...
 _BULK = 0.9
@@ -49,12 +49,6 @@ _SIGNIFICANT = 0.3
 # Rounds without a better criterion before refinement ends; better is by this share at least.
 _PATIENCE = 2
 _BETTER = 4e-3
-# When it would end on a mesh of at most so many nodes, up to so many bisections of all of it are looked at for a gain
-# that no single one shows; it must be clear.
-_AHEAD_NODES = 1000
-_AHEAD = 3
-_SIGNIFICANT_AHEAD = 8.0
-
 # Nor does it go on for the room that is left when this share of max_nodes is there.
 _FULL = 0.9
 
@@ -175,14 +169,14 @@ def fit_simplicial(
     Memory beyond the inputs is about 300 bytes a sample; 10^6 samples of 2 inputs take about 10 s on one core.
 
     Args:
-        samples: up to 4 columns may vary.
+        samples: up to 3 columns may vary.
         scale: "quantile" maps each column to [0, 1] by its quantiles, "minmax" linearly.
         smoothing: "reml", or lambda itself.
         max_nodes: refinement stays below.
         seed: of the signs that estimate traces on large meshes; nothing else is random.
 
     Raises:
-        ValueError: for more than 4 columns that vary.
+        ValueError: for more than 3 columns that vary.
     """
     x, weight, total = samples.X, samples.weight, samples.total
     columns = np.flatnonzero(x.max(0) > x.min(0))
@@ -202,6 +196,7 @@ def fit_simplicial(
     square = weight @ y**2
     active = square > 1e-28 * (weight @ samples.y**2)
 
+    max_nodes = min(max_nodes, math.ceil(total))  # more than samples only follow the noise
     mesh = _starting_mesh(len(columns), total, max_nodes)
     points = torch.from_numpy(scaled)
     located = _Samples(points, y, weight, *locate_in_mesh(points, mesh), total, square)
@@ -221,13 +216,9 @@ def fit_simplicial(
         return state
 
     state = best = fitted(mesh)
-    stale, looked_from = 0, None
+    stale = 0
     while active.any() and len(state.mesh.nodes) < _FULL * max_nodes:
         finer = _refined(state, located, max_nodes) if stale < _PATIENCE else None
-        if finer is None and looked_from is not best:  # once from each mesh, or this would not end
-            stale, looked_from = 0, best
-            located.cell, located.local = locate_in_mesh(points, best.mesh)
-            finer = _looked_ahead(best, located, max_nodes)
         if finer is None:
             break
         located.cell, located.local = descend(finer, located.cell, located.local)
@@ -299,7 +290,7 @@ def _roughness(mesh: SimplicialMesh) -> sparse.csc_array:
 def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh | None:
     """The mesh with new nodes where they are worth most; None if none is, or there is no room."""
     mesh = state.mesh
-    gain, edge = _gains(mesh, samples.cell, samples.local, _residual(state, samples), samples.weight, state)
+    gain, edge = _gains(state, samples)
     worth = np.flatnonzero(gain > _SIGNIFICANT)
     if len(worth) == 0:
         return None
@@ -317,26 +308,6 @@ def _refined(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh
     return None
 
 
-def _looked_ahead(state: _State, samples: _Samples, max_nodes: int) -> SimplicialMesh | None:
-    """As `_refined`, where a node is worth something only after others: samples that fill but a corner of a simplex."""
-    old = state.mesh
-    if len(old.nodes) > _AHEAD_NODES:
-        return None
-    residual = _residual(state, samples)
-    mesh, cell, local = old, samples.cell, samples.local
-    for _ in range(_AHEAD):
-        mesh = bisect(mesh, mesh.leaves)
-        cell, local = descend(mesh, cell, local)
-        gain, edge = _gains(mesh, cell, local, residual, samples.weight, state)
-        # The largest of so many squares of normal deviates is about 2 log of their number.
-        found = torch.from_numpy(gain > _SIGNIFICANT_AHEAD + 2 * math.log(len(gain)))
-        marked = ancestors(mesh, mesh.leaves[found[edge]], len(old.cells))
-        if len(marked):
-            finer = bisect(old, marked)
-            return finer if len(finer.nodes) <= max_nodes else None
-    return None
-
-
 def _residual(state: _State, samples: _Samples) -> Array:
     result = samples.y.copy()
     for start in range(0, len(result), _CHUNK):
@@ -346,14 +317,7 @@ def _residual(state: _State, samples: _Samples) -> Array:
     return result
 
 
-def _gains(
-    mesh: SimplicialMesh,
-    cell: torch.Tensor,
-    local: torch.Tensor,
-    residual: Array,
-    weight: Array,
-    state: _State,
-) -> tuple[Array, torch.Tensor]:
+def _gains(state: _State, samples: _Samples) -> tuple[Array, torch.Tensor]:
     """What a node at the midpoint of each longest edge would take from the squared residual, over the noise.
 
     (b^T r)^2 / (b^T b) with b the new hat function on the simplices whose longest edge it is; noise alone makes it
@@ -362,8 +326,9 @@ def _gains(
     Returns:
         `[n_edges]`, and `[n_simplices]`: which of these edges is the longest of a simplex.
     """
+    mesh, residual = state.mesh, _residual(state, samples)
     simplices = mesh.simplices
-    ends = longest_edges(mesh.nodes, mesh.levels, simplices)
+    ends = longest_edges(mesh.nodes, simplices)
     corners = simplices.gather(1, ends).sort(dim=1).values
     edge = (corners[:, 0] * len(mesh.nodes) + corners[:, 1]).unique(return_inverse=True)[1]
     n_edges = int(edge.max()) + 1
@@ -374,10 +339,10 @@ def _gains(
     cross, power = np.zeros((len(noise), n_edges)), np.zeros(n_edges)
     for start in range(0, len(residual), _CHUNK):
         part = slice(start, start + _CHUNK)
-        simplex = place[cell[part]]
-        bump = 2 * local[part].gather(1, ends[simplex]).amin(1).numpy()
+        simplex = place[samples.cell[part]]
+        bump = 2 * samples.local[part].gather(1, ends[simplex]).amin(1).numpy()
         which = edge[simplex].numpy()
-        weighted = bump * weight[part]
+        weighted = bump * samples.weight[part]
         power += np.bincount(which, weighted * bump, n_edges)
         for k, column in enumerate(residual[part][:, active].T):
             cross[k] += np.bincount(which, weighted * column, n_edges)
@@ -387,6 +352,6 @@ def _gains(
 
 def _starting_mesh(d: int, total: float, max_nodes: int) -> SimplicialMesh:
     cells = _START_CELLS[d]
-    while cells > 1 and (cells + 1) ** d > min(max_nodes, total / 4):
+    while cells > 1 and (cells + 1) ** d > min(max_nodes, total) / 4:
         cells //= 2
     return grid_mesh(d, cells)

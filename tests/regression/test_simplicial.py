@@ -99,7 +99,7 @@ class TestAccuracy:
         fit = fit_simplicial(x[:20_000], y[:20_000], max_nodes=1500)
         assert r2(y[20_000:], fit.predict(x[20_000:])) > 0.989
 
-    @pytest.mark.parametrize(("d", "bound"), [(1, 0.9995), (2, 0.999), (3, 0.993), (4, 0.95)])
+    @pytest.mark.parametrize(("d", "bound"), [(1, 0.9995), (2, 0.999), (3, 0.993)])
     def test_every_dimension(self, d, bound):
         x, y = waves(3000, d, noise=0.02)
         fit = fit_simplicial(x, y, max_nodes=600)
@@ -136,7 +136,7 @@ class TestAccuracy:
         assert near.mean() > 0.6  # a fifth of the area
 
     def test_samples_in_the_corner_of_one_simplex_are_seen(self):
-        """Where no single bisection gains anything the refinement looks ahead."""
+        """Where no single bisection of a coarse mesh gains anything."""
         generator = np.random.default_rng(0)
         x = np.concatenate((generator.uniform(0, 0.1, size=(300, 2)), generator.uniform(0.9, 1, size=(300, 2))))
         fit = fit_simplicial(x, np.sin(6 * x[:, 0]), scale="minmax")
@@ -373,7 +373,7 @@ class TestScantInput:
     def test_discrete_columns(self):
         x = np.random.default_rng(0).integers(0, 4, size=(600, 2)).astype(float)
         fit = self.check(x, x.prod(1))
-        np.testing.assert_allclose(fit.predict(x), x.prod(1), atol=1e-2)
+        np.testing.assert_allclose(fit.predict(x), x.prod(1), atol=2e-2)
 
     @pytest.mark.parametrize("factor", [1e-100, 1e100])
     def test_units_do_not_matter(self, factor):
@@ -390,7 +390,7 @@ class TestScantInput:
 
 class TestBadInput:
     def test_too_many_columns_that_vary(self):
-        with pytest.raises(ValueError, match="up to 4 inputs, got 5 columns"):
+        with pytest.raises(ValueError, match="up to 3 inputs, got 5 columns"):
             fit_simplicial(np.random.default_rng(0).uniform(size=(9, 5)), np.zeros(9))
 
 

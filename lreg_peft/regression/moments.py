@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import linalg
 
 from .mesh1d import Array, find
 from .samples import Samples
@@ -36,12 +34,6 @@ class Moments:
     squares: Array
     weight: Array
     y_mean: Array
-
-    def part(self, columns: NDArray[np.int64]) -> "Moments":
-        """Of some of the columns."""
-        gram = self.gram[:, columns[:, None], columns]
-        product, sums = self.product[:, columns], self.sums[:, columns]
-        return Moments(gram, product, sums, self.y_sums, self.squares, self.weight, self.y_mean)
 
     def centred(self, without: int | None = None) -> tuple[Array, Array, Array, Array, Array]:
         """Of all folds but one, with the means over them taken out.
@@ -85,52 +77,27 @@ def blocks(terms: Sequence[Term], X: Array) -> Iterator[tuple[slice, Array]]:
         yield part, np.concatenate([empty, *(term.columns(X[part]) for term in terms)], axis=1)
 
 
-def moments(terms: Sequence[Term], samples: Samples, known: Moments | None = None) -> Moments:
-    """One pass over the samples.
-
-    Args:
-        terms: what the columns are of.
-        samples: the data.
-        known: the moments of the first of the terms.
-
-    Returns:
-        The sums.
-    """
+def moments(terms: Sequence[Term], samples: Samples) -> Moments:
+    """One pass over the samples: with hat functions, which cost two entries a row, for functions of one feature."""
     y, weight = samples.y, samples.weight
-    p = sum(sum(term.groups) for term in terms)
-    old = 0 if known is None else known.gram.shape[1]
-    before = next(k for k in range(len(terms) + 1) if sum(sum(term.groups) for term in terms[:k]) == old)
-    width, old_width = (sum(map(_width, some)) for some in (terms, terms[:before]))
-    n_folds, step = len(samples.folds), max(64, _BLOCK // max(width, 1))
+    width, n_folds, q = sum(map(_width, terms)), len(samples.folds), y.shape[1]
+    step = max(64, _BLOCK // max(width, 1))
     y_mean = weight @ y / weight.sum()
-    centred = y - y_mean
-    gram, product, sums = np.zeros((n_folds, p, p)), np.zeros((n_folds, p, y.shape[1])), np.zeros((n_folds, p))
+    targets = np.column_stack((y - y_mean, np.ones(len(y))))
+    p = sum(sum(term.groups) for term in terms)
+    gram, product, sums = np.zeros((n_folds, p, p)), np.zeros((n_folds, p, q)), np.zeros((n_folds, p))
     for f, fold in enumerate(samples.folds):
-        new = np.zeros((width - old_width, width - old_width))
-        cross, right = np.zeros((old_width, width - old_width)), np.zeros((width, y.shape[1] + 1))
+        inner, right = np.zeros((width, width)), np.zeros((width, q + 1))
         for start in range(fold.start, fold.stop, step):
             part = slice(start, min(start + step, fold.stop))
             root = np.sqrt(weight[part])[:, None]
             columns = _sparse_columns(terms, samples.X[part], width, root)
-            late = columns[:, old_width:]
-            # Half of a symmetric product is half of the work.
-            if old_width < width:
-                new += linalg.blas.dsyrk(1.0, late.T)
-            if old_width:
-                cross += columns[:, :old_width].T @ late
-            right += columns.T @ (np.column_stack((centred[part], np.ones(len(root)))) * root)
-        new = np.triu(new)
-        gram[f, old:, old:] = _combined(terms[before:], _combined(terms[before:], new + np.triu(new, 1).T).T)
-        if known is not None:
-            gram[f, :old, :old] = known.gram[f]
-            gram[f, :old, old:] = _combined(terms[:before], _combined(terms[before:], cross.T).T)
-            gram[f, old:, :old] = gram[f, :old, old:].T
+            inner += columns.T @ columns
+            right += columns.T @ (targets[part] * root)
         right = _combined(terms, right)
-        product[f], sums[f] = right[:, :-1], right[:, -1]
-    w = np.stack([weight[fold].sum() for fold in samples.folds])
-    y_sums = np.stack([weight[fold] @ centred[fold] for fold in samples.folds])
-    squares = np.stack([weight[fold] @ centred[fold] ** 2 for fold in samples.folds])
-    return Moments(gram, product, sums, y_sums, squares, w, y_mean)
+        gram[f], product[f], sums[f] = _combined(terms, _combined(terms, inner).T), right[:, :q], right[:, q]
+    totals = np.array([weight[fold] @ np.column_stack((targets, targets[:, :q] ** 2))[fold] for fold in samples.folds])
+    return Moments(gram, product, sums, totals[:, :q], totals[:, q + 1 :], totals[:, q], y_mean)
 
 
 def _width(term: Term) -> int:
@@ -138,7 +105,7 @@ def _width(term: Term) -> int:
 
 
 def _sparse_columns(terms: Sequence[Term], X: Array, width: int, root: Array) -> Array:
-    """Hat functions for functions of one feature, which cost two entries a row, columns for others; times `root`."""
+    """Hat functions for functions of one feature, columns for others; times `root`."""
     result, start = np.zeros((len(X), width)), 0
     rows = np.arange(len(X))
     for term in terms:
@@ -154,12 +121,10 @@ def _sparse_columns(terms: Sequence[Term], X: Array, width: int, root: Array) ->
 
 def _combined(terms: Sequence[Term], sums: Array) -> Array:
     """From hat functions to coefficients, along the first axis."""
-    parts, start = [sums[:0]], 0
-    for term in terms:
-        block = sums[start : start + _width(term)]
-        parts.append(term.basis.T @ block if isinstance(term, Line) else block)
-        start += _width(term)
-    return np.concatenate(parts)
+    ends = np.cumsum([0, *map(_width, terms)])
+    parts = [sums[a:b] for a, b in pairwise(ends)]
+    images = [t.basis.T @ part if isinstance(t, Line) else part for t, part in zip(terms, parts, strict=True)]
+    return np.concatenate([sums[:0], *images])
 
 
 def spans(terms: Sequence[Term]) -> list[slice]:

@@ -1,15 +1,19 @@
 """What the estimators of sums have in common: checks of their options, and how their terms are shown."""
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .mesh1d import Array, Scale
 from .report import Optimality, SumModel
+from .samples import Samples
+from .search import Loss, fit_sum
+from .sums import SumFit
 from .terms import FittedTerm
 
 if TYPE_CHECKING:
@@ -28,6 +32,15 @@ def is_integer(value: Any, least: int) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number, not negative."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(0 <= value < np.inf)
+
+
+def check_nodes(scale: Any, **numbers: Any) -> None:
+    """Raises a `ValueError` unless there are numbers of nodes and a known way to place them."""
+    for name, value in numbers.items():
+        if not is_integer(value, 2):
+            raise ValueError(f"{name} must be an integer of at least 2, got {value!r}.")
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be one of {get_args(Scale)}, got {scale!r}.")
 
 
 def check_units(**arrays: Array) -> None:
@@ -62,6 +75,7 @@ class SumOfTerms:
     max_nodes: int
     scale: Scale
     interactions: Any
+    random_state: Any
     _model: Any
     terms_: tuple[FittedTerm, ...]
     nodes_: Any
@@ -71,6 +85,16 @@ class SumOfTerms:
     history_: tuple[dict[str, float], ...]
     optimality_: Optimality
     n_features_in_: int
+
+    def _fit_terms(
+        self, samples: Samples, loss_over: Callable[[Samples], Loss]
+    ) -> tuple[SumFit, tuple[dict[str, float], ...]]:
+        return fit_sum(
+            samples, loss_over,
+            n_nodes=None if self.n_nodes == "auto" else int(self.n_nodes),
+            interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
+            random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
+        )  # fmt: skip
 
     def _keep(self, model: SumModel) -> None:
         self._model = model
@@ -160,12 +184,9 @@ class SumOfTerms:
 
     def _check_sizes(self, d: int) -> None:
         """Raises a `ValueError` for options out of range."""
-        if self.n_nodes != "auto" and not is_integer(self.n_nodes, 2):
-            raise ValueError(f"n_nodes must be 'auto' or an integer of at least 2, got {self.n_nodes!r}.")
-        if not is_integer(self.max_nodes, 2):
-            raise ValueError(f"max_nodes must be an integer of at least 2, got {self.max_nodes!r}.")
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}.")
+        if self.n_nodes != "auto":
+            check_nodes(self.scale, n_nodes=self.n_nodes)
+        check_nodes(self.scale, max_nodes=self.max_nodes)
         pairs = self._plain_interactions()
         if isinstance(pairs, (str, numbers.Number)):
             if pairs != "auto" and not is_integer(pairs, 0):

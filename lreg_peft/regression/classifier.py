@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 from scipy import special
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -15,7 +14,6 @@ from .entropy import Entropy
 from .mesh1d import Array, Scale
 from .report import SumModel
 from .samples import Samples, collect
-from .search import fit_sum
 
 
 class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
@@ -132,12 +130,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             raise ValueError(f"smoothing must be 'reml' or a positive number, got {self.smoothing!r}.")
 
     def _fit(self, samples: Samples, n_classes: int) -> SumModel:
-        fit, history = fit_sum(
-            samples, lambda part: Entropy(part, n_classes, self.smoothing),
-            n_nodes=None if self.n_nodes == "auto" else int(self.n_nodes),
-            interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
-            random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
-        )  # fmt: skip
+        fit, history = self._fit_terms(samples, lambda part: Entropy(part, n_classes, self.smoothing))
         # Two classes: half of the logit each, with opposite signs.
         signs = np.array([[-0.5, 0.5]]) if n_classes == 2 else np.eye(n_classes)
         return fit.model(Entropy.about, history, signs)

@@ -13,8 +13,9 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from .base import keeps_attributes
+from .base import check_nodes, keeps_attributes
 from .mesh1d import Scale, find, place_nodes
+from .penalized import rows_of
 
 
 class LagrangeEncoder(TransformerMixin, BaseEstimator):
@@ -58,10 +59,7 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
         Raises:
             ValueError: for options out of range, or data that are not finite numbers.
         """
-        if self.scale not in ("quantile", "minmax"):
-            raise ValueError(f"scale must be 'quantile' or 'minmax', got {self.scale!r}.")
-        if isinstance(self.n_nodes, bool) or not isinstance(self.n_nodes, (int, np.integer)) or self.n_nodes < 2:
-            raise ValueError(f"n_nodes must be an integer of at least 2, got {self.n_nodes!r}.")
+        check_nodes(self.scale, n_nodes=self.n_nodes)
         with keeps_attributes(self):
             X = validate_data(self, X, dtype=np.float64)
             weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -84,20 +82,15 @@ class LagrangeEncoder(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        n = len(X)
-        columns, values, start = [], [], 0
+        blocks = []
         for column, nodes in zip(X.T, self.nodes_, strict=True):
             if len(nodes) == 1:
-                columns.append(np.full((n, 1), start))
-                values.append(np.ones((n, 1)))
+                blocks.append(sparse.csr_array(np.ones((len(X), 1))))
             else:
                 element, right = find(np.clip(column, nodes[0], nodes[-1]), nodes)
-                columns.append(start + np.stack((element, element + 1), axis=1))
-                values.append(np.stack((1 - right, right), axis=1))
-            start += len(nodes)
-        index, value = np.concatenate(columns, axis=1), np.concatenate(values, axis=1)
-        pointer = np.arange(0, index.size + 1, index.shape[1])
-        result = sparse.csr_matrix((value.ravel(), index.ravel(), pointer), shape=(n, start))
+                two, hats = element[:, None] + np.arange(2), np.stack((1 - right, right), axis=1)
+                blocks.append(rows_of(two, hats, len(nodes)))
+        result = sparse.csr_matrix(sparse.hstack(blocks, format="csr"))
         return result if self.sparse_output else result.toarray()
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:

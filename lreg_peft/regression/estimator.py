@@ -16,7 +16,6 @@ from .mesh1d import Array, Scale
 from .relu import network_to_mesh, sum_network
 from .report import Optimality, SumModel
 from .samples import Samples, collect
-from .search import fit_sum
 from .simplicial import SimplicialFit, fit_simplicial
 from .squares import Squares
 from .terms import FittedTerm
@@ -41,8 +40,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
     Args:
         basis: "additive" is that sum; "simplicial" the mesh. "auto" takes the sum, and for two or three features the
             mesh instead if the sum leaves interactions in the residual and cross-validation prefers the mesh.
-        n_nodes: nodes per feature, or on simplices of the whole mesh; "auto" refines where the fit uses its nodes, and
-            cross-validates the number for the other choices of `nodes`.
+        n_nodes: nodes per feature, or on simplices of the whole mesh; "auto" refines where the fit uses its nodes.
         interactions: pairs of features that act together: "auto" tests all, an integer takes so many (0: none), a list
             of pairs of column numbers those. Only for "additive" with `nodes="smooth"`.
         max_nodes: most nodes of the model.
@@ -225,7 +223,9 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
             raise ValueError(f"n_nodes must be at least {_LEAST_MESH} for basis='simplicial', got {self.n_nodes!r}.")
         if self.basis == "simplicial" and special:
             raise ValueError(f"basis='simplicial' needs nodes='smooth', got nodes={self.nodes!r}.")
-        if self.nodes != "smooth" and not isinstance(pairs, str) and pairs:
+        if special and self.n_nodes == "auto":
+            raise ValueError("nodes='free' needs a number of nodes per feature, got n_nodes='auto'.")
+        if special and not isinstance(pairs, str) and pairs:
             raise ValueError(f"interactions need nodes='smooth', got nodes={self.nodes!r}.")
         if self.basis == "simplicial" and not isinstance(pairs, str) and pairs:
             raise ValueError("a mesh of simplices has no interactions to choose; leave interactions='auto'.")
@@ -235,14 +235,9 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         return self.basis
 
     def _fit_sum(self, samples: Samples) -> SumModel:
-        n_nodes = None if self.n_nodes == "auto" else int(self.n_nodes)
         if self.nodes == "free":
-            return fit_free(samples, n_nodes, self.max_nodes)
-        fit, history = fit_sum(
-            samples, lambda part: Squares(part, self.smoothing),
-            n_nodes=n_nodes, interactions=self._plain_interactions(), max_nodes=self.max_nodes, scale=self.scale,
-            random=np.random.default_rng(check_random_state(self.random_state).randint(2**31)),
-        )  # fmt: skip
+            return fit_free(samples, int(self.n_nodes), self.max_nodes)
+        fit, history = self._fit_terms(samples, lambda part: Squares(part, self.smoothing))
         return fit.model(Squares.about, history)
 
     def _fit_simplicial(self, samples: Samples) -> SimplicialFit:

@@ -1,12 +1,8 @@
 """A few nodes where they serve best: functions of single features, least squares over the values and over the nodes.
 
-On given nodes the values are solved for. The nodes move as long as that lowers the loss:
-
-1. a mesh several times finer, at quantiles, is thinned to the wanted number, cheapest nodes first;
-2. all slide by damped Gauss-Newton steps, the values eliminated (Golub & Pereyra 1973; Jacobian of Kaufman 1975);
-3. single nodes leave where they are worth least for the element that gains most, and step 2 follows.
-
-Steps 2 and 3 are also taken from the quantiles themselves; the better end counts.
+On given nodes the values are solved for. A mesh several times finer, at quantiles, is thinned to the wanted number,
+cheapest nodes first; then all slide by damped Gauss-Newton steps, the values eliminated (Golub & Pereyra 1973; Jacobian
+of Kaufman 1975).
 """
 
 import math
@@ -22,24 +18,21 @@ from .samples import Samples
 from .squares import Squares
 from .terms import Line
 
-# Numbers of nodes that generalised cross-validation chooses from; it stops after so many without a better score.
-_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_PATIENCE = 2
 # Parameters that a node placed by the data counts for, its value included (Friedman 1991, sec. 3.6).
 _KNOT_COST = 3.0
 
-_FINER, _SAMPLES_PER_ELEMENT = 4, 3  # the mesh that is thinned
+_FINER, _SAMPLES_PER_ELEMENT = 8, 3  # the mesh that is thinned
+_THINNED = 0.1  # share of its surplus that leaves at once
 _MAX_SLIDES, _MAX_DAMPINGS, _DAMPING_FACTOR = 40, 4, 8.0
-_MIN_PROGRESS = 1e-3  # of the loss, by a step or an exchange
-_MAX_EXCHANGES, _MAX_PAIRS = 20, 6
+_MIN_PROGRESS = 1e-3  # of the loss, by a step
 _MAX_SHIFT = 0.45  # of the element that a node slides into
 _SHORTEST = 1e-5  # element, of the range
 _RIDGE = 1e-10  # of targets of variance one: what samples do not determine is small
 _PENALTY = 1e-12
 
 
-def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> SumModel:
-    """Fit functions of single features on `n_nodes` nodes each; None chooses by generalised cross-validation.
+def fit_free(samples: Samples, n_nodes: int, max_nodes: int) -> SumModel:
+    """Fit functions of single features on `n_nodes` nodes each.
 
     The penalties of the result are too small to matter, and it takes the nodes as given.
     """
@@ -49,32 +42,18 @@ def fit_free(samples: Samples, n_nodes: int | None, max_nodes: int) -> SumModel:
     x = (samples.X[:, varying] - low[varying]) / span[varying]
     data = _Data(x, (samples.y - _mean(samples)) / scale, samples.weight / samples.total, samples.mass)
     most = min([len(np.unique(column)) for column in x.T] + [max_nodes // max(len(varying), 1)])
-    counts = [max(2, min(n_nodes or 2, most))]
-    if n_nodes is None:
-        counts += [count for count in _COUNTS[1:] if count <= min(most, len(x) // _SAMPLES_PER_ELEMENT)]
-    fits: list[_Fit] = []
-    scores: list[float] = []
-    history: list[dict[str, float]] = []
-    for count in counts if len(varying) else []:
-        path = _placed(data, count)
-        fits.append(path[-1])
-        free = samples.total - _parameters(path[-1].meshes)
-        scores.append(path[-1].loss / free**2 if free > 0 else math.inf)
-        kept = path if n_nodes is not None else path[-1:]
-        history += [{"nodes": float(sum(map(len, f.meshes))), "mean_squared_error": f.loss * scale**2} for f in kept]
-        if len(scores) > _PATIENCE and min(scores[-_PATIENCE:]) > min(scores):
-            break
-    best = fits[int(np.argmin(scores))].meshes if fits else ()
+    path = _placed(data, max(2, min(n_nodes, most))) if len(varying) else []
+    meshes = path[-1].meshes if path else ()
     terms = []
-    for j, mesh in zip(varying, best, strict=True):
+    for j, mesh in zip(varying, meshes, strict=True):
         nodes = low[j] + span[j] * mesh
         nodes[-1] = samples.X[:, j].max()
         terms.append(Line.over(int(j), samples.X[:, j], samples.mass, nodes, "quantile"))
     fit = Squares(samples, _PENALTY).fit(terms, folds=False)
-    rest = samples.total - _parameters(best)
+    least = 1e-3 * samples.total
     edf = 1 + fit.edf.sum(axis=0)
-    noise = fit.noise * np.maximum(samples.total - edf, 1e-3 * samples.total)
-    noise = noise / max(rest, 1e-3 * samples.total)
+    noise = fit.noise * np.maximum(samples.total - edf, least) / max(samples.total - _parameters(meshes), least)
+    history = [{"nodes": float(sum(map(len, f.meshes))), "mean_squared_error": f.loss * scale**2} for f in path]
     return replace(fit, noise=noise).model(Squares.about, history)
 
 
@@ -112,7 +91,6 @@ class _Fit:
     gram: Array  # [E, E]
     factor: tuple[Array, bool]  # of the normal equations, [p, p]
     rest: Array  # [E, q], products of halves and residual
-    residual: Array  # [n, q]
 
     @property
     def spans(self) -> list[slice]:
@@ -147,37 +125,26 @@ def _solve(data: _Data, meshes: tuple[Array, ...]) -> _Fit | None:
     values = linalg.cho_solve(factor, joined.T @ target, check_finite=False)
     residual = data.y - halves @ (joined @ values)
     loss = float((data.weight @ residual**2 + _RIDGE * (values**2).sum(axis=0)).mean())
-    return _Fit(meshes, values, loss, joined, gram, factor, target - gram @ (joined @ values), residual)
+    return _Fit(meshes, values, loss, joined, gram, factor, target - gram @ (joined @ values))
 
 
 def _placed(data: _Data, n_nodes: int) -> list[_Fit]:
     """Fits of falling loss, the last one with the best nodes that were found."""
     orders = [np.argsort(column, kind="stable") for column in data.x.T]
-
-    def quantiles(k: int) -> tuple[Array, ...]:
-        return tuple(
-            place_nodes(column[order], data.mass[order], k, "quantile")
-            for column, order in zip(data.x.T, orders, strict=True)
+    finer = max(n_nodes, min(_FINER * (n_nodes - 1), len(data.x) // _SAMPLES_PER_ELEMENT) + 1)
+    for count in (finer, n_nodes):
+        fit = _solve(
+            data,
+            tuple(
+                place_nodes(column[order], data.mass[order], count, "quantile")
+                for column, order in zip(data.x.T, orders, strict=True)
+            ),
         )
-
-    first = _solve(data, quantiles(n_nodes))
-    if first is None:
-        raise ValueError(f"n_nodes={n_nodes} nodes per feature leave singular normal equations; take fewer.")
-    runs = [_slides(data, first)]
-    finer = min(_FINER * (n_nodes - 1), len(data.x) // _SAMPLES_PER_ELEMENT) + 1
-    if finer > n_nodes:
-        thinned = _solve(data, quantiles(finer))
-        while thinned is not None and max(map(len, thinned.meshes)) > n_nodes:
-            thinned = _solve(data, _thinner(thinned, n_nodes))
-        if thinned is not None and thinned.loss < first.loss:
-            runs.append(_slides(data, thinned))
-    for path in runs:
-        for _ in range(_MAX_EXCHANGES):
-            better = _exchanged(data, path[-1])
-            if better is None:
-                break
-            path.append(better)
-    return min(runs, key=lambda run: run[-1].loss)
+        while fit is not None and max(map(len, fit.meshes)) > n_nodes:
+            fit = _solve(data, _thinner(fit, n_nodes))
+        if fit is not None:
+            return _slides(data, fit)
+    raise ValueError(f"n_nodes={n_nodes} nodes per feature leave singular normal equations; take fewer.")
 
 
 def _costs(fit: _Fit) -> list[Array]:
@@ -195,12 +162,13 @@ def _costs(fit: _Fit) -> list[Array]:
 
 
 def _thinner(fit: _Fit, n_nodes: int) -> tuple[Array, ...]:
-    """Meshes without half of their surplus, cheapest nodes first, no two of them neighbours."""
+    """Meshes without some of their surplus, cheapest nodes first, no two of them neighbours."""
     result = []
     for mesh, cost in zip(fit.meshes, _costs(fit), strict=True):
         gone: set[int] = set()
+        wanted = math.ceil(_THINNED * (len(mesh) - n_nodes))
         for node in np.argsort(cost, kind="stable") + 1:
-            if 2 * len(gone) < len(mesh) - n_nodes and not {node - 1, node + 1} & gone:
+            if len(gone) < wanted and not {node - 1, node + 1} & gone:
                 gone.add(int(node))
         result.append(np.delete(mesh, sorted(gone)))
     return tuple(result)
@@ -258,25 +226,3 @@ def _slid(fit: _Fit, curvature: Array, descent: Array, damping: float) -> tuple[
         result.append(mesh.copy())
         result[-1][1:-1] += np.clip(np.nan_to_num(step[span][1:-1]), -room[:-1], room[1:])
     return tuple(result)
-
-
-def _exchanged(data: _Data, fit: _Fit) -> _Fit | None:
-    """One node moved to the middle of another element of its mesh, and a slide; None if no promising one helps."""
-    pairs: list[tuple[float, int, int, int]] = []
-    for i, (mesh, cost) in enumerate(zip(fit.meshes, _costs(fit), strict=True)):
-        element, local = find(data.x[:, i], mesh)
-        bump, k = 1 - np.abs(2 * local - 1), len(mesh)
-        power = np.bincount(element, data.weight * bump**2, k - 1)
-        taken = [np.bincount(element, data.weight * bump * r, k - 1) ** 2 for r in fit.residual.T]
-        usable = (np.diff(mesh) > 2 * _SHORTEST) & (power > 0)
-        gain = np.where(usable, np.mean(taken, axis=0) / np.where(power > 0, power, 1.0), 0.0)
-        for leaving in np.argsort(cost, kind="stable")[:2]:
-            pairs += [(float(gain[e] - cost[leaving]), i, int(leaving), int(e)) for e in np.argsort(-gain)[:_MAX_PAIRS]]
-    for _, i, leaving, entered in sorted(pairs, reverse=True)[:_MAX_PAIRS]:
-        mesh = fit.meshes[i].copy()
-        mesh[leaving + 1] = fit.meshes[i][entered : entered + 2].mean()
-        start = _solve(data, (*fit.meshes[:i], np.sort(mesh), *fit.meshes[i + 1 :]))
-        trial = None if start is None else _slides(data, start)[-1]
-        if trial is not None and trial.loss < fit.loss * (1 - _MIN_PROGRESS):
-            return trial
-    return None

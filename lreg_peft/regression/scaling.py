@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Scale = Literal["quantile", "minmax"]
+from .mesh1d import Scale, evaluate
 
 # Knots of the quantile map. More would follow the noise of the sample quantiles, which then bends the fitted function:
 # their number is doubled only until the map is as near to the samples' distribution function as the true one would be
@@ -36,7 +35,7 @@ class ColumnScale:
         return _map_columns(u, self.outputs, self.inputs)
 
 
-def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnScale:
+def fit_scale(x: np.ndarray, weight: np.ndarray, scale: Scale) -> ColumnScale:
     """The map for each column of `x` `[n_samples, d]`, all of which must hold at least two values.
 
     "quantile" makes every column about uniform on [0, 1], so that a regular mesh holds about equally many samples
@@ -53,17 +52,12 @@ def fit_scale(x: np.ndarray, weight: np.ndarray | None, scale: Scale) -> ColumnS
     return ColumnScale(tuple(inputs), tuple(outputs))
 
 
-def quantile_knots(column: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def quantile_knots(column: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values and their share of the weight below them, ties counted half."""
-    order = np.argsort(column, kind="stable")
-    ordered = column[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] > ordered[:-1])))
-    values = ordered[starts]
-    mass = np.ones(len(column)) if weight is None else weight[order]
-    mass = np.add.reduceat(mass, starts)
+    values, place = np.unique(column, return_inverse=True)
+    mass = np.bincount(place, weight)
     level = mass.cumsum() - mass / 2
     level = (level - level[0]) / (level[-1] - level[0])
-    total = len(column) if weight is None else weight.sum()
     n_elements = 1
     while True:
         chosen = np.unique(np.searchsorted(level, np.linspace(0, 1, n_elements + 1)).clip(0, len(values) - 1))
@@ -73,18 +67,11 @@ def quantile_knots(column: np.ndarray, weight: np.ndarray | None) -> tuple[np.nd
         )
         chosen = np.concatenate((chosen[:1], chosen[1:-1][gaps[:-1] & gaps[1:]], chosen[-1:]))
         error = np.abs(np.interp(values, values[chosen], level[chosen]) - level).max()
-        if error <= _KOLMOGOROV / math.sqrt(total) or n_elements >= _MAX_ELEMENTS:
+        if error <= _KOLMOGOROV / math.sqrt(weight.sum()) or n_elements >= _MAX_ELEMENTS:
             return values[chosen], level[chosen]
         n_elements *= 2
 
 
 def _map_columns(x: np.ndarray, sources: tuple[np.ndarray, ...], images: tuple[np.ndarray, ...]) -> np.ndarray:
-    mapped = np.empty(x.shape)
-    for k, (source, image) in enumerate(zip(sources, images, strict=True)):
-        column = x[:, k]
-        value = np.interp(column, source, image)
-        low, high = column < source[0], column > source[-1]
-        value[low] += (column[low] - source[0]) * (image[1] - image[0]) / (source[1] - source[0])
-        value[high] += (column[high] - source[-1]) * (image[-1] - image[-2]) / (source[-1] - source[-2])
-        mapped[:, k] = value
-    return mapped
+    maps = zip(x.T, sources, images, strict=True)
+    return np.concatenate([evaluate(column, source, image[:, None]) for column, source, image in maps], axis=1)

@@ -254,7 +254,7 @@ class TestHardData:
 
     @pytest.mark.parametrize("d", [1, 3])
     @pytest.mark.parametrize("n", [1, 2, 3, 4])
-    @pytest.mark.parametrize("options", [{}, {"nodes": "free"}, {"n_nodes": 50}])
+    @pytest.mark.parametrize("options", [{}, {"nodes": "free", "n_nodes": 5}, {"n_nodes": 50}])
     def test_few_samples(self, n, d, options):
         random = np.random.default_rng(0)
         X, y = random.standard_normal((n, d)), random.standard_normal(n)
@@ -326,7 +326,8 @@ class TestRefusals:
             ({"interactions": "all"}, "interactions must be"),
             ({"interactions": -1}, "interactions must be"),
             ({"interactions": [(0, 0)]}, "different columns"),
-            ({"nodes": "free", "interactions": [(0, 1)]}, "interactions need nodes='smooth'"),
+            ({"nodes": "free"}, "needs a number of nodes"),
+            ({"nodes": "free", "n_nodes": 5, "interactions": [(0, 1)]}, "interactions need nodes='smooth'"),
             ({"basis": "simplicial", "nodes": "free"}, "simplicial"),
             ({"basis": "simplicial", "interactions": 2}, "no interactions to choose"),
             ({"max_nodes": 3}, "raise max_nodes"),

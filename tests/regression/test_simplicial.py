@@ -398,7 +398,7 @@ class TestScale:
     @pytest.mark.parametrize("scale", ["quantile", "minmax"])
     def test_it_is_increasing_onto_the_unit_interval_and_inverted_exactly(self, scale):
         x = np.random.default_rng(0).standard_cauchy(size=(3000, 2))
-        map_ = fit_scale(x, None, scale)
+        map_ = fit_scale(x, np.ones(len(x)), scale)
         u = map_.transform(x)
         assert u.min() == 0 and u.max() == 1
         wide = np.linspace(-1, 2, 500)[:, None] * [1, 1]
@@ -408,12 +408,12 @@ class TestScale:
     def test_quantiles_make_uniform_what_is_not_and_leave_alone_what_is(self):
         generator = np.random.default_rng(0)
         x = np.column_stack((1 / generator.uniform(1, 20, 20_000), generator.uniform(3, 4, 20_000)))
-        scale = fit_scale(x, None, "quantile")
+        scale = fit_scale(x, np.ones(len(x)), "quantile")
         u = np.sort(scale.transform(x), axis=0)
         assert np.abs(u - np.linspace(0, 1, 20_000)[:, None]).max() < 0.015
         assert len(scale.inputs[0]) > 8 and len(scale.inputs[1]) == 2
 
     def test_ties_and_neighbouring_floats(self):
         x = np.array([0.0] * 50 + [1.0] * 30 + [1.0 + 1e-15] * 10 + [2.0] * 5)[:, None]
-        scale = fit_scale(x, None, "quantile")
+        scale = fit_scale(x, np.ones(len(x)), "quantile")
         assert (np.diff(scale.inputs[0]) > 1e-13).all() and (np.diff(scale.outputs[0]) > 0).all()

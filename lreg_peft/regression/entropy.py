@@ -39,7 +39,7 @@ class Entropy:
 
     about = "mean cross-entropy plus half of the penalties, over all coefficients"
     choosing = 10_000  # rows on which terms are chosen
-    pair_rank = 3
+    pair_rank = 5
 
     def __init__(self, samples: Samples, n_classes: int, smoothing: str | float):
         self.samples, self.smoothing = samples, smoothing

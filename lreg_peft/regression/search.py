@@ -24,13 +24,12 @@ _CROWDED = 1 / 3  # a function that spends more of its nodes than this gets twic
 _FINEST = 512
 _MOST_GIVEN = 1024  # matrices of all nodes are dense
 
-_PAIRS, _FINE_PAIRS = 40, 8
-_FINE_SAMPLES = 500
+_PAIRS, _STRONG_PAIRS = 24, 8
+_PAIR_NODES = (4, 16)  # least and most nodes of a side
 # Energies that stand out, what the larger of two has by chance, and what is evidence in the sum of many; all in
 # standard deviations.
-_TELLING = 1000  # samples
 _STRONG, _CHANCE, _EVIDENCE = 4.0, 0.85, 1.0
-_PAIR_NODES, _FINE_NODES, _FINE_RANK = (4, 8), 24, 12
+_TELLING = 1000  # samples, from which energies tell something
 
 _CERTAIN = 0.5  # standard errors over the folds by which a larger model must be better
 # Factors that all penalties together may get for smaller errors of cross-validation.
@@ -132,7 +131,7 @@ class _PairSearch:
             asked = [pair for pair in given if pair[0] in self.values and pair[1] in self.values]
         if not asked:
             return self.first
-        found = self._fitted(self.first, asked, [])
+        found = self._fitted(asked)
         if found is None:
             raise ValueError(
                 f"max_nodes={self.max_nodes} leaves no room for {len(asked)} interactions beside "
@@ -141,31 +140,20 @@ class _PairSearch:
         return found
 
     def _confirmed(self) -> SumFit:
-        """First the pairs that stand out, in fine form; then many coarse ones, if there is anything in all that are
-        left; then fine forms of the most variable of those. Each as far as cross-validation confirms it.
-        """
-        best, fine, ranked = self.first, [], self._ranked(self.first)
-        few = self.samples.total < _FINE_SAMPLES
-        strong = [pair for energy, pair in ranked if energy > _STRONG][:_FINE_PAIRS]
-        if strong and not few:
-            larger = self._fitted(best, strong, [])
-            if larger is not None and better(larger, best):
-                best, fine = larger, strong
-                ranked = [(energy, pair) for energy, pair in self._ranked(best) if pair not in fine]
+        """First the pairs that stand out; then many, if there is anything in all that are left."""
+        best, ranked = self.first, self._ranked(self.first)
+        telling = self.samples.total >= _TELLING
+        strong = [pair for energy, pair in ranked if telling and energy > _STRONG][:_STRONG_PAIRS]
+        larger = self._fitted(strong)
+        if larger is not None and better(larger, best):
+            best = larger
+            ranked = [(energy, pair) for energy, pair in self._ranked(best) if pair not in strong]
+        else:
+            strong = []
         energy = np.array([energy for energy, _ in ranked])
-        something = self.samples.total < _TELLING or (energy - _CHANCE).sum() >= _EVIDENCE * np.sqrt(len(energy))
-        if not len(energy) or not something:
+        if telling and (energy - _CHANCE).sum() < _EVIDENCE * np.sqrt(len(energy)):
             return best
-        larger = self._fitted(best, fine, [pair for _, pair in ranked[:_PAIRS]])
-        if larger is None or not better(larger, best):
-            return best
-        best = larger
-        if few:
-            return best
-        first = len(self.first.terms) + len(fine)
-        order = np.argsort(-best.variances[first:].sum(axis=1), kind="stable")
-        coarse = [best.terms[first + k].features for k in order]
-        larger = self._fitted(best, [*fine, *coarse[:_FINE_PAIRS]], coarse[_FINE_PAIRS:])
+        larger = self._fitted([*strong, *(pair for _, pair in ranked[:_PAIRS])])
         return larger if larger is not None and better(larger, best) else best
 
     def _ranked(self, fit: SumFit) -> list[tuple[float, tuple[int, int]]]:
@@ -174,25 +162,16 @@ class _PairSearch:
         candidates = sorted(features, key=lambda j: (-used[features.index(j)], j))
         return rank_pairs(self.samples, self.loss.rest(fit), candidates, self.random)
 
-    def _fitted(
-        self, before: SumFit, fine: Sequence[tuple[int, int]], coarse: Sequence[tuple[int, int]]
-    ) -> SumFit | None:
-        """With these pairs; None where there is no room for any."""
-        terms = self._pairs(fine, self.room, fine=self.samples.total >= _FINE_SAMPLES)
-        terms += self._pairs(coarse, self.room - sum(term.size for term in terms), fine=False)
-        return self.loss.fit([*self.first.terms, *terms], before) if terms else None
-
-    def _pairs(self, pairs: Sequence[tuple[int, int]], room: float, *, fine: bool) -> list[Pair]:
-        """On the largest grids that there is room for."""
-        sides = (2, _FINE_NODES if fine else _PAIR_NODES[1])
-        side = int(np.clip(max(round(2 * self.samples.total ** (1 / 3)), _PAIR_NODES[0]), *sides))
-        while side >= 2 and sum(min(side, self.values[i]) * min(side, self.values[j]) for i, j in pairs) > room:
+    def _fitted(self, pairs: Sequence[tuple[int, int]]) -> SumFit | None:
+        """With these pairs, on the largest grids that there is room for; None for no pairs or no room."""
+        side = int(np.clip(round(2 * self.samples.total ** (1 / 3)), *_PAIR_NODES))
+        while side >= 2 and sum(min(side, self.values[i]) * min(side, self.values[j]) for i, j in pairs) > self.room:
             side -= 1
-        rank = _FINE_RANK if fine else self.loss.pair_rank
-        return [
-            Pair.of(self.build.line(i, side, rank), self.build.line(j, side, rank), fine)
-            for i, j in (pairs if side >= 2 else ())
-        ]
+        if side < 2 or not pairs:
+            return None
+        rank, line = self.loss.pair_rank, self.build.line
+        terms = [Pair.of(line(i, side, rank), line(j, side, rank)) for i, j in pairs]
+        return self.loss.fit([*self.first.terms, *terms], self.first)
 
 
 def better(larger: SumFit, smaller: SumFit, certain: float = _CERTAIN) -> bool:

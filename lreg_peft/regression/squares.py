@@ -15,9 +15,8 @@ from .terms import Term
 
 # Variances of one kind are related: each is estimated as if it had so many more coefficients with the kind's mean.
 # Those of single features are not, so that features without use vanish; those of interactions are nearly common to all
-# pairs, for what single pairs seem to gain in few samples is mostly chance. A few of the pairs, those that explain
-# most, get finer products and variances of their own where cross-validation confirms it.
-POOLS = np.array([0.0, 0.0, 50.0, 50.0, 50.0, 3.0, 3.0, 3.0])
+# pairs, for what single pairs seem to gain in few samples is mostly chance.
+POOLS = np.array([0.0, 0.0, 40.0, 40.0, 40.0])
 
 # One function on a fine mesh may be wiggly, which is not found from strong penalties: updates begin at the best of
 # these multiples of the mean power. For sums of several, on coarser meshes, weak ones are a start that overfits few
@@ -35,7 +34,7 @@ class Squares:
 
     about = "sum of squared residuals plus penalties of all groups of coefficients, over the coefficients"
     choosing = 50_000  # rows on which terms are chosen
-    pair_rank = 5
+    pair_rank = 8  # most columns of a margin of a pair
 
     def __init__(self, samples: Samples, smoothing: str | float):
         self.samples, self.smoothing = samples, smoothing

@@ -17,9 +17,8 @@ from .scaling import quantile_knots
 # Bends are given by the functions that vary most a priori (Demmler & Reinsch 1975); those with less than this share of
 # the variance of the first make no difference.
 _NEGLIGIBLE = 1e-13
-# For products a coarser selection: the share, and the most columns of a group; for some pairs a finer one.
-_NEGLIGIBLE_PRODUCT = (1e-3, 1e-5)
-_PRODUCTS = (16, 40)
+# For products a coarser selection: the share, and the most columns of a group.
+_NEGLIGIBLE_PRODUCT, _PRODUCTS = 1e-4, 24
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,8 @@ class Pair:
     kinds: list[int]
 
     @classmethod
-    def of(cls, first: Line, second: Line, fine: bool = False) -> "Pair":
-        """All products but those that make little difference a priori; `fine` keeps more of them."""
+    def of(cls, first: Line, second: Line) -> "Pair":
+        """All products but those that make little difference a priori."""
         products, kinds = [], []
         for a in (np.arange(1), np.arange(1, len(first.power))):
             for b in (np.arange(1), np.arange(1, len(second.power))):
@@ -188,10 +187,10 @@ class Pair:
                     continue
                 i, j = (index.ravel() for index in np.meshgrid(a, b, indexing="ij"))
                 power = first.power[i] * second.power[j]
-                best = np.argsort(-power, kind="stable")[: _PRODUCTS[fine]]
-                best = best[power[best] > _NEGLIGIBLE_PRODUCT[fine] * power[best[0]]]
+                best = np.argsort(-power, kind="stable")[:_PRODUCTS]
+                best = best[power[best] > _NEGLIGIBLE_PRODUCT * power[best[0]]]
                 products.append(np.stack((i[best], j[best])))
-                kinds.append(2 + 3 * fine + int(i[0] > 0) + int(j[0] > 0))
+                kinds.append(2 + int(i[0] > 0) + int(j[0] > 0))
         return cls((first, second), tuple(products), kinds)
 
     @property

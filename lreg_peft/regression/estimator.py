@@ -59,8 +59,7 @@ class LagrangeRegressor(SumOfTerms, RegressorMixin, BaseEstimator):
         intercept_: float or `[n_outputs]`. Terms have mean zero over the samples.
         feature_importances_: `[n_features]`, shares of the variance of all terms; those of an interaction go to both
             features by halves. Not on simplices.
-        smoothing_: the penalties: a list with `[penalties, n_outputs]` per term; on
-            simplices one number.
+        smoothing_: the penalties: a list with `[penalties, n_outputs]` per term; on simplices one number.
         edf_: effective degrees of freedom; float or `[n_outputs]`.
         noise_variance_: float or `[n_outputs]`.
         history_: a tuple with one entry per model tried.

@@ -22,6 +22,7 @@ _MOST, _LEAST = 32, 8
 _ALONE = 256  # of a single feature
 _CROWDED = 1 / 3  # a function that spends more of its nodes than this gets twice as many, up to
 _FINEST = 512
+_WORTH = 0.01  # share of the errors of cross-validation that must go with that
 _MOST_GIVEN = 1024  # matrices of all nodes are dense
 
 _PAIRS, _STRONG_PAIRS = 24, 8
@@ -54,7 +55,7 @@ def fit_sum(
     Args:
         samples: the data.
         loss_over: what is minimised over samples.
-        n_nodes: per function; None starts with up to 32 and doubles them where they are used.
+        n_nodes: per function; None starts with up to 32, a single one with 256, and doubles them where they are used.
         interactions: "auto", how many, or which; 0 for none.
         max_nodes: most nodes of all terms together.
         scale: see `place_nodes`.
@@ -75,7 +76,7 @@ def fit_sum(
     while n_nodes is None and (finer := _crowded(fit, wanted, max_nodes)):
         wanted.update({j: 2 * wanted[j] for j in finer})
         larger = loss.fit([build.line(j, wanted[j], rank) for j in varying], fit)
-        if not better(larger, fit):
+        if not larger.errors.sum() < (1 - _WORTH) * fit.errors.sum():
             break
         fit = larger
     if len(varying) > 1 and interactions != 0 and len(part.X) >= 10 and len(part.folds) > 1:

@@ -26,7 +26,7 @@ class TestPlaces:
         """The mean squares of the best nodes of a grid of 160 quantiles, slid, as a dynamic program finds them."""
         X, y, _, _ = split("B1")
         model = free(n_nodes).fit(X, y)
-        assert np.mean((model.predict(X) - y) ** 2) < 1.15 * bar
+        assert np.mean((model.predict(X) - y) ** 2) < 1.1 * bar
 
     def test_kinks_are_found(self):
         random = np.random.default_rng(0)

@@ -10,7 +10,6 @@ from tiers import slow
 from tiny import adapt, build, gpt2, inputs, layers, roberta, same_state, shake, state, trainable
 from torch import nn
 
-import lreg_peft.fitting.linearize as linearize
 from lreg_peft import LRegConfig, add_grade, refine_linearized
 from lreg_peft.core import evaluate
 
@@ -83,7 +82,6 @@ class TestConvex:
         before = state(model)
         result = refine(model, batches, n_rounds=3)
         assert (result.status, len(result.rounds)) == ("no_descent", 1)
-        assert "minimum already" in result.message
         assert same_state(before, state(model))
 
 
@@ -112,32 +110,26 @@ def classification() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-class TestProducts:
+class TestInsideANetwork:
     @pytest.mark.parametrize("n_nodes", [2, 8, 16])  # the last one is evaluated by another form outside of transforms
     @pytest.mark.parametrize("weighting", ["full", "reduced", "factored"])
-    def test_products_inside_a_network(self, n_nodes, weighting):
-        model = adapt(
-            roberta("SEQ_CLS"),
-            n_components=1,
-            n_nodes=n_nodes,
-            weighting=weighting,
-            target_modules=["layer.0.attention.self.query"],
-        )
+    def test_the_step_is_that_of_the_dense_matrix(self, n_nodes, weighting):
+        options = {"n_nodes": n_nodes, "weighting": weighting, "target_modules": ["layer.0.attention.self.query"]}
+        model = adapt(roberta("SEQ_CLS"), n_components=1, **options)
         shake(model)
         model.eval()
-        data = linearize._Data(model.get_base_model(), classification())
-        values = linearize._trainable(model.get_base_model())
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            problem = linearize._Linearised(data, values, 7, linearize.tqdm(disable=True))
-            block = torch.randn(problem.size, 9, dtype=torch.float64)
-            product, gradient = problem.multiply(block), problem.gradient()
-        expected = dense_gauss_newton(model, classification()) @ block
-        scale = expected.abs().max()
-        assert scale > 1e-3
-        torch.testing.assert_close(product, expected, rtol=0, atol=2e-5 * scale.item())
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        before = torch.cat([p.detach().flatten() for p in parameters]).double()
+        matrix = dense_gauss_newton(model, classification())
         total = sum(model(**b).loss * len(b["labels"]) / 5 for b in classification())
-        own = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])
-        torch.testing.assert_close(gradient.float(), torch.cat([g.flatten() for g in own]), rtol=1e-4, atol=1e-6)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)]).double()
+        result = refine(model, classification(), damping=0.1)
+        damping = 0.1 * torch.linalg.eigvalsh(matrix)[-1]
+        expected = -torch.linalg.solve(matrix + damping * torch.eye(len(matrix)), gradient)
+        step = torch.cat([p.detach().flatten() for p in parameters]).double() - before
+        # The model computes in fp32.
+        scaled = result.rounds[0].taken.step * expected
+        torch.testing.assert_close(step, scaled, rtol=0, atol=1e-3 * step.abs().max().item())
 
 
 class TestDescent:
@@ -199,7 +191,6 @@ class TestDescent:
         result = refine(model, batches, eval_data=held, n_rounds=2)
         assert (result.status, len(result.rounds)) == ("heldout_rose", 1)
         assert result.loss_after == result.loss_before
-        assert "lower rank" in result.message
         assert same_state(before, state(model))
 
     def test_only_the_last_grade_moves(self):
@@ -319,7 +310,7 @@ class TestSideEffects:
 
     def test_progress_bar(self, capfd):
         refine_linearized(adapted(), regression(), rank=4)
-        assert "LReg refinement, round 1: 100%" in capfd.readouterr().err
+        assert "LReg refinement:" in capfd.readouterr().err
 
 
 def flagged(**changes):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..core.distributed import from_main, gather_objects, rank_and_world, together
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
+from ..output_rows import OutputRows, spaced
 from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, row_loss, solver_of
 from ..tuner.placement import output_head_name
-from .output_rows import OutputRows, spaced
 
 #: Ridges that are tried: penalties on the squared change of the weights, for features of mean squared length one.
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)

@@ -18,13 +18,13 @@ from ..core.checks import whole
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
+from ..output_rows import OutputRows, spaced
 from ..rows import BatchData, batches_of, exact_pass, first_batches, is_per_token, logits_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
-from .output_rows import OutputRows, spaced
 
 #: Pseudocounts that are tried.
 PSEUDOCOUNTS = (1.0, 3.0, 10.0, 30.0, 100.0)

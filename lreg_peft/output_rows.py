@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.distributed import together
-from ..modules import unwrap
-from ..rows import (
+from .core.distributed import together
+from .modules import unwrap
+from .rows import (
     Pairing,
     align,
     are_values,
@@ -24,8 +24,8 @@ from ..rows import (
     rows_per_sample,
     same_output,
 )
-from ..tuner.layer import LRegLayer
-from ..tuner.layout import first_tensor
+from .tuner.layer import LRegLayer
+from .tuner.layout import first_tensor
 
 # Rows of a pass in which the output of the module is compared with that of the model.
 _COMPARED = 64

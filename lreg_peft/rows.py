@@ -187,6 +187,11 @@ def loss_of(output: Any) -> Any:
     return getattr(output, "loss", None)
 
 
+def width_of(logits: Tensor) -> int:
+    """How many outputs there are per row of `[batch, (length,) width]`; one if there is no such dimension."""
+    return logits.shape[-1] if logits.ndim > 1 else 1
+
+
 # Pairing
 
 
@@ -206,12 +211,6 @@ def is_per_token(values: Tensor, labels: Tensor) -> bool:
 def are_values(labels: Tensor, out_features: int) -> bool:
     """Whether labels are values or 0/1 and no classes: with one output, whole numbers are values too."""
     return labels.is_floating_point() or out_features == 1
-
-
-def rows_per_sample(labels: Tensor, *, shift: bool) -> list[int]:
-    """How many rows each sample of class labels `[batch]` or `[batch, length]` gives."""
-    counted = labels[:, 1:] if shift and labels.ndim == 2 else labels
-    return (counted != IGNORE_INDEX).unsqueeze(-1).flatten(1).sum(dim=1).tolist()  # type: ignore[no-any-return]
 
 
 def align(
@@ -348,7 +347,7 @@ def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor 
     Raises:
         ValueError: if labels do not fit, or no pairing gives the loss.
     """
-    width = logits.shape[-1] if logits.ndim > 1 else 1
+    width = width_of(logits)
     kind, shift = loss_kind_of(model, labels, width), shifts_labels(model)
     kinds: tuple[LossKind, ...] = (kind,)
     if kind != "cross_entropy":

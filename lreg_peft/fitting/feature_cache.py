@@ -35,7 +35,7 @@ from .._version import __version__
 from ..core.checks import whole
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
-from ..rows import LossKind, Rows, check_batch, is_stream, rows_per_sample
+from ..rows import LossKind, Rows, check_batch, is_stream
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
@@ -421,10 +421,7 @@ def _write_shards(
             continue
         rows, counts = _rows_by_sample(output, batch, dtype)
         if len(rows.targets):
-            kind = output.check(rows, f"in batch {number - 1}, to be stored as {dtype}")
-            if objective not in ("", kind):
-                raise ValueError(f"labels must be all of one kind, got {objective} and, in batch {number - 1}, {kind}.")
-            objective = kind
+            objective = output.check(*rows, f"in batch {number - 1}, to be stored as {dtype}", objective)
         waiting.append((rows, counts))
         if sum(rows.features.nbytes for rows, _ in waiting) >= SHARD_BYTES:
             _write_shard(path / _shard_name(rank, n_shards), waiting, made_from, objective, number)
@@ -437,11 +434,10 @@ def _write_shards(
 
 def _rows_by_sample(output: OutputLayer, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Rows, list[int]]:
     """Rows of a batch as they are stored, and how many each of its samples has."""
-    features, targets = output.rows(batch)
-    features = features.to("cpu", dtype)
-    if targets.is_floating_point():
-        return Rows(features, targets.cpu().float()), [1] * len(targets)
-    return Rows(features, targets.cpu()), rows_per_sample(batch["labels"], shift=output.shifts)
+    features, targets, samples, _ = output.seen_rows(batch)
+    targets = targets.float() if targets.is_floating_point() else targets
+    counts = samples.bincount(minlength=len(batch["labels"])).tolist()
+    return Rows(features.to("cpu", dtype), targets.cpu()), counts
 
 
 def _shard_name(rank: int, number: int) -> str:

@@ -38,6 +38,7 @@ from ..rows import (
     loss_of,
     model_inputs,
     row_loss,
+    width_of,
     without_labels,
 )
 from ..tuner.layer import LRegLayer
@@ -254,13 +255,13 @@ class _MeanLoss:
             labels = inputs["labels"]
             with exact_pass(model):
                 logits = self._logits({}, inputs)
-                loss_kind_of(model, labels, _width(logits))  # before labels meet the model's loss
+                loss_kind_of(model, labels, width_of(logits))  # before labels meet the model's loss
                 own = None
                 if pairing is None and accepts(model, "labels"):
-                    align(logits, labels, shift=False, out_features=_width(logits))  # likewise
+                    align(logits, labels, shift=False, out_features=width_of(logits))  # likewise
                     own = loss_of(model(**model_inputs(model, batch)))
                 found = pairing or find_pairing(model, logits, labels, own)
-            n = len(align(logits, labels, shift=found.shift, out_features=_width(logits)).targets)
+            n = len(align(logits, labels, shift=found.shift, out_features=width_of(logits)).targets)
             if n:
                 pairing = found
                 self._batches.append((n, inputs))
@@ -283,7 +284,7 @@ class _MeanLoss:
     def _rows(self, state: State, inputs: Mapping[str, Any]) -> Rows:
         """Logits and targets of a batch, padding and ignored labels left out."""
         logits = self._logits(state, inputs)
-        return align(logits, inputs["labels"], shift=self._pairing.shift, out_features=_width(logits))
+        return align(logits, inputs["labels"], shift=self._pairing.shift, out_features=width_of(logits))
 
     def _parts(self) -> Iterator[tuple[float, Any]]:
         """Of every batch its share of the rows, and its rows as a function of the state."""
@@ -321,10 +322,6 @@ class _MeanLoss:
                 flat = [part.flatten(1).cpu().double() for part in image.values()]
                 total[:, columns] += share * torch.cat(flat, dim=1).T
         return total
-
-
-def _width(logits: Tensor) -> int:
-    return logits.shape[-1] if logits.ndim > 1 else 1
 
 
 def _unflatten(block: Tensor, state: State) -> State:

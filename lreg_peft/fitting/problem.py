@@ -138,9 +138,9 @@ class FitProblem:
             yield Rows(features.to(self._place), targets.to(self._place.device))
 
     def _add(self, rows: Rows) -> None:
-        loss_kind = self.output.check(rows, f"after row {sum(map(len, self._targets))}")
-        if self.loss_kind not in (None, loss_kind):
-            raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
+        features, targets = rows
+        where = f"after row {sum(map(len, self._targets))}"
+        self.loss_kind = loss_kind = self.output.check(features, targets, where, self.loss_kind)
         if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
             raise ValueError(
                 f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
@@ -148,8 +148,6 @@ class FitProblem:
             )
         if self.ridge == math.inf:
             raise ValueError("ridge must be finite, got inf.")
-        self.loss_kind = loss_kind
-        features, targets = rows
         self._latents.append(self.layer.latent(self.adapter, features))
         self._targets.append(targets)
         if self._keep_offsets:

@@ -348,7 +348,7 @@ class TestRefusals:
         model.get_base_model().transformer.ln_f.bias.requires_grad_(True)
         with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias.*out of date"):
             build(tmp_path / "c", model)
-        with pytest.raises(ValueError, match="changes the output"):
+        with pytest.raises(ValueError, match="changes what 'lm_head' gives"):
             build(tmp_path / "c", adapted(tiny.build("gemma2", "CAUSAL_LM", final_logit_softcapping=0.5)))
         with pytest.raises(FileNotFoundError):
             FeatureCache(tmp_path / "c")

@@ -17,8 +17,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from .._version import __version__
 from ..core.checks import whole
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
@@ -43,16 +43,15 @@ from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
 FORMAT = 3
 #: Bytes of features at which a shard is written: what an interruption costs at most.
 SHARD_BYTES = 1 << 26
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _STAMP, _LOCK = "stamp.json", "build.lock"
-# Files of a cache, also of earlier versions: nothing else in a folder is ever deleted.
-_OWN = re.compile(
-    r"(stamp\.json|rows-\d+-\d+\.safetensors|(features|targets)-\d+\.bin|offsets-\d+\.npy|progress-\d+\.json)(\.new)?"
-)
+# Files of a cache: nothing else in a folder is ever deleted.
+_OWN = re.compile(r"(stamp\.json|rows-\d+-\d+\.safetensors)(\.new)?")
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard(Dataset):
     """Rows of consecutive samples, mapped into memory: nothing is read before it is used.
 
     Attributes:
@@ -69,9 +68,17 @@ class Shard(NamedTuple):
     objective: str
     batches: int
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-class FeatureCache(Dataset):
-    """Stored features, memory-mapped: item i holds the rows of sample i as `{"features", "labels"}`.
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start, stop = self.offsets[index : index + 2].tolist()
+        return {"features": self.features[start:stop], "labels": self.targets[start:stop]}
+
+
+class FeatureCache(ConcatDataset):
+    """Stored features, memory-mapped. Item i holds the rows of sample i: features `[rows, in_features]`, and labels
+    `[rows]` or `[rows, out_features]`.
 
     Made by `cache_features`. `len(cache)` is the number of samples, `n_rows` that of rows. With `collate` as the
     collator, a batch of samples gives the loss that the model itself has on them.
@@ -102,7 +109,7 @@ class FeatureCache(Dataset):
                     "Build it again: cache_features(..., overwrite=True)."
                 )
             self._shards.append(shard)
-        self._first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in self._shards)])
+        super().__init__(self._shards)
         self.n_rows = sum(len(shard.targets) for shard in self._shards)
 
     def check_belongs_to(self, output: OutputLayer) -> None:
@@ -119,9 +126,6 @@ class FeatureCache(Dataset):
                 "one with cache_features(model, ...)."
             )
 
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
     @property
     def total_dataset_length(self) -> int:
         """What accelerate cuts the last batch of an evaluation to, by the number of samples; 0: not at all.
@@ -129,16 +133,6 @@ class FeatureCache(Dataset):
         Where samples have several rows, it would cut rows.
         """
         return len(self) if self.n_rows == len(self) else 0
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Rows of one sample: features `[rows, in_features]`, labels `[rows]` or `[rows, out_features]`."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the cache has {len(self)} samples, got index {index}.")
-        index %= len(self)
-        place = int(np.searchsorted(self._first, index, side="right")) - 1
-        shard = self._shards[place]
-        start, stop = shard.offsets[index - self._first[place] :][:2].tolist()
-        return {"features": shard.features[start:stop], "labels": shard.targets[start:stop]}
 
     @staticmethod
     def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -233,7 +227,7 @@ def cache_features(
         digest = hashlib.blake2b(digest_size=16)
         for batch in tqdm(batches, desc="feature cache: data", disable=not bar):
             _add_to_digest(digest, batch)
-    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
+    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": str(dtype)}
     with ExitStack() as held:
         fits = False
         with together():
@@ -257,8 +251,7 @@ def cache_features(
                         "every time."
                     )
                 if is_main:
-                    complete = {**_new_stamp(made_from), "shards": shards, "objective": kinds[0]}
-                    _replace(path / _STAMP, json.dumps(complete, indent=1).encode())
+                    _write_stamp(path, made_from, shards=shards, objective=kinds[0])
     with together():
         cache = FeatureCache(path)
     accept_features(output, cache.objective)
@@ -331,9 +324,9 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return ", ".join(name for name in expected if found.get(name) != expected[name])
 
 
-def _new_stamp(made_from: Mapping[str, Any]) -> dict[str, Any]:
-    versions = {"lreg_peft": __version__, "torch": torch.__version__}
-    return {"format": FORMAT, "made_from": made_from, "versions": versions}
+def _write_stamp(folder: Path, made_from: Mapping[str, Any], **complete: Any) -> None:
+    stamp = {"format": FORMAT, "made_from": made_from, **complete}
+    _replace(folder / _STAMP, json.dumps(stamp, indent=1).encode())
 
 
 def _read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -388,7 +381,7 @@ def _fits(path: Path, made_from: Mapping[str, Any], overwrite: bool) -> bool:
 
 def _begin(path: Path, made_from: Mapping[str, Any]) -> None:
     """Write the stamp of a cache that is not complete, and delete whatever does not belong to it."""
-    _replace(path / _STAMP, json.dumps(_new_stamp(made_from), indent=1).encode())
+    _write_stamp(path, made_from)
     for entry in path.iterdir():
         if _OWN.fullmatch(entry.name) and entry.name != _STAMP and _read_shard(entry, made_from) is None:
             entry.unlink()

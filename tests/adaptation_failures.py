@@ -19,7 +19,7 @@ STAGES = {
     "options": "tolerance",
     "statistics": "no statistics are gathered",
     "meshes": "'the mesh of  (default)'",
-    "projection": "not the one that process 0 has",
+    "projection": "'the projection of  (default)'",
     "optimizer": "does not hold the coefficients",
     "first check": "no memory before",
     "second check": "no memory after",

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..core.adapt.move import Strategy, check_strategy
-from ..core.checks import choice, number, whole
+from ..core.checks import number, whole
 from ..modules import eval_mode
 from ..rows import loss_of
 from ..tuner.penalty import add_penalty_gradient, curvature_penalty, is_penalised
 from ..tuner.sites import movable_sites
 from .mesh_update import MeshUpdate, node_spread, update_meshes
-from .statistics import DEFAULT_ROWS, track_statistics
+from .statistics import track_statistics
 
-Unit = Literal["steps", "epochs"]
 #: Computes the loss that a move is judged by: of the model, on the inputs of a recent training batch.
 CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 # A size so small that nodes hardly slide any more.
 _SMALLEST_SIZE = 1 / 64
-
-
 # Rates of Adam below this hardly move a shortcut in a training of usual length; that of `Trainer` is 5e-5.
 _LOW_RATE = 4e-4
 
@@ -55,9 +52,7 @@ class LRegCallback(TrainerCallback, ExportableState):
     it alone.
 
     Args:
-        every: move after this many `unit`s.
-        unit: "steps" (of the optimiser) or "epochs".
-        start: fraction of the training before which nothing moves.
+        every: move after this many steps of the optimiser.
         stop: fraction of the training after which nothing moves; the coefficients settle on their final mesh then.
         strategy: see `update_meshes`.
         n_refine: see `update_meshes`.
@@ -68,7 +63,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             returns the loss. None takes the loss that the model returns.
         tolerance: how far the loss on these may rise for a move to be kept, relative to the loss.
         adapter_name: which adapter; None takes the active ones of every layer.
-        n_rows: see `track_statistics`.
         n_hard_samples: hits per backward pass, for `"paper"` only; see `track_statistics`.
 
     Raises:
@@ -84,9 +78,7 @@ class LRegCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         every: int = 50,
-        unit: Unit = "steps",
         *,
-        start: float = 0.0,
         stop: float = 0.75,
         strategy: Strategy = "relocate",
         n_refine: int | None = None,
@@ -95,26 +87,18 @@ class LRegCallback(TrainerCallback, ExportableState):
         check_loss: CheckLoss | None = None,
         tolerance: float = 0.0,
         adapter_name: str | None = None,
-        n_rows: int = DEFAULT_ROWS,
         n_hard_samples: int = 32,
     ) -> None:
-        choice("unit", unit, get_args(Unit))
         whole("every", every, 1)
         whole("n_refine", n_refine, 0, optional=True)
         whole("n_check_batches", n_check_batches, 0)
-        whole("n_rows", n_rows, 1)
         whole("n_hard_samples", n_hard_samples, 1)
         number("tolerance", tolerance, 0)
         number("size", size, above=0, highest=1)
-        number("start", start)
-        number("stop", stop)
-        if not 0 <= start < stop <= 1:
-            raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
+        number("stop", stop, above=0, highest=1)
         check_strategy(strategy)
         self._options: dict[str, Any] = {
             "every": every,
-            "unit": unit,
-            "start": start,
             "stop": stop,
             "strategy": strategy,
             "n_refine": n_refine,
@@ -122,7 +106,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             "n_check_batches": n_check_batches,
             "tolerance": tolerance,
             "adapter_name": adapter_name,
-            "n_rows": n_rows,
             "n_hard_samples": n_hard_samples,
         }
         #: Size of the next move.
@@ -149,8 +132,8 @@ class LRegCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start gathering, if the first move is near."""
-        self._close()  # of a training that broke off
+        """Start gathering."""
+        self._stop_gathering()  # of a training that broke off
         self._model = kwargs["model"]
         if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
             warnings.warn(
@@ -164,7 +147,7 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.n_accepted = self.n_refused = 0
             self.last_update = None
         self._describe_meshes(self._model)
-        self._open_or_close(state)
+        self._gather(state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,16 +163,10 @@ class LRegCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move, if it is time: after the optimiser's step, before evaluation and saving."""
-        self._open_or_close(state)
-        if self._options["unit"] == "steps" and state.global_step % self._options["every"] == 0:
-            self._move(state, kwargs["model"], kwargs["optimizer"])
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move, if it is time: before evaluation and saving."""
-        if self._options["unit"] == "epochs" and round(state.epoch or 0) % self._options["every"] == 0:
-            self._move(state, kwargs["model"], kwargs["optimizer"])
+        if self._is_open(state) and state.global_step % self._options["every"] == 0:
+            self._move(kwargs["model"], kwargs["optimizer"])
+        if not self._is_open(state):
+            self._stop_gathering()
 
     def on_log(
         self,
@@ -217,23 +194,20 @@ class LRegCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop gathering and take every hook off."""
-        self._close()
+        self._stop_gathering()
+        self._model = None
         if self.last_update is None and not self.n_accepted + self.n_refused:
-            first, last = self._window(state)
             warnings.warn(
-                f"LRegCallback moved no mesh: a move is due every {self._options['every']} {self._options['unit']}, "
-                f"between steps {first:.0f} and {last:.0f}, and the training had {state.global_step} steps. "
-                "Set a smaller `every`, or leave the callback out.",
+                f"LRegCallback moved no mesh: a move is due every {self._options['every']} steps, until step "
+                f"{self._options['stop'] * state.max_steps:.0f}, and the training had {state.global_step} steps. Set a "
+                "smaller `every`, or leave the callback out.",
                 UserWarning,
                 stacklevel=2,
             )
 
     # What they do
 
-    def _move(self, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        first, last = self._window(state)
-        if not first < state.global_step <= last:
-            return
+    def _move(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         update = update_meshes(
             model,
             optimizer,
@@ -253,30 +227,23 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.current_size = self._options["size"]
         self._describe_meshes(model)
 
-    def _window(self, state: TrainerState) -> tuple[float, float]:
-        """Steps between which moves are allowed: after the first, up to the last."""
-        return self._options["start"] * state.max_steps, self._options["stop"] * state.max_steps
+    def _is_open(self, state: TrainerState) -> bool:
+        """Whether meshes may still move."""
+        return state.global_step <= self._options["stop"] * state.max_steps
 
-    def _open_or_close(self, state: TrainerState) -> None:
-        """Gather from one interval before the first move to the last one."""
-        interval = float(self._options["every"])
-        if self._options["unit"] == "epochs":
-            interval *= state.max_steps / max(state.num_train_epochs, 1)
-        first, last = self._window(state)
-        wanted = first - interval <= state.global_step <= last
-        if wanted and not self._is_gathering and self._model is not None:
-            by_hits = self._options["strategy"] == "paper"
-            track_statistics(
-                self._model,
-                adapter_name=self._options["adapter_name"],
-                n_rows=self._options["n_rows"],
-                n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
-            )
-            if self._options["n_check_batches"]:
-                self._batches = _RecentBatches(self._model, self._options["n_check_batches"], self._check_loss)
-            self._is_gathering = True
-        elif not wanted:
-            self._stop_gathering()
+    def _gather(self, state: TrainerState) -> None:
+        """Begin to gather, unless no move will come."""
+        if self._model is None or not self._is_open(state):
+            return
+        by_hits = self._options["strategy"] == "paper"
+        track_statistics(
+            self._model,
+            adapter_name=self._options["adapter_name"],
+            n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
+        )
+        if self._options["n_check_batches"]:
+            self._batches = _RecentBatches(self._model, self._options["n_check_batches"], self._check_loss)
+        self._is_gathering = True
 
     def _stop_gathering(self) -> None:
         if self._is_gathering and self._model is not None:
@@ -285,10 +252,6 @@ class LRegCallback(TrainerCallback, ExportableState):
                 self._batches = None
             self._is_gathering = False
             track_statistics(self._model, False, adapter_name=self._options["adapter_name"])
-
-    def _close(self) -> None:
-        self._stop_gathering()
-        self._model = None
 
     def _describe_meshes(self, model: nn.Module) -> None:
         meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]

@@ -46,8 +46,10 @@ SHARD_BYTES = 1 << 26
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _STAMP, _LOCK = "stamp.json", "build.lock"
-# Files of a cache: nothing else in a folder is ever deleted.
-_OWN = re.compile(r"(stamp\.json|rows-\d+-\d+\.safetensors)(\.new)?")
+# Files of a cache, also of earlier versions: nothing else in a folder is ever deleted.
+_OWN = re.compile(
+    r"(stamp\.json|rows-\d+-\d+\.safetensors|(features|targets)-\d+\.bin|offsets-\d+\.npy|progress-\d+\.json)(\.new)?"
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _CLASSES = {
 }
 _USAGE = """## How to load this adapter
 
-This is an LReg adapter: {description}. Install the package and import it before PEFT loads the adapter:
+This is an LReg adapter. Install the package and import it before PEFT loads the adapter:
 
 ```bash
 pip install lreg_peft
@@ -86,7 +86,7 @@ def _add_usage(card: ModelCard, config: Any) -> bool:
     """Append the section unless the card has it; whether it changed."""
     if _IMPORT in card.text:
         return False
-    card.text = f"{card.text.rstrip()}\n\n{_USAGE.format(description=_description(config), loading=_loading(config))}"
+    card.text = f"{card.text.rstrip()}\n\n{_USAGE.format(loading=_loading(config))}"
     return True
 
 
@@ -102,16 +102,3 @@ def _loading(config: Any) -> str:
             f'model = PeftModel.from_pretrained(base_model, "{_REPOSITORY}")'
         )
     return f'from peft import {kind}\n\nmodel = {kind}.from_pretrained("{_REPOSITORY}")'
-
-
-def _description(config: Any) -> str:
-    targets = config.target_modules
-    names = [f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets or ())]
-    where = ", ".join(names if len(names) <= 8 else [*names[:7], f"and {len(names) - 7} more"])
-    linear = " with a linear term" if config.linear_term else ""
-    sizes = sorted({config.n_components, *config.component_pattern.values()})
-    components = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return (
-        f"piecewise-linear shortcuts around {where}; weighting `{config.weighting}`{linear}, "
-        f"n_components={components}, n_nodes={config.n_nodes}"
-    )

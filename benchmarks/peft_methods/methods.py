@@ -203,7 +203,7 @@ VARIANTS = (
     ),
     variant(
         "lreg-fast-profiles",
-        "the same with profiles that learn four times faster, as parameter_groups has it",
+        "the same with profiles that learn four times faster",
         customize=customized(faster=("lreg_encoder", 4.0)),
     ),
     variant(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.optim import Optimizer
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
 from ..core.checks import number
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, together
-from ..tuner.layer import LRegLayer
 from ..tuner.moves import Move, Tentative, agreed, optimizer_state
 from ..tuner.sites import Site, check_whole, movable_sites
 from .statistics import MeshStatistics, RunningStatistics, statistics_of
@@ -170,53 +168,6 @@ def _with_samples(
         "no statistics were gathered since the last update. They come from the backward passes of training passes "
         "(train mode, gradients on); passes through a copy of the model do not count."
     )
-
-
-def copy_meshes(copy: nn.Module, model: nn.Module) -> None:
-    """Bring a copy of a model to the model's meshes, after these have moved: averages of weights (EMA, SWA).
-
-    Coefficients of two meshes cannot be averaged. The copy gets the model's nodes, and what lives on its own mesh (the
-    profiles of a factored weighting, else the weight of B) is interpolated there, as `update_meshes` does in the model:
-
-        update_meshes(model, optimizer)
-        copy_meshes(averaged, model)          # e.g. torch.optim.swa_utils.AveragedModel
-        averaged.update_parameters(model)
-
-    Args:
-        copy: a copy of the model, wrapped in other modules or not; changed in place.
-        model: the model whose meshes have moved.
-
-    Raises:
-        ValueError: if the two do not have the same LReg layers with the same adapters and shapes. The copy is then as
-            it was.
-    """
-    sites, leaders = _every_site(copy), _every_site(model)
-    shapes = (
-        [(site.adapter, tuple(site.nodes.shape), tuple(site.parameter.shape)) for site in each]
-        for each in (sites, leaders)
-    )
-    for own, wanted in zip_longest(*shapes):
-        if own != wanted:
-            raise ValueError(
-                "the copy must have the adapters of the model, with nodes and coefficients of the same shapes, and has "
-                f"{own or 'nothing'} where that has {wanted or 'nothing'}: make it of the adapted model, by "
-                "copy.deepcopy for example."
-            )
-    moves = []
-    for site, leader in zip(sites, leaders, strict=True):
-        if not torch.equal(site.nodes, leader.nodes.to(site.nodes)):
-            mesh = AdaptedMesh(leader.nodes.detach().to(site.nodes, copy=True), site.nodes.clone())
-            moves.append(Move(site, mesh, (site.parameter.detach(),)))
-    with Tentative(tensor for move in moves for tensor in move.state()) as trial:
-        for move in moves:
-            move.apply()
-        trial.keep()
-
-
-def _every_site(model: nn.Module) -> list[Site]:
-    """The sites of all adapters, in the order of the layers and of the names of the adapters."""
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LRegLayer)]
-    return [Site(path, layer, name) for path, layer in layers for name in sorted(layer.lreg_encoder)]
 
 
 def _n_moved(mesh: AdaptedMesh) -> int:

@@ -324,6 +324,12 @@ def solver_of(loss_kind: LossKind, out_features: int) -> Callable[..., Solution]
     return solve_cross_entropy
 
 
+def same_loss(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two scalars computed in `dtype` are one loss, up to rounding."""
+    tolerance = _SAME_LOSS.get(dtype, _SAME_LOSS_HALF)
+    return bool(torch.isclose(one.reshape(()).to(other), other, tolerance, 1e-7, equal_nan=True))
+
+
 def same_output(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs of one shape differ by rounding alone."""
     tolerance = _SAME_OUTPUT.get(one.dtype, _SAME_OUTPUT_HALF)
@@ -356,9 +362,7 @@ def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor 
         rows = align(logits, labels, shift=pairing.shift, out_features=width)
         if loss is None or not len(rows.targets):
             return pairing
-        mine = row_loss(pairing.loss_kind, *rows)
-        tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
-        if loss.numel() == 1 and torch.isclose(loss.reshape(()).to(mine), mine, tolerance, 1e-7, equal_nan=True):
+        if loss.numel() == 1 and same_loss(loss, row_loss(pairing.loss_kind, *rows), loss.dtype):
             return pairing
     raise ValueError(
         f"the loss of {type(model).__name__} is not the {kind.replace('_', ' ')} of its outputs averaged over the "

@@ -79,8 +79,6 @@ def fused_cross_entropy(
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
-    if rows_per_chunk is not None and rows_per_chunk < 1:
-        raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}.")
     normaliser = len(features) if normaliser is None else normaliser
     return _FusedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
         features, design, table, targets, base, normaliser, label_smoothing, rows_per_chunk

@@ -107,7 +107,6 @@ OUT_OF_RANGE = [
     ("initialize_lreg_weights", "max_samples", -3),
     ("initialize_lreg_weights", "adapter_name", "other"),
     ("plot_meshes", "max_components", 0),
-    ("plot_meshes", "channels", [1000]),
     ("plot_meshes", "modules", ["nowhere"]),
     ("plot_meshes", "adapter_name", "other"),
     ("refine_linearized", "rank", 0),

@@ -10,14 +10,6 @@ from torch import nn
 TAG = "lreg"
 _IMPORT = "import lreg_peft"
 _REPOSITORY = "<this repository>"
-_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 _USAGE = """## How to load this adapter
 
 This is an LReg adapter. Install the package and import it before PEFT loads the adapter:
@@ -92,13 +84,10 @@ def _add_usage(card: ModelCard, config: Any) -> bool:
 
 def _loading(config: Any) -> str:
     """The code that loads an adapter with this configuration."""
+    base = f"base_model = ...  # {config.base_model_name_or_path or 'the model that the adapter was trained on'}"
     if getattr(config, "previous_grades", None):
-        return f'\nmodel = lreg_peft.load_grades(base_model, "{_REPOSITORY}")  # a stack of grades, all of them'
-    kind = _CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
-    if kind is None or not config.base_model_name_or_path:
-        return (
-            "from peft import PeftModel\n\n"
-            "base_model = ...  # the model that the adapter was trained on\n"
-            f'model = PeftModel.from_pretrained(base_model, "{_REPOSITORY}")'
-        )
-    return f'from peft import {kind}\n\nmodel = {kind}.from_pretrained("{_REPOSITORY}")'
+        load = f'lreg_peft.load_grades(base_model, "{_REPOSITORY}")  # a stack of grades, all of them'
+    else:
+        base = f"from peft import PeftModel\n\n{base}"
+        load = f'PeftModel.from_pretrained(base_model, "{_REPOSITORY}")'
+    return f"{base}\nmodel = {load}"

@@ -77,9 +77,9 @@ def plot_meshes(
             behind.set_yticks([])
             panel.set_zorder(behind.get_zorder() + 1)
             panel.patch.set_visible(False)
-            for meshes, *style in drawn:
+            for meshes, colour, label, lift in drawn:
                 if path in meshes:
-                    _draw(panel, behind, meshes[path], component, *style)
+                    _draw(panel, behind, meshes[path], component, colour, label, lift)
             panel.set_xlim(0, 1)
             panel.set_xlabel("coordinate u", fontsize=8)
             panel.tick_params(labelsize=7)

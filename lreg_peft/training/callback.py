@@ -3,10 +3,12 @@
 import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -119,8 +121,9 @@ class LRegCallback(TrainerCallback, ExportableState):
         self._shape_logs: dict[str, float] = {}
         self._model: nn.Module | None = None
         self._check_loss = check_loss
-        self._batches: _RecentBatches | None = None
-        self._is_gathering = False
+        # The last training batches as the model got them, and the hook that keeps them while statistics are gathered.
+        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=n_check_batches)
+        self._hook: RemovableHandle | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -147,7 +150,14 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.n_accepted = self.n_refused = 0
             self.last_update = None
         self._describe_meshes(self._model)
-        self._gather(state)
+        if self._is_open(state):
+            by_hits = self._options["strategy"] == "paper"
+            track_statistics(
+                self._model,
+                adapter_name=self._options["adapter_name"],
+                n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
+            )
+            self._hook = self._model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,12 +221,9 @@ class LRegCallback(TrainerCallback, ExportableState):
         update = update_meshes(
             model,
             optimizer,
-            strategy=self._options["strategy"],
-            adapter_name=self._options["adapter_name"],
-            n_refine=self._options["n_refine"],
             size=self.current_size,
-            accept=None if self._batches is None else self._batches.loss,
-            tolerance=self._options["tolerance"],
+            accept=partial(self._loss, model) if self._options["n_check_batches"] else None,
+            **{name: self._options[name] for name in ("strategy", "adapter_name", "n_refine", "tolerance")},
         )
         self.last_update = update
         self.n_accepted += update.accepted
@@ -231,73 +238,33 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Whether meshes may still move."""
         return state.global_step <= self._options["stop"] * state.max_steps
 
-    def _gather(self, state: TrainerState) -> None:
-        """Begin to gather, unless no move will come."""
-        if self._model is None or not self._is_open(state):
-            return
-        by_hits = self._options["strategy"] == "paper"
-        track_statistics(
-            self._model,
-            adapter_name=self._options["adapter_name"],
-            n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
-        )
-        if self._options["n_check_batches"]:
-            self._batches = _RecentBatches(self._model, self._options["n_check_batches"], self._check_loss)
-        self._is_gathering = True
-
     def _stop_gathering(self) -> None:
-        if self._is_gathering and self._model is not None:
-            if self._batches is not None:
-                self._batches.close()
-                self._batches = None
-            self._is_gathering = False
+        if self._hook is not None and self._model is not None:
+            self._hook.remove()
+            self._hook = None
+            self._calls.clear()
             track_statistics(self._model, False, adapter_name=self._options["adapter_name"])
 
-    def _describe_meshes(self, model: nn.Module) -> None:
-        meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
-        self._shape_logs = {
-            "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
-            "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
-        }
-
-
-class _RecentBatches:
-    """Keeps the last training batches as the model gets them, to compute the loss on them again.
-
-    Args:
-        model: the model that trains.
-        n_batches: how many to keep.
-        check_loss: see `LRegCallback`.
-    """
-
-    def __init__(self, model: nn.Module, n_batches: int, check_loss: CheckLoss | None) -> None:
-        self._model, self._check_loss = model, check_loss
-        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=n_batches)
-        self._handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
-
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: keep the last training batches as the model gets them."""
         if model.training and torch.is_grad_enabled():
             self._calls.append((args, dict(kwargs)))
 
-    def loss(self) -> float:
-        """The mean over the batches, in eval mode.
-
-        Raises:
-            RuntimeError: if there is no batch, or no loss for it.
-        """
+    def _loss(self, model: nn.Module) -> float:
+        """The mean over the batches that were kept, in eval mode."""
         if not self._calls:
             raise RuntimeError(
                 "there is no training batch to try a move of the meshes on: let the model run in train mode before one "
                 "is due, or set LRegCallback(n_check_batches=0) to keep every move."
             )
-        with eval_mode(self._model):
-            losses = [self._loss_on(args, dict(kwargs)).detach().mean() for args, kwargs in self._calls]
+        with eval_mode(model):
+            losses = [self._loss_on(model, args, dict(kwargs)).detach().mean() for args, kwargs in self._calls]
         return float(torch.stack(losses).float().mean())
 
-    def _loss_on(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
+    def _loss_on(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
         if self._check_loss is not None:
-            return self._check_loss(self._model, inputs)
-        output = self._model(*args, **inputs)
+            return self._check_loss(model, inputs)
+        output = model(*args, **inputs)
         loss = loss_of(output)
         if not isinstance(loss, Tensor):
             raise RuntimeError(
@@ -308,7 +275,9 @@ class _RecentBatches:
             )
         return loss
 
-    def close(self) -> None:
-        """Forget the batches, and look at no more of them."""
-        self._calls.clear()
-        self._handle.remove()
+    def _describe_meshes(self, model: nn.Module) -> None:
+        meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
+        self._shape_logs = {
+            "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
+            "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
+        }

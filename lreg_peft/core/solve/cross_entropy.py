@@ -94,8 +94,8 @@ class _Objective:
                 basis, p = chunk.basis.to(dtype), self._logits(chunk, c, dtype)
                 total += _to_probabilities(p, chunk.target).sum(dtype=torch.float64)  # what were logits is p now
                 n += len(p)
-                if not first:
-                    curvature += (p.sum(dim=0) - _squares(p)).double()
+                if not first:  # the sum of p as a product, which adds in blocks
+                    curvature += ((p.new_ones(1, len(p)) @ p).squeeze(0) - _squares(p)).double()
                 _subtract_target(p, chunk.target)
                 gradient += basis.T @ p
                 if first:

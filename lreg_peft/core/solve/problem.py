@@ -197,8 +197,8 @@ class Passes:
         elif rows != self._first:
             raise ValueError(
                 "chunks must give the same samples in every pass: "
-                f"pass 1 had {self._first}, pass {self.complete + 1} has {rows}. Give a function that begins anew whenever "
-                "it is called, not one that hands on an iterator."
+                f"pass 1 had {self._first}, pass {self.complete + 1} has {rows}. Give a function that begins anew "
+                "whenever it is called, not one that hands on an iterator."
             )
         self.complete += 1
 

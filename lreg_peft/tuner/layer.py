@@ -290,21 +290,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """
         return self._add(adapter_name, features, torch.zeros_like(like))
 
-    def fused_loss(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        normaliser: Tensor | float | None = None,
-        *,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
+    def fused_loss(self, features: Tensor, targets: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
         """Cross-entropy of this module's output, with the active shortcuts, in chunks of rows.
 
         Args:
             features: `[n, in_features]`.
             targets: int64 `[n]`.
             normaliser: what the summed loss is divided by; None takes n.
-            label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
         Returns:
             A scalar; see `core.fused_loss`.
@@ -321,9 +313,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             names = self.stacked_adapters
             design = torch.cat([self.scaled_design(name, features) for name in names], dim=-1)
             table = torch.cat([self.table(name) for name in names])
-            return fused_cross_entropy(
-                base, features, targets, design, table, normaliser=normaliser, label_smoothing=label_smoothing
-            )
+            return fused_cross_entropy(base, features, targets, design, table, normaliser=normaliser)
 
     def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
         batch = features.shape[0]

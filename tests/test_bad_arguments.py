@@ -99,7 +99,6 @@ OUT_OF_RANGE = [
     ("fit_coefficients", "max_passes", -5),
     ("fit_coefficients", "adapter_name", "other"),
     ("fit_coefficients", "max_moves", -1),
-    ("fit_coefficients", "strategy", "none"),
     ("match_token_frequencies", "n_batches", 0),
     ("match_token_frequencies", "adapter_name", "other"),
     ("initialize_lreg_weights", "method", "random"),

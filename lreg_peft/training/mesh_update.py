@@ -43,7 +43,6 @@ def update_meshes(
     adapter_name: str | None = None,
     n_refine: int | None = None,
     size: float = 1.0,
-    pseudocount: float = 1.0,
     accept: Callable[[], float] | None = None,
     tolerance: float = 0.0,
 ) -> MeshUpdate:
@@ -65,7 +64,6 @@ def update_meshes(
         adapter_name: which adapter; None takes the active ones of every layer.
         n_refine: as in `adapt_mesh`.
         size: as in `adapt_mesh`.
-        pseudocount: as in `adapt_mesh`.
         accept: returns the loss on data of your choice, best on recent batches in eval mode; called without
             gradients before and after the move. The move is undone, exactly, if the loss rises or is NaN; averaged
             over processes. The move is undone too if this raises, and on every process. None keeps every move.
@@ -107,7 +105,6 @@ def update_meshes(
                 statistics.hits if strategy == "paper" else statistics.energy,
                 strategy=strategy,
                 n_refine=n_refine,
-                pseudocount=pseudocount,
                 moments=statistics.moments,
                 node_gradient=statistics.node_gradient,
                 size=size,

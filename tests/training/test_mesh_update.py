@@ -350,7 +350,6 @@ class TestErrors:
             ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
             ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
             ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
-            ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
             ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
         ],
     )

@@ -48,11 +48,12 @@ def fit_coefficients(
     What everything else gives, other active adapters included, is taken as it is. The curvature penalty of the
     configuration has no part in P.
 
-    With `max_moves` the mesh moves, too. After a fit, the sum of squared residuals in every element says where it is too
-    coarse; nodes go there as `core.adapt_mesh` proposes, the weights follow by interpolation and are fitted again from there. The move stays if the new objective lies below the
-    lower bound that the certificate gives for the old mesh, objective - gap: then the new optimum is below the old one,
-    whatever the tolerance. Otherwise mesh and weights go back, and a smaller move is tried. The optimum over the
-    weights is global for every mesh; the mesh itself is improved step by step.
+    With `max_moves` the mesh moves, too. After a fit, the sum of squared residuals in every element says where it
+    is too coarse; nodes go there as `core.adapt_mesh` proposes, the weights follow by interpolation and are fitted
+    again from there. The move stays if the new objective lies below the lower bound that the certificate gives for
+    the old mesh, objective - gap: then the new optimum is below the old one, whatever the tolerance. Otherwise mesh
+    and weights go back, and a smaller move is tried. The optimum over the weights is global for every mesh; the
+    mesh itself is improved step by step.
 
     The data are read once: the frozen part of the model runs in eval mode, and the solver then works on the inputs of
     the output module, or on the outputs if these are narrower. Those are kept in memory, unless `data` is a feature

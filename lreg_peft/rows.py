@@ -71,11 +71,12 @@ def is_stream(data: Any) -> bool:
     return isinstance(data, IterableDataset) or _is_of_datasets(data, "IterableDataset")
 
 
-def batches_of(data: Any, batch_size: int = 8) -> Iterable[Mapping[str, Any]]:
+def batches_of(data: Any, batch_size: int = 8, *, in_order: bool = False) -> Iterable[Mapping[str, Any]]:
     """Batches of whatever a caller gave: a data set of samples, of torch or of `datasets`, gets a data loader.
 
-    Its samples come in a random order that is always the same, of several processes each takes its share, and they are
-    put together by `transformers.default_data_collator`. Data loaders and other iterables give batches as they are.
+    Its samples come in a random order that is always the same, or `in_order`; of several processes each takes its
+    share. They are put together by `transformers.default_data_collator`. Data loaders and other iterables give batches
+    as they are.
 
     Raises:
         TypeError: if it cannot be iterated over.
@@ -91,8 +92,10 @@ def batches_of(data: Any, batch_size: int = 8) -> Iterable[Mapping[str, Any]]:
 
     if not is_stream(data):
         rank, world = rank_and_world()
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-        data = Subset(data, order[rank::world].tolist())
+        n = len(data)  # type: ignore[arg-type]
+        share = -(-n // world)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        data = Subset(data, range(n)[rank * share :][:share] if in_order else order[rank::world].tolist())
     return DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)
 
 

@@ -85,7 +85,6 @@ def before():
 
 
 OUT_OF_RANGE = [
-    ("cache_features", "batch_size", 0),
     ("cache_features", "dtype", torch.int8),
     ("cache_features", "adapter_name", "other"),
     ("add_grade", "form", "nested"),

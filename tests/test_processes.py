@@ -15,6 +15,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from processes import run_on_two
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
@@ -137,7 +138,8 @@ def scenarios(rank: int, folder: Path):
         fit_coefficients(model, batches(rank) if data is None else data, max_moves=2, **quiet, **options)
 
     def cache(model, data=None, path="c", **options):
-        cache_features(model, samples() if data is None else data, folder / path, batch_size=1, **quiet, **options)
+        loader = DataLoader(samples() if data is None else data, batch_size=1)
+        cache_features(model, loader, folder / path, **quiet, **options)
 
     yield "start: other options", lambda m: start(m, n_batches=2 + rank), inside(), "'n_batches' of process 1", None
     yield "start: wrong option", lambda m: start(m, n_batches=3 - 3 * rank), inside(), "n_batches must be at", None
@@ -222,7 +224,7 @@ def _late(rank):
 
         def __getitem__(self, i):
             Late.reads += 1
-            if rank == 1 and Late.reads > 4:
+            if rank == 1 and Late.reads > 8:
                 raise Failure("late on process 1")
             return super().__getitem__(i)
 

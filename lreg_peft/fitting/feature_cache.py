@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from ..core.checks import whole
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
 from ..core.fingerprint import fingerprint_of_all
-from ..rows import LossKind, Rows, check_batch, is_stream
+from ..rows import BatchData, LossKind, Rows, batches_of, check_batch
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
@@ -152,12 +151,10 @@ class FeatureCache(ConcatDataset):
 
 def cache_features(
     model: nn.Module,
-    data: Iterable[Any],
+    data: BatchData,
     path: str | Path,
     *,
     adapter_name: str | None = None,
-    batch_size: int | None = 8,
-    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
     show_progress: bool = True,
@@ -179,18 +176,15 @@ def cache_features(
     Features are computed in eval mode. Training in the model, with dropout below the shortcut, sees other ones at every
     step: that is another regularisation.
 
-    Several processes share the work: they call this function together; of a data set each takes a part, and a data
-    loader must give each process its own.
+    Several processes share the work: they call this function together.
 
     Args:
         model: a model whose LReg adapter is on its output module, and on nothing else, with a frozen rest.
-        data: a data set of samples (dictionaries with labels; also an iterable one, of which each process gives its own
-            part), or a data loader or other iterable of batches that gives the same ones in the same order every time.
+        data: a data set of samples of equal length, of which each process takes a part, or a data loader or other
+            iterable of batches, dictionaries with labels, of which each gives its own. The same ones must come in the
+            same order every time.
         path: folder of the cache.
         adapter_name: the adapter to train; None takes the active one.
-        batch_size: samples of a data set per forward pass; None if the items of `data` are batches already.
-        collate_fn: makes a batch from samples; None takes `transformers.default_data_collator`, which wants samples of
-            equal length.
         dtype: of the stored features: bf16, fp16 or fp32.
         overwrite: replace a complete cache that does not fit in place of refusing. (One that does not fit and was left
             unfinished is replaced anyway.) Only files that caches write are deleted.
@@ -211,7 +205,6 @@ def cache_features(
         path = Path(path).resolve()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-        whole("batch_size", batch_size, 1, optional=True)
         output = find_output_layer(model, adapter_name)
         if other := trained_elsewhere(output):
             raise ValueError(
@@ -219,8 +212,9 @@ def cache_features(
                 "gradients: stored features would be out of date after the first step. Freeze them, or do without a "
                 "cache."
             )
-        batches = _batches(data, batch_size, collate_fn)
-    options = {"adapter_name": output.adapter_name, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
+        _check_order(data)
+        batches = batches_of(data, in_order=True)
+    options = {"adapter_name": output.adapter_name, "dtype": dtype, "overwrite": overwrite}
     model_is = _made_from(output)
     require_equal({"path": str(path), **options, **model_is}, "Give every process the same model and options.")
     is_main = rank_and_world()[0] == 0
@@ -260,10 +254,8 @@ def cache_features(
     return cache
 
 
-def _batches(
-    data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None
-) -> Iterable[Mapping[str, Any]]:
-    """This process's part of the data, as batches, as often as it is iterated over."""
+def _check_order(data: Any) -> None:
+    """Raise a `ValueError` for data that will not come in the same order twice."""
     samplers = (getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
     if isinstance(data, DataLoader) and any(isinstance(sampler, RandomSampler) for sampler in samplers):
         raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
@@ -272,14 +264,6 @@ def _batches(
             f"data must be something that can be iterated over twice, got a {type(data).__name__}, which is used up by "
             "one pass."
         )
-    are_samples = isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, DataLoader)
-    if batch_size is None or not (are_samples or is_stream(data)):
-        return data  # type: ignore[no-any-return]
-    if are_samples:
-        rank, world = rank_and_world()
-        size = -(-len(data) // world)
-        data = Subset(data, range(len(data))[rank * size : (rank + 1) * size])
-    return DataLoader(data, batch_size, collate_fn=collate_fn or default_data_collator)
 
 
 def _add_to_digest(digest: Any, batch: Any) -> None:

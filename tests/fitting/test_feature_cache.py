@@ -43,7 +43,9 @@ def adapted(base: nn.Module | None = None, **options) -> nn.Module:
 
 
 def build(path, model: nn.Module | None = None, data=DATA, **options) -> FeatureCache:
-    return cache_features(model or adapted(), data, path, batch_size=options.pop("batch_size", 3), **options)
+    if isinstance(data, list):
+        data = DataLoader(data, batch_size=3)
+    return cache_features(model or adapted(), data, path, **options)
 
 
 class TestContents:
@@ -90,11 +92,12 @@ class TestContents:
 
     def test_a_loader_of_batches_gives_the_same(self, tmp_path):
         loader = DataLoader(DATA, batch_size=3)
-        batches = list(loader)
+        data_set = datasets.Dataset.from_list([{k: v.tolist() for k, v in sample.items()} for sample in DATA])
         caches = [
             build(tmp_path / "a"),
             build(tmp_path / "b", data=loader),
-            build(tmp_path / "c", data=batches, batch_size=None),
+            cache_features(adapted(), list(loader), tmp_path / "c"),
+            build(tmp_path / "d", data=data_set),
         ]
         for cache in caches[1:]:
             assert len(cache) == 7
@@ -371,7 +374,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="in another order"):
             build(tmp_path / "c", data=Shuffled())
 
-    @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"batch_size": 0}])
+    @pytest.mark.parametrize("options", [{"dtype": torch.int8}])
     def test_of_options(self, tmp_path, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             build(tmp_path / "c", **options)

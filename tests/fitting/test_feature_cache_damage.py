@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 import lreg_peft.fitting.feature_cache as cache_module
 from lreg_peft import FeatureCache, LRegConfig, cache_features, fit_coefficients
@@ -28,9 +29,9 @@ def adapted(base=None, **options):
 MODEL = adapted()
 
 
-def build(path, samples=None, model=None, **options) -> FeatureCache:
-    options = {"batch_size": 2, "show_progress": False, **options}
-    return cache_features(model or MODEL, data() if samples is None else samples, path, **options)
+def build(path, samples=None, model=None, batch_size=2, **options) -> FeatureCache:
+    loader = DataLoader(data() if samples is None else samples, batch_size=batch_size)
+    return cache_features(model or MODEL, loader, path, show_progress=False, **options)
 
 
 def rows(cache: FeatureCache) -> torch.Tensor:
@@ -135,7 +136,7 @@ class TestRows:
 
         caches = [tmp_path / str(middle) for middle in (0, 1)]
         for middle, path in enumerate(caches):
-            build(path, batches(middle), batch_size=None)
+            cache_features(MODEL, batches(middle), path, show_progress=False)
         stamps = [FeatureCache(path).stamp["made_from"]["data"] for path in caches]
         assert stamps[0] != stamps[1]
 

@@ -247,13 +247,6 @@ class TestReopening:
             build(tmp_path / "c", dtype=torch.float32)
         assert len(build(tmp_path / "c", data=other, overwrite=True)) == 6
 
-    def test_a_folder_of_something_else_is_left_alone(self, tmp_path):
-        (tmp_path / "thesis.txt").write_text("precious")
-        with pytest.raises(ValueError, match="is not a feature cache"):
-            build(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no complete feature cache"):
-            FeatureCache(tmp_path)
-
 
 class Stopping(list):
     """A data set that stops the process at a sample, in the second pass over it."""
@@ -373,11 +366,6 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match="in another order"):
             build(tmp_path / "c", data=Shuffled())
-
-    @pytest.mark.parametrize("options", [{"dtype": torch.int8}])
-    def test_of_options(self, tmp_path, options):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            build(tmp_path / "c", **options)
 
 
 def trained_logits(model: nn.Module, cache: FeatureCache) -> torch.Tensor:

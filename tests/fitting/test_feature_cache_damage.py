@@ -152,12 +152,6 @@ class TestPlaces:
         assert len(build(tmp_path / "link", data(3), overwrite=True)) == 3
         assert (tmp_path / "link").is_symlink()
 
-    def test_a_link_to_an_empty_folder(self, tmp_path):
-        (tmp_path / "disk").mkdir()
-        (tmp_path / "link").symlink_to(tmp_path / "disk")
-        assert len(build(tmp_path / "link")) == 6
-        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "stamp.json").is_file()
-
     def test_overwrite_deletes_nothing_foreign(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("precious")
         for overwrite in (False, True):

@@ -33,7 +33,7 @@ from .label_shift import LabelShift, TokenRows
 _SKETCH_PER_COMPONENT, _SKETCH_MORE = 4, 16
 # So many samples, or labels, run backwards over all processes, in evenly spaced batches: directions need fewer than a
 # head does.
-_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 2048
+_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 4096
 
 
 def initialize_lreg_weights(
@@ -58,7 +58,7 @@ def initialize_lreg_weights(
       Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
       module's output: the directions of x along which a change of the output lowers the loss most. The batches need
-      labels; 32 samples or 2,048 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
+      labels; 32 samples or 4,096 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
       2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its

@@ -136,7 +136,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         coefficients = Coefficients(encoder.n_functions, self.out_features)
         if not config.init_weights:
             nn.init.normal_(coefficients.weight, std=_RANDOM_INIT_STD)
-        self.lreg_projection[adapter_name] = Projection(width, n_components)
+        self.lreg_projection[adapter_name] = Projection(width, n_components, config.base_width)
         self.lreg_encoder[adapter_name] = encoder
         self.lreg_coefficients[adapter_name] = coefficients
         self.lreg_dropout[adapter_name] = config.dropout
@@ -423,7 +423,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """
         own, encoder, _ = self.parts(adapter_name)
         encoder.set_nodes(nodes)
-        own.weight.copy_(projection)
+        own.weight.copy_(projection / own.scale)
         own.bias.copy_(bias)
         self.needs_data_init.discard(adapter_name)
 

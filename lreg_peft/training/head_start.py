@@ -21,6 +21,7 @@ from ..core.distributed import from_main, gather_objects, rank_and_world, togeth
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
 from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, row_loss, solver_of
+from ..tuner.moves import Tentative
 from ..tuner.placement import output_head_name
 from .start_rows import StartRows
 
@@ -83,24 +84,25 @@ class HeadRows(StartRows):
         model: the model.
         head: its last linear layer, the copy of it that an adapter trains.
         n_batches: passes there will be at most, in each process.
+        must_start: whether it is an error if the head cannot start from what was seen.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int, must_start: bool = True) -> None:
         most = min(_MOST_ROWS, _MOST_ENTRIES // head.out_features)
         super().__init__(model, head, "", n_batches, most, instead="there is none for such a head")
-        self.head = head
+        self.head, self._must_start = head, must_start
         # Features, logits, targets and half of some rows of each pass.
         self._rows: list[tuple[Tensor, ...]] = []
-        #: Why the head cannot start from what was seen, one sentence; None if it can.
-        self.reason: str | None = None
+        # Why the head cannot start from what was seen, one sentence; None if it can.
+        self._reason: str | None = None
 
     def take(self, inputs: Mapping[str, Any], output: Any) -> None:
-        """Keep rows of the pass; what stands in the way becomes the `reason`."""
-        if self.reason is None:
+        """Keep rows of the pass; what stands in the way is kept."""
+        if self._reason is None:
             try:
                 seen = self.of_pass(inputs, output).few(self.quota)
             except ValueError as error:
-                self.reason = str(error)
+                self._reason = str(error)
                 return
             assert seen.logits is not None
             kept = seen.features, seen.logits, seen.targets, seen.samples % 2  # samples in turn judge
@@ -110,18 +112,21 @@ class HeadRows(StartRows):
         """Put the head to where the rows of all processes have their optimum, if that pays.
 
         Returns:
-            What was done; None if there is a `reason` not to. The loss on the rows does not rise.
+            What was done; None if the head cannot start from what was seen. The loss on the rows does not rise.
 
         Raises:
-            ValueError: if features or labels are not finite, or the labels are none that the loss has a minimum for.
+            ValueError: if features or labels are not finite, or the labels are none that the loss has a minimum for; if
+                the head must start and cannot.
         """
-        everybody = gather_objects((self.reason, self._rows, self.pairing))
-        self.reason = next((reason for reason, _, _ in everybody if reason is not None), None)
+        everybody = gather_objects((self._reason, self._rows, self.pairing))
+        reason = next((reason for reason, _, _ in everybody if reason is not None), None)
         pairing = next((pairing for _, _, pairing in everybody if pairing is not None), None)
         rows = [row for _, own, _ in everybody for row in own]
-        if self.reason is None and (pairing is None or not sum(len(row[2]) for row in rows)):
-            self.reason = f"{self.purpose} needs labels, and the batches have none that count."
-        if self.reason is not None or pairing is None:
+        if reason is None and (pairing is None or not sum(len(row[2]) for row in rows)):
+            reason = f"{self.purpose} needs labels, and the batches have none that count."
+        if reason is not None and self._must_start:
+            raise ValueError(f"{reason} Or leave the head as it is: start_head=False.")
+        if reason is not None or pairing is None:
             return None
         found = None
         with together():
@@ -129,9 +134,10 @@ class HeadRows(StartRows):
                 parts = map(torch.cat, zip(*rows, strict=True))
                 found = _solve(self.name, self.head, pairing.loss_kind, *parts)
         report, weights = from_main(found)  # type: ignore[misc]
-        with together(), torch.no_grad():
+        with together(), torch.no_grad(), Tentative(self.head.parameters()) as trial:
             for parameter, weight in zip(self.head.parameters(), weights, strict=False):
                 parameter.copy_(weight)
+            trial.keep()
         return report
 
 
@@ -156,8 +162,7 @@ def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "defaul
     rows = HeadRows(model, head, n_batches)
     rows.read(model, islice(batches_of(data), n_batches))
     report = rows.start()
-    if report is None:
-        raise ValueError(rows.reason)
+    assert report is not None  # it must start
     return report
 
 

@@ -113,7 +113,7 @@ def match_token_frequencies(
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     hidden = not show_progress or rank_and_world()[0] > 0
     instead = "do without match_token_frequencies"
-    rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
+    rows = TokenRows(model, layer, adapter_name, n_batches, False, "a calibration of the output", instead)
     rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden))
     with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
@@ -156,12 +156,16 @@ class TokenRows(StartRows):
         layer: the wrapped head.
         adapter_name: whose shortcut takes the shift.
         n_batches: passes there will be at most, in each process.
+        is_new: whether the basis of the shortcut can give a constant exactly, as it does until it is trained. Else the
+            shift goes along what comes closest to one on the rows that judge, by least squares.
         errors: `purpose` and `instead` of `OutputRows`.
     """
 
-    def __init__(self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, *errors: str) -> None:
+    def __init__(
+        self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, is_new: bool, *errors: str
+    ) -> None:
         super().__init__(model, layer, adapter_name, n_batches, _JUDGES, *errors)
-        self.layer = layer
+        self.layer, self._is_new = layer, is_new
         self._turn, self._world = rank_and_world()  # of the next batch, among those of all processes
         # How often each token comes, and is expected, in each half.
         self._counts, self._expected = torch.zeros(2, 2, layer.out_features, dtype=torch.float64, device="cpu")
@@ -187,12 +191,8 @@ class TokenRows(StartRows):
         kept = seen.few(self.quota)
         self._judges[half].append((kept.features, kept.targets))
 
-    def start(self, constant: Tensor | None = None) -> LabelShift:
+    def start(self) -> LabelShift:
         """Add the shift to the shortcut on the output head, if that pays.
-
-        Args:
-            constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to
-                one on the rows that judge, by least squares.
 
         Returns:
             What was done. The loss on the rows that judge does not rise.
@@ -212,7 +212,10 @@ class TokenRows(StartRows):
             )
         scale = self.layer.scaling[self.adapter_name]
         with exact_pass(self.model):
-            k = self._closest_to_one() if constant is None or not scale else constant.float() / scale
+            exact = (
+                self.layer.parts(self.adapter_name)[1].constant().float() / scale if self._is_new and scale else None
+            )
+            k = self._closest_to_one() if exact is None else exact  # [K], weights of the basis
             before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
             heldout = min(tried)
             best = tried.index(heldout)

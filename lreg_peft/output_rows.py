@@ -1,6 +1,6 @@
 """What the module that ends a model sees, row by row with the labels, in passes that are made for whatever reason."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -8,8 +8,20 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from .core.distributed import rank_and_world, together
 from .modules import unwrap
-from .rows import Pairing, align, find_pairing, last_tokens, logits_of, loss_of, same_output, width_of
+from .rows import (
+    Pairing,
+    align,
+    exact_pass,
+    find_pairing,
+    last_tokens,
+    logits_of,
+    loss_of,
+    model_inputs,
+    same_output,
+    width_of,
+)
 from .tuner.layer import LRegLayer
 from .tuner.layout import first_tensor
 
@@ -50,7 +62,14 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         instead: what to do where the module is not of the kind for that.
     """
 
-    def __init__(self, model: nn.Module, module: nn.Module, adapter_name: str, purpose: str, instead: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        adapter_name: str,
+        purpose: str = "a start of {name!r}",
+        instead: str = "leave it as it is (start_head=False)",
+    ) -> None:
         self.model, self.adapter_name = unwrap(model), adapter_name
         self.name = next(name for name, one in self.model.named_modules() if one is module)
         self.purpose, self._instead = purpose.format(name=self.name), instead
@@ -76,6 +95,13 @@ class OutputRows(AbstractContextManager["OutputRows"]):
         else:
             features = args[0]
         self._seen.append((features.detach(), output))
+
+    def read(self, model: nn.Module, batches: Iterable[Any], take: Callable[[Mapping[str, Any], Any], None]) -> None:
+        """Make passes over batches for nothing else; `take` gets the inputs of each and what the model returned."""
+        with together(), self, exact_pass(model):
+            for batch in batches:
+                inputs = model_inputs(model, batch, labels=False)
+                take(inputs, model(**inputs))
 
     @torch.no_grad()
     def of_pass(self, inputs: Mapping[str, Any], output: Any, *, with_logits: bool = True) -> SeenRows:
@@ -121,6 +147,11 @@ class OutputRows(AbstractContextManager["OutputRows"]):
             f"{type(self.model).__name__} changes what {self.name!r} gives before it is the output, which "
             f"{self.purpose} does not know of: {self._instead}."
         )
+
+
+def per_pass(most: int, n_batches: int) -> int:
+    """How many rows to keep of each pass, to have `most` of `n_batches` passes in every process."""
+    return -(-most // (n_batches * rank_and_world()[1]))
 
 
 def spaced(n: int, most: int) -> Tensor:

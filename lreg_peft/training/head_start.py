@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..core.distributed import from_main, gather_objects, rank_and_world, together
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
+from ..output_rows import OutputRows, per_pass
 from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, row_loss, solver_of
 from ..tuner.moves import Tentative
 from ..tuner.placement import output_head_name
-from .start_rows import StartRows
 
 #: Ridges that are tried: penalties on the squared change of the weights, for features of mean squared length one.
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
@@ -77,7 +77,7 @@ def _is_whole(layer: nn.Linear) -> bool:
     return weight.is_floating_point() and tuple(weight.shape) == shape and not hasattr(weight, "full_tensor")
 
 
-class HeadRows(StartRows):
+class HeadRows(OutputRows):
     """What the last linear layer of a head sees, and its start from that.
 
     Args:
@@ -88,8 +88,8 @@ class HeadRows(StartRows):
     """
 
     def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int, must_start: bool = True) -> None:
-        most = min(_MOST_ROWS, _MOST_ENTRIES // head.out_features)
-        super().__init__(model, head, "", n_batches, most, instead="there is none for such a head")
+        super().__init__(model, head, adapter_name="", instead="there is none for such a head")
+        self._quota = per_pass(min(_MOST_ROWS, _MOST_ENTRIES // head.out_features), n_batches)
         self.head, self._must_start = head, must_start
         # Features, logits, targets and half of some rows of each pass.
         self._rows: list[tuple[Tensor, ...]] = []
@@ -100,7 +100,7 @@ class HeadRows(StartRows):
         """Keep rows of the pass; what stands in the way is kept."""
         if self._reason is None:
             try:
-                seen = self.of_pass(inputs, output).few(self.quota)
+                seen = self.of_pass(inputs, output).few(self._quota)
             except ValueError as error:
                 self._reason = str(error)
                 return
@@ -160,7 +160,7 @@ def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "defaul
     if head is None:
         raise ValueError(f"{type(unwrap(model)).__name__} has no new head: name it in modules_to_save.")
     rows = HeadRows(model, head, n_batches)
-    rows.read(model, islice(batches_of(data), n_batches))
+    rows.read(model, islice(batches_of(data), n_batches), rows.take)
     report = rows.start()
     assert report is not None  # it must start
     return report

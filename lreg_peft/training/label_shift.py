@@ -18,13 +18,13 @@ from ..core.checks import whole
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
+from ..output_rows import OutputRows, per_pass
 from ..rows import BatchData, batches_of, exact_pass, first_batches, is_per_token, logits_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
-from .start_rows import StartRows
 
 #: Pseudocounts that are tried.
 PSEUDOCOUNTS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -114,7 +114,7 @@ def match_token_frequencies(
     hidden = not show_progress or rank_and_world()[0] > 0
     instead = "do without match_token_frequencies"
     rows = TokenRows(model, layer, adapter_name, n_batches, False, "a calibration of the output", instead)
-    rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden))
+    rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden), rows.take)
     with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
         trial.keep()
@@ -145,7 +145,7 @@ def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
     return layer, chosen
 
 
-class TokenRows(StartRows):
+class TokenRows(OutputRows):
     """What a language model's output head sees, and the shift that follows from that.
 
     Batches in turn make two halves. They are counted over all processes, one from each in turn, as they are dealt out:
@@ -164,8 +164,9 @@ class TokenRows(StartRows):
     def __init__(
         self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, is_new: bool, *errors: str
     ) -> None:
-        super().__init__(model, layer, adapter_name, n_batches, _JUDGES, *errors)
+        super().__init__(model, layer, adapter_name, *errors)
         self.layer, self._is_new = layer, is_new
+        self._quota = per_pass(_JUDGES, n_batches)
         self._turn, self._world = rank_and_world()  # of the next batch, among those of all processes
         # How often each token comes, and is expected, in each half.
         self._counts, self._expected = torch.zeros(2, 2, layer.out_features, dtype=torch.float64, device="cpu")
@@ -188,7 +189,7 @@ class TokenRows(StartRows):
         for part in seen.logits.split(_ROWS_AT_ONCE):
             self._expected[half] += part.float().softmax(dim=-1).sum(dim=0).double().cpu()
         self._counts[half] += torch.bincount(seen.targets, minlength=self.out_features).double().cpu()
-        kept = seen.few(self.quota)
+        kept = seen.few(self._quota)
         self._judges[half].append((kept.features, kept.targets))
 
     def start(self) -> LabelShift:

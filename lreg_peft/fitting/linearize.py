@@ -53,35 +53,22 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A step that was tried.
+class Step:
+    """A step that was taken.
 
     Attributes:
         rank: dimension of its subspace.
         damping: of its least-squares problem, relative to the largest eigenvalue.
-        step: factor in (0, 1] at which it lowered the training loss; 0 if there was none.
-        loss: mean loss on the training batches there.
-        heldout_loss: mean loss on the held-out batches there; None if there are none.
+        factor: in (0, 1], by which it was scaled so that the training loss fell.
+        loss: mean loss on the training batches after it.
+        heldout_loss: mean loss on the held-out batches after it; None if there are none.
     """
 
     rank: int
     damping: float
-    step: float
+    factor: float
     loss: float
     heldout_loss: float | None
-
-
-@dataclass(frozen=True)
-class RefinementRound:
-    """One linearisation.
-
-    Attributes:
-        taken: the step that was taken; None if none was.
-        candidates: one step per rank and damping.
-    """
-
-    taken: Candidate | None
-    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -93,26 +80,18 @@ class Refinement:
         loss_after: the same afterwards.
         heldout_before: mean loss on the held-out batches before; None if there are none.
         heldout_after: the same afterwards.
-        rounds: what was tried; the last one took no step if that ended the refinement.
+        steps: one for every round that took one.
+        status: "improved" if any step was taken. "no_descent": no step lowered the training loss; the state may be a
+            minimum already, else try a larger damping. "heldout_rose": every step that did raised the held-out loss;
+            give more data, or try a lower rank or a larger damping.
     """
 
     loss_before: float
     loss_after: float
     heldout_before: float | None
     heldout_after: float | None
-    rounds: tuple[RefinementRound, ...]
-
-    @property
-    def status(self) -> Literal["improved", "no_descent", "heldout_rose"]:
-        """Whether any step was taken, and otherwise why not.
-
-        "no_descent": no step lowered the training loss. The state may be a minimum already; else try a larger damping.
-        "heldout_rose": every step that did raised the held-out loss. Give more data, or try a lower rank or a larger
-        damping.
-        """
-        if self.rounds[0].taken is not None:
-            return "improved"
-        return "heldout_rose" if any(candidate.step for candidate in self.rounds[0].candidates) else "no_descent"
+    steps: tuple[Step, ...]
+    status: Literal["improved", "no_descent", "heldout_rose"]
 
 
 def refine_linearized(
@@ -177,7 +156,8 @@ def refine_linearized(
     inner = unwrap(model)
     start = state = _trainable(inner)
     train_batches, heldout_batches = _split(data, eval_data, needs_holdout=len(ranks) > 1)
-    rounds: list[RefinementRound] = []
+    steps: list[Step] = []
+    heldout_rose = False
     # The fused attention kernels have no forward-mode derivative.
     with eval_mode(inner), sdpa_kernel(SDPBackend.MATH):
         train = _MeanLoss(inner, train_batches)
@@ -190,23 +170,31 @@ def refine_linearized(
             size = sum(value.numel() for value in state.values())
             values, vectors = dominant_subspace(multiply, size, max(ranks), seed=seed + i)
             gradient = train.gradient(state)
-            tried = {}
+            best: tuple[float, Step, State] | None = None
             for k in sorted({min(rank, len(values)) for rank in ranks}):
                 for relative in sorted(dampings):
                     step = subspace_step(gradient, values[:k], vectors[:, :k], relative * values[0].item())
                     factor, loss, moved = _line_search(train, state, step, now[0])
-                    held = heldout.at(moved) if heldout and factor else now[1]
-                    tried[Candidate(k, relative, factor, loss, held)] = moved
-            taken = _best(list(tried), now[1])
-            rounds.append(RefinementRound(taken, tuple(tried)))
-            if taken is None:
+                    if not factor:
+                        continue
+                    held = None if heldout is None else heldout.at(moved)
+                    if held is not None and now[1] is not None and not held <= now[1]:
+                        heldout_rose = True
+                        continue
+                    judged = loss if held is None else held
+                    if best is None or judged < best[0]:
+                        best = judged, Step(k, relative, factor, loss, held), moved
+            if best is None:
                 break
-            now, state = (taken.loss, taken.heldout_loss), tried[taken]
+            _, taken, state = best
+            steps.append(taken)
+            now = taken.loss, taken.heldout_loss
     if state is not start:
         with torch.no_grad():
             for name, value in state.items():
                 inner.get_parameter(name).copy_(value)
-    return Refinement(before[0], now[0], before[1], now[1], tuple(rounds))
+    status: Any = "improved" if steps else "heldout_rose" if heldout_rose else "no_descent"
+    return Refinement(before[0], now[0], before[1], now[1], tuple(steps), status)
 
 
 def _trainable(model: nn.Module) -> State:
@@ -342,12 +330,3 @@ def _line_search(train: _MeanLoss, state: State, step: Tensor, loss: float) -> t
         if after < loss:  # not if it is NaN
             return factor, after, moved
     return 0.0, loss, state
-
-
-def _best(candidates: list[Candidate], heldout_loss: float | None) -> Candidate | None:
-    """The candidate to take: it lowered the training loss, did not raise the held-out one, and is the best of these."""
-    lower = [candidate for candidate in candidates if candidate.step]
-    if heldout_loss is None:
-        return min(lower, key=lambda candidate: candidate.loss, default=None)
-    judged = [(one.heldout_loss, one) for one in lower if one.heldout_loss is not None]
-    return min((pair for pair in judged if pair[0] <= heldout_loss), key=lambda pair: pair[0], default=(0.0, None))[1]

@@ -72,7 +72,7 @@ class TestConvex:
         assert result.loss_before > 2 * optimum
         assert result.loss_after == pytest.approx(optimum, rel=1e-9)
         assert mean_loss(model, batches) == pytest.approx(optimum, rel=1e-9)
-        assert [(one.taken.step, one.taken.rank) for one in result.rounds] == [(1.0, trainable(model))]
+        assert [(step.factor, step.rank) for step in result.steps] == [(1.0, trainable(model))]
 
     def test_at_the_minimum_no_step_is_taken(self):
         model = adapted()
@@ -81,7 +81,7 @@ class TestConvex:
             batches = [{"x": batch["x"], "labels": model(x=batch["x"])} for batch in batches]
         before = state(model)
         result = refine(model, batches, n_rounds=3)
-        assert (result.status, len(result.rounds)) == ("no_descent", 1)
+        assert (result.status, result.steps) == ("no_descent", ())
         assert same_state(before, state(model))
 
 
@@ -128,7 +128,7 @@ class TestInsideANetwork:
         expected = -torch.linalg.solve(matrix + damping * torch.eye(len(matrix)), gradient)
         step = torch.cat([p.detach().flatten() for p in parameters]).double() - before
         # The model computes in fp32.
-        scaled = result.rounds[0].taken.step * expected
+        scaled = result.steps[0].factor * expected
         torch.testing.assert_close(step, scaled, rtol=0, atol=1e-3 * step.abs().max().item())
 
 
@@ -145,7 +145,7 @@ class TestDescent:
         model = adapted(targets, weighting=weighting)
         batches = regression()
         result = refine(model, batches, n_rounds=4, damping=[1e-6, 1e-4, 1e-2])
-        losses = [result.loss_before, *(one.taken.loss for one in result.rounds if one.taken)]
+        losses = [result.loss_before, *(step.loss for step in result.steps)]
         assert all(later < earlier for earlier, later in itertools.pairwise(losses))
         assert result.loss_after == losses[-1] < 0.8 * result.loss_before
         assert mean_loss(model, batches) == pytest.approx(result.loss_after, rel=1e-12)
@@ -166,11 +166,12 @@ class TestDescent:
         model, train, held = adapted(), regression(2), regression(2, seed=9)
         before = state(model)
         result = refine(model, train, rank=[2, 5, 500], eval_data=held, damping=[1e-2, 1e-6])
-        (only,) = result.rounds
-        tried = [(candidate.rank, candidate.damping) for candidate in only.candidates]
-        assert tried == list(itertools.product([2, 5, trainable(model)], [1e-6, 1e-2]))
-        best = min(only.candidates, key=lambda candidate: candidate.heldout_loss)
-        assert only.taken == best
+        (only,) = result.steps
+        alone = {}
+        for rank, damping in itertools.product([2, 5, 500], [1e-6, 1e-2]):
+            tried = refine(adapted(), train, rank=rank, eval_data=held, damping=damping)
+            alone[min(rank, trainable(model)), damping] = tried.heldout_after
+        assert (only.rank, only.damping) == min(alone, key=alone.get)
         assert mean_loss(model, held) == pytest.approx(result.heldout_after, rel=1e-12)
         assert mean_loss(model, train) == pytest.approx(result.loss_after, rel=1e-12)
         assert result.heldout_after < result.heldout_before
@@ -189,7 +190,7 @@ class TestDescent:
             held = [{"x": batch["x"], "labels": model(x=batch["x"])} for batch in batches]  # fitted already
         before = state(model)
         result = refine(model, batches, eval_data=held, n_rounds=2)
-        assert (result.status, len(result.rounds)) == ("heldout_rose", 1)
+        assert (result.status, result.steps) == ("heldout_rose", ())
         assert result.loss_after == result.loss_before
         assert same_state(before, state(model))
 

@@ -212,7 +212,8 @@ def cache_features(
                 "gradients: stored features would be out of date after the first step. Freeze them, or do without a "
                 "cache."
             )
-        _check_order(data)
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
         batches = batches_of(data, in_order=True)
     options = {"adapter_name": output.adapter_name, "dtype": dtype, "overwrite": overwrite}
     model_is = _made_from(output)
@@ -237,33 +238,21 @@ def cache_features(
                 own = _write_shards(output, batches, path, made_from, dtype, bar)
             shards, objectives, digests = zip(*gather_objects(own), strict=True)
             with together():
+                if list(digests) != made_from["data"]:
+                    raise ValueError(
+                        "the data came in another order, or changed, between two passes (an iterator is used up by "
+                        "one): a cache needs the same ones every time."
+                    )
                 kinds = sorted({*objectives} - {""})
                 if len(kinds) != 1:
                     found = " and ".join(kinds) or "none: there are no batches, or all labels are ignored (-100)"
                     raise ValueError(f"the data must give rows with labels of one kind, and they give {found}.")
-                if list(digests) != made_from["data"]:
-                    raise ValueError(
-                        "the data came in another order, or changed, between two passes: a cache needs the same ones "
-                        "every time."
-                    )
                 if is_main:
                     _write_stamp(path, made_from, shards=shards, objective=kinds[0])
     with together():
         cache = FeatureCache(path)
     accept_features(output, cache.objective)
     return cache
-
-
-def _check_order(data: Any) -> None:
-    """Raise a `ValueError` for data that will not come in the same order twice."""
-    samplers = (getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
-    if isinstance(data, DataLoader) and any(isinstance(sampler, RandomSampler) for sampler in samplers):
-        raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"data must be something that can be iterated over twice, got a {type(data).__name__}, which is used up by "
-            "one pass."
-        )
 
 
 def _add_to_digest(digest: Any, batch: Any) -> None:

@@ -352,8 +352,8 @@ class TestRefusals:
     def test_of_data(self, tmp_path):
         with pytest.raises(ValueError, match="shuffles"):
             build(tmp_path / "c", data=DataLoader(DATA, batch_size=2, shuffle=True))
-        with pytest.raises(ValueError, match="used up by one pass"):
-            build(tmp_path / "c", data=iter(DATA))
+        with pytest.raises(ValueError, match="an iterator is used up by one"):
+            build(tmp_path / "c", data=iter(DataLoader(DATA, 3)))
         with pytest.raises(ValueError, match=r"labels of one kind, and they give none: there are no batches"):
             build(tmp_path / "c", data=DATA[:1])
         with pytest.raises(ValueError, match="needs 'labels'"):

@@ -118,7 +118,7 @@ class RunningStatistics:
         picked = slice(self._n_passes % stride, None, stride)
         rows = flat[picked].clone()  # not a view: that would keep all rows alive
         shape = latent.shape
-        output.register_hook(lambda gradient: self._note(rows, _pick(self._spread(gradient, shape), picked)))
+        output.register_hook(lambda gradient: self._note(rows, self._spread(gradient, shape).flatten(0, -2)[picked]))
 
     def _spread(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient at B's output for every position of z, of the given shape: where B has fewer, these are averages
@@ -221,15 +221,6 @@ def track_statistics(
 def _sides(positions: tuple[int, ...], on_grid: bool) -> tuple[int, ...]:
     """Positions in space, those of a square image for the tokens of one."""
     return (math.isqrt(positions[0]),) * 2 if on_grid and len(positions) == 1 else positions
-
-
-def _pick(gradient: Tensor, picked: slice) -> Tensor:
-    """Rows of `[..., features]`, without a copy of the others."""
-    if gradient.is_contiguous() or gradient.ndim < 3:
-        return gradient.reshape(-1, gradient.shape[-1])[picked]
-    shape = gradient.shape[:-1]
-    rows = torch.arange(*picked.indices(shape.numel()), device=gradient.device)
-    return gradient[torch.unravel_index(rows, shape)]
 
 
 def _locate_finite(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

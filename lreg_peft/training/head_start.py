@@ -134,9 +134,10 @@ class HeadRows(OutputRows):
                 parts = map(torch.cat, zip(*rows, strict=True))
                 found = _solve(self.name, self.head, pairing.loss_kind, *parts)
         report, weights = from_main(found)  # type: ignore[misc]
-        with together(), torch.no_grad(), Tentative(self.head.parameters()) as trial:
-            for parameter, weight in zip(self.head.parameters(), weights, strict=False):
-                parameter.copy_(weight)
+        with Tentative(self.head.parameters()) as trial:
+            with together(), torch.no_grad():
+                for parameter, weight in zip(self.head.parameters(), weights, strict=False):
+                    parameter.copy_(weight)
             trial.keep()
         return report
 

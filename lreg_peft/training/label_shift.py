@@ -213,10 +213,10 @@ class TokenRows(OutputRows):
             )
         scale = self.layer.scaling[self.adapter_name]
         with exact_pass(self.model):
-            exact = (
-                self.layer.parts(self.adapter_name)[1].constant().float() / scale if self._is_new and scale else None
-            )
-            k = self._closest_to_one() if exact is None else exact  # [K], weights of the basis
+            if self._is_new and scale:
+                k = self.layer.parts(self.adapter_name)[1].constant().float() / scale  # [K], weights of the basis
+            else:
+                k = self._closest_to_one()
             before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
             heldout = min(tried)
             best = tried.index(heldout)

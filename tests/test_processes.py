@@ -27,8 +27,6 @@ from lreg_peft import (
     fit_coefficients,
     initialize_lreg_weights,
     match_token_frequencies,
-    track_statistics,
-    update_meshes,
 )
 from lreg_peft.core.encoder import LagrangeEncoder
 
@@ -92,30 +90,6 @@ def failing(rank, where, name, at=1):
         return own(*args, **kwargs)
 
     return where, name, call
-
-
-def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = inside()
-    track_statistics(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()
-    for batch in batches(0):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-def _accept(rank, at):
-    calls = []
-
-    def accept():
-        calls.append(1)
-        if rank == 1 and len(calls) == at:
-            raise Failure("accept of process 1")
-        return 1.0 / len(calls)
-
-    return accept
 
 
 def scenarios(rank: int, folder: Path):
@@ -202,17 +176,6 @@ def scenarios(rank: int, folder: Path):
             at_head(),
             "fsync of process 1",
             patch,
-        )
-
-    model, optimizer = trained()
-    for at in (1, 2):
-        accept = _accept(rank, at)
-        yield (
-            f"moves: accept {at}",
-            lambda m, a=accept, o=optimizer: update_meshes(m, o, accept=a),
-            model,
-            "accept of",
-            None,
         )
 
 

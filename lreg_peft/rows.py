@@ -169,25 +169,21 @@ def exact_pass(model: nn.Module) -> Iterator[None]:
 
 def logits_of(output: Any) -> Any:
     """The logits in what a model returned: a tensor, a dictionary, an object or a tuple; None without any."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    if isinstance(output, Tensor):
-        output = (output,)
-    if isinstance(output, (tuple, list)):
-        return next((part for part in output[:2] if isinstance(part, Tensor) and part.ndim), None)
-    return getattr(output, "logits", None)
+    return _part_of(output, "logits", lambda part: part.ndim > 0)
 
 
 def loss_of(output: Any) -> Any:
     """The loss in what a model returned; None without one."""
+    return _part_of(output, "loss", lambda part: part.ndim == 0)
+
+
+def _part_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Any:
     if isinstance(output, Mapping):
-        return output.get("loss")
-    if isinstance(output, Tensor):
-        output = (output,)
-    if isinstance(output, (tuple, list)):
-        first = output[0] if output else None
-        return first if isinstance(first, Tensor) and not first.ndim else None
-    return getattr(output, "loss", None)
+        return output.get(name)
+    if isinstance(output, (Tensor, tuple, list)):
+        parts = [output] if isinstance(output, Tensor) else output[:2]  # the loss, if there is one, and the logits
+        return next((part for part in parts if isinstance(part, Tensor) and fits(part)), None)
+    return getattr(output, name, None)
 
 
 def width_of(logits: Tensor) -> int:

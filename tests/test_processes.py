@@ -1,4 +1,4 @@
-"""Every function that processes call together, with one of them failing at each of its stages.
+"""Functions that processes call together, with one of them failing at each stage (mesh updates: `adaptation_failures`).
 
 All processes end with the same error, within seconds, and with the models they had. One pair of processes goes through
 all of it: starting one takes longer than the rest.

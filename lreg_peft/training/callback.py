@@ -26,8 +26,6 @@ CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 # A size so small that nodes hardly slide any more.
 _SMALLEST_SIZE = 1 / 64
-# Rates of Adam below this hardly move a shortcut in a training of usual length; that of `Trainer` is 5e-5.
-_LOW_RATE = 4e-4
 
 
 class LRegCallback(TrainerCallback, ExportableState):
@@ -73,8 +71,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
 
     Warns:
-        UserWarning: when training begins with Adam at a rate far below what shortcuts want; when it ends, if it was too
-            short for one move.
+        UserWarning: when training ends, if it was too short for one move.
     """
 
     def __init__(
@@ -138,13 +135,6 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Start gathering."""
         self._stop_gathering()  # of a training that broke off
         self._model = kwargs["model"]
-        if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
-            warnings.warn(
-                f"learning_rate={args.learning_rate:g} is far below what shortcuts want with Adam: about 2e-2 for "
-                "language models and 3e-3 for classifiers and regressions.",
-                UserWarning,
-                stacklevel=2,
-            )
         if state.global_step == 0:  # not resumed
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0

@@ -374,14 +374,6 @@ class TestErrors:
         with pytest.raises(error, match=message):
             LRegCallback(**options)
 
-    @pytest.mark.parametrize(("rate", "optim", "is_told"), [(5e-5, "adamw_torch", True), (5e-5, "sgd", False)])
-    def test_a_rate_that_hardly_moves_a_shortcut_is_told(self, tmp_path, rate, optim, is_told):
-        run = trainer(adapted(), tmp_path, LRegCallback(every=2), learning_rate=rate, optim=optim, max_steps=3)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run.train()
-        assert any("far below what shortcuts want" in str(each.message) for each in caught) is is_told
-
     def test_model_without_meshes_that_move(self, tmp_path):
         with pytest.raises(ValueError, match="every mesh has n_nodes=2"):
             trainer(adapted(n_nodes=2), tmp_path, LRegCallback()).train()

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
-from ..core.fingerprint import fingerprint_of_all
+from ..core.fingerprint import fingerprint, fingerprint_of_all
 from ..rows import BatchData, LossKind, Rows, batches_of, check_batch
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
@@ -261,11 +261,8 @@ def _add_to_digest(digest: Any, batch: Any) -> None:
         value = batch[name]
         if isinstance(value, np.ndarray) and value.dtype != object:  # its repr leaves the middle out
             value = torch.from_numpy(np.ascontiguousarray(value))
-        if isinstance(value, Tensor):
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(f"{name}{value!r}".encode())
+        said = fingerprint(value) if isinstance(value, Tensor) else repr(value)
+        digest.update(f"{name}{said}".encode())
 
 
 # What a cache is made from

@@ -17,8 +17,7 @@ from ..core.checks import number, whole
 from ..modules import eval_mode
 from ..rows import loss_of
 from ..tuner.penalty import add_penalty_gradient, curvature_penalty, is_penalised
-from ..tuner.sites import movable_sites
-from .mesh_update import MeshUpdate, node_spread, update_meshes
+from .mesh_update import MeshUpdate, update_meshes
 from .statistics import track_statistics
 
 #: Computes the loss that a move is judged by: of the model, on the inputs of a recent training batch.
@@ -42,9 +41,9 @@ class LRegCallback(TrainerCallback, ExportableState):
     Every training begins with the given size and counters at zero, unless it resumes from a checkpoint.
 
     The Trainer's training logs (`log_history` and every reporter that was added after this callback) also get
-    `lreg_node_spread`, `lreg_smallest_element`, `lreg_moves_accepted`, `lreg_moves_refused` and, with a
-    `curvature_weight`, `lreg_curvature_penalty`. Reporters named in `report_to` come first in a Trainer's list; for
-    these to see the entries, `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
+    `lreg_moves_accepted`, `lreg_moves_refused` and, with a `curvature_weight`, `lreg_curvature_penalty`. Reporters
+    named in `report_to` come first in a Trainer's list; for these to see the entries,
+    `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
 
     With `TrainingArguments(restore_callback_states_from_checkpoint=True)` its state survives
     `resume_from_checkpoint`, all but `check_loss`, which no file can hold. Statistics since the last move are not
@@ -115,7 +114,6 @@ class LRegCallback(TrainerCallback, ExportableState):
         self.n_refused = 0
         #: What the last `update_meshes` returned.
         self.last_update: MeshUpdate | None = None
-        self._shape_logs: dict[str, float] = {}
         self._model: nn.Module | None = None
         self._check_loss = check_loss
         # The last training batches as the model got them, and the hook that keeps them while statistics are gathered.
@@ -139,7 +137,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0
             self.last_update = None
-        self._describe_meshes(self._model)
         if self._is_open(state):
             by_hits = self._options["strategy"] == "paper"
             track_statistics(
@@ -179,8 +176,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Add to the logs of the training loss."""
         if logs is None or "loss" not in logs or self._model is None:
             return
-        entries = {
-            **self._shape_logs,
+        entries: dict[str, float] = {
             "lreg_moves_accepted": self.n_accepted,
             "lreg_moves_refused": self.n_refused,
         }
@@ -222,7 +218,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.current_size = max(self.current_size / 2, _SMALLEST_SIZE)
         elif update.accepted:
             self.current_size = self._options["size"]
-        self._describe_meshes(model)
 
     def _is_open(self, state: TrainerState) -> bool:
         """Whether meshes may still move."""
@@ -264,10 +259,3 @@ class LRegCallback(TrainerCallback, ExportableState):
                 "and the inputs of a batch that returns the loss, or set n_check_batches=0 to keep every move."
             )
         return loss
-
-    def _describe_meshes(self, model: nn.Module) -> None:
-        meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
-        self._shape_logs = {
-            "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
-            "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
-        }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
@@ -172,12 +172,6 @@ def _n_moved(mesh: AdaptedMesh) -> int:
     new, old = mesh.nodes, mesh.old_nodes
     nearest = torch.searchsorted(old, new).clamp_max(old.shape[1] - 1)
     return int((old.gather(1, nearest) != new).sum())
-
-
-def node_spread(nodes: Tensor) -> float:
-    """Standard deviation of the lengths of the elements of `[components, n_nodes]` over their mean: 0 if uniform."""
-    lengths = nodes.diff(dim=1)
-    return float((lengths.std(dim=1, correction=0) / lengths.mean(dim=1)).mean())
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def attach_lreg(
     *,
     head: bool = True,
     plain: bool = False,
-    **options: bool,
+    **options: Any,
 ) -> nn.Module:
     """LReg's recipe with one part changed.
 
@@ -211,6 +211,11 @@ VARIANTS = (
         "the same with the new head as it is drawn",
         attach=partial(attach_lreg, head=False),
         tasks=CLASSIFICATION,
+    ),
+    variant(
+        "lreg-no-base-width",
+        "the same with a projection that learns as fast as the rest, however wide its input",
+        attach=partial(attach_lreg, base_width=None),
     ),
     variant("lreg-uncalibrated", "lreg as training leaves it", finish=None),
     variant(

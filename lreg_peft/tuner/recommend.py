@@ -35,8 +35,8 @@ _MOST_FOR_THE_HEAD = 0.7
 _SHARE_OF_THE_NORM, _MOST_AT_THE_NORM = 0.25, 16
 # What it gets where every module has its smallest share.
 _LEAST_AT_THE_NORM = 4
-# Where P learns as fast as the rest. With 128, as without, new classifiers on an encoder of width 384 end at chance at
-# three times the rate below; with 64 they do not, and a language model of width 256 loses nothing.
+# Up to which width P learns as fast as the rest. Without one, and with 128, new classifiers on an encoder of width 384
+# end at chance at three times the rate below; with 64 they do not, and language models bear three times the rate, too.
 _BASE_WIDTH = 64
 #: Nodes of every mesh.
 RECOMMENDED_NODES = 8

@@ -89,8 +89,8 @@ def update_meshes(
     alike["accept"] = accept is None
     for site, _ in gathering:
         projection, encoder, _ = site.layer.parts(site.adapter)
-        alike[f"the mesh of {site.module} ({site.adapter})"] = encoder.nodes
-        alike[f"the projection of {site.module} ({site.adapter})"] = projection.weight
+        parts = {"mesh": encoder.nodes, "projection": projection.weight, "bias": projection.bias}
+        alike |= {f"the {name} of {site.module} ({site.adapter})": tensor for name, tensor in parts.items()}
     require_equal(
         alike, "Train with DistributedDataParallel or accelerate, from the same weights, and update meshes alike."
     )

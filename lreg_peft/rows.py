@@ -66,11 +66,6 @@ class Pairing(NamedTuple):
 # Batches
 
 
-def is_stream(data: Any) -> bool:
-    """Whether this is a data set of samples, of torch or of `datasets`, that can only be gone through."""
-    return isinstance(data, IterableDataset) or _is_of_datasets(data, "IterableDataset")
-
-
 def batches_of(data: Any, batch_size: int = 8, *, in_order: bool = False) -> Iterable[Mapping[str, Any]]:
     """Batches of whatever a caller gave: a data set of samples, of torch or of `datasets`, gets a data loader.
 
@@ -81,27 +76,23 @@ def batches_of(data: Any, batch_size: int = 8, *, in_order: bool = False) -> Ite
     Raises:
         TypeError: if it cannot be iterated over.
     """
-    if not (isinstance(data, Dataset) or _is_of_datasets(data, "Dataset", "IterableDataset")):
-        if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-            raise TypeError(
-                f"data must be a data set or something that gives batches, such as a DataLoader, got a "
-                f"{type(data).__name__}" + ("; put a single batch into a list." if isinstance(data, Mapping) else ".")
-            )
+    if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"data must be a data set or something that gives batches, such as a DataLoader, got a "
+            f"{type(data).__name__}" + ("; put a single batch into a list." if isinstance(data, Mapping) else ".")
+        )
+    is_of_datasets = any(kind.__module__.partition(".")[0] == "datasets" for kind in type(data).__mro__)
+    if not (isinstance(data, Dataset) or is_of_datasets):
         return data  # type: ignore[no-any-return]
     from transformers import default_data_collator
 
-    if not is_stream(data):
+    if hasattr(data, "__len__") and not isinstance(data, IterableDataset):  # else it can only be gone through
         rank, world = rank_and_world()
-        n = len(data)  # type: ignore[arg-type]
+        n = len(data)
         share = -(-n // world)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         data = Subset(data, range(n)[rank * share :][:share] if in_order else order[rank::world].tolist())
     return DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)
-
-
-def _is_of_datasets(data: Any, *names: str) -> bool:
-    kinds = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
-    return any(kind in [f"datasets.{name}" for name in names] for kind in kinds)
 
 
 # Calling a model

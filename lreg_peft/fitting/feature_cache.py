@@ -39,7 +39,7 @@ from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
 
-FORMAT = 3
+FORMAT = 4
 #: Bytes of features at which a shard is written: what an interruption costs at most.
 SHARD_BYTES = 1 << 26
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

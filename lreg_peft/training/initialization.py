@@ -20,6 +20,7 @@ from ..core.distributed import (
     together,
 )
 from ..modules import eval_mode, unwrap
+from ..output_rows import per_pass
 from ..rows import IGNORE_INDEX, BatchData, batches_of, first_batches, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
@@ -112,7 +113,7 @@ def initialize_lreg_weights(
 
     rank, world = rank_and_world()
     hidden = rank > 0 or not show_progress
-    quota = -(-max_samples // (n_batches * world))
+    quota = per_pass(max_samples, n_batches)
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, n_batches if with_gradient else 0)
     with together(), collector, output_rows or nullcontext(), eval_mode(model):

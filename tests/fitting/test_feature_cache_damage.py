@@ -59,7 +59,7 @@ DAMAGES = {
     "offsets of other rows": lambda f: replaced(f, SHARD, offsets=torch.tensor([0, 3, 50])),
     "a stamp cut off": lambda f: os.truncate(f / "stamp.json", 40),
     "a stamp that is a list": lambda f: (f / "stamp.json").write_text("[]"),
-    "a stamp of the future": lambda f: (f / "stamp.json").write_text('{"format": 4}'),
+    "a stamp of the future": lambda f: (f / "stamp.json").write_text('{"format": 5}'),
 }
 
 

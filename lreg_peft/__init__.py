@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from .training.callback import LRegCallback
     from .training.initialization import initialize_lreg_weights
     from .training.label_shift import match_token_frequencies
-    from .training.mesh_update import copy_meshes, update_meshes
-    from .training.parameter_groups import parameter_groups
+    from .training.mesh_update import update_meshes
     from .training.statistics import track_statistics
     from .tuner.grades import add_grade, load_grades
     from .tuner.penalty import curvature_penalty
@@ -49,8 +48,7 @@ _LAZY = {
     "training.label_shift": ("match_token_frequencies",),
     "training.callback": ("LRegCallback",),
     "training.initialization": ("initialize_lreg_weights",),
-    "training.mesh_update": ("copy_meshes", "update_meshes"),
-    "training.parameter_groups": ("parameter_groups",),
+    "training.mesh_update": ("update_meshes",),
     "training.statistics": ("track_statistics",),
     "tuner.grades": ("add_grade", "load_grades"),
     "tuner.penalty": ("curvature_penalty",),
@@ -72,11 +70,9 @@ __all__ = [
     "convert_to_lora",
     "curvature_penalty",
     "fit_coefficients",
-    "copy_meshes",
     "initialize_lreg_weights",
     "inspect_targets",
     "load_grades",
-    "parameter_groups",
     "plot_meshes",
     "recommended_config",
     "refine_linearized",

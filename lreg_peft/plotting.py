@@ -23,33 +23,20 @@ _BINS = 60
 _NOW, _BEFORE = "#0b5394", "#e08214"
 
 
-def new_figure(caller: str, width: float, height: float) -> "Figure":
-    """An empty matplotlib figure, of a size in inches.
-
-    Raises:
-        ImportError: without matplotlib, naming the `caller` that needs it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"{caller} draws with matplotlib. Install it: pip install matplotlib.") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_meshes(
     model: nn.Module,
     modules: Sequence[str] | str | None = None,
     before: nn.Module | None = None,
     *,
     data: BatchData | None = None,
-    channels: Sequence[int] | None = None,
     max_components: int = 3,
     adapter_name: str | None = None,
 ) -> "Figure":
     """Draw meshes: one row per module, one column per component.
 
-    Each panel shows the nodes now (and before, if given) as ticks, the coefficients as piecewise-linear curves, and
-    as shaded areas how the samples' coordinates are distributed. The models run in eval mode.
+    Each panel shows the nodes now (and before, if given) as ticks, the norm over all outputs of the slope in each
+    element, which is what the nodes resolve, as steps, and as shaded areas how the samples' coordinates are
+    distributed. The models run in eval mode.
 
     Args:
         model: any module that contains LReg layers.
@@ -57,8 +44,6 @@ def plot_meshes(
         before: another copy of the model to compare with: one that `copy.deepcopy` made before training, or that an
             earlier checkpoint was loaded into.
         data: a data set, or batches as the model takes them; None draws no distribution.
-        channels: output channels whose coefficients to draw; None draws the norm over all channels of the slope in
-            each element, which is what the nodes resolve.
         max_components: columns at most.
         adapter_name: which adapter; None takes the first active one of every layer.
 
@@ -67,18 +52,24 @@ def plot_meshes(
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: if there is no such adapter, no LReg layer matches `modules`, or a channel does not exist.
+        ValueError: if there is no such adapter, or no LReg layer matches `modules`.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_meshes draws with matplotlib. Install it: pip install matplotlib.") from error
     whole("max_components", max_components, 1)
     now = _meshes(model, data, adapter_name)
-    earlier = {} if before is None else _meshes(before, data, adapter_name)
+    drawn = [(now, _NOW, "now", 0.06)]
+    if before is not None:
+        drawn.insert(0, (_meshes(before, data, adapter_name), _BEFORE, "before", 0.0))
     paths = _choose(list(now), modules)
-    columns = min(max_components, max(now[path].nodes.shape[0] for path in paths))
-    figure = new_figure("plot_meshes", 4.2 * columns, 2.7 * len(paths) + 0.6)
+    columns = min(max_components, max(len(now[path].nodes) for path in paths))
+    figure = Figure(figsize=(4.2 * columns, 2.7 * len(paths) + 0.6), layout="constrained")
     axes = figure.subplots(len(paths), columns, squeeze=False)
     for row, path in zip(axes, paths, strict=True):
         for component, panel in enumerate(row):
-            if component >= now[path].nodes.shape[0]:
+            if component >= len(now[path].nodes):
                 panel.set_axis_off()
                 continue
             panel.set_title(f"{path}, component {component}", fontsize=8)
@@ -86,13 +77,13 @@ def plot_meshes(
             behind.set_yticks([])
             panel.set_zorder(behind.get_zorder() + 1)
             panel.patch.set_visible(False)
-            if path in earlier:
-                _draw(panel, behind, earlier[path], component, channels, _BEFORE, "before", 0.0)
-            _draw(panel, behind, now[path], component, channels, _NOW, "now", 0.06)
+            for meshes, colour, label, lift in drawn:
+                if path in meshes:
+                    _draw(panel, behind, meshes[path], component, colour, label, lift)
             panel.set_xlim(0, 1)
             panel.set_xlabel("coordinate u", fontsize=8)
             panel.tick_params(labelsize=7)
-        row[0].set_ylabel("norm of slope" if channels is None else "coefficient", fontsize=8)
+        row[0].set_ylabel("norm of slope", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
     return figure
@@ -145,38 +136,13 @@ def _choose(paths: list[str], modules: Sequence[str] | str | None) -> list[str]:
     return chosen
 
 
-def _draw(
-    panel: "Axes",
-    behind: "Axes",
-    mesh: _Mesh,
-    component: int,
-    channels: Sequence[int] | None,
-    colour: str,
-    label: str,
-    lift: float,
-) -> None:
+def _draw(panel: "Axes", behind: "Axes", mesh: _Mesh, component: int, colour: str, label: str, lift: float) -> None:
+    """One component of a mesh; `lift` is where its ticks begin, in fractions of the panel's height."""
     nodes, values = mesh.nodes[component], mesh.values[component]  # [n_nodes], [n_nodes, out_features]
-    if channels is None:
-        slope = torch.linalg.vector_norm(values.diff(dim=0), dim=-1) / nodes.diff()
-        panel.stairs(slope, nodes, color=colour, label=f"slope {label}", baseline=None)
-    else:
-        for index, channel in enumerate(channels):
-            if not 0 <= channel < values.shape[1]:
-                raise ValueError(f"channels must lie in [0, {values.shape[1] - 1}], got {channel}.")
-            name = f"coefficients {label}" if index == 0 else None
-            panel.plot(
-                nodes, values[:, channel], color=colour, linewidth=1, alpha=1 - 0.6 * index / len(channels), label=name
-            )
-    # Ticks along the lower edge, in fractions of the panel's height.
-    panel.vlines(
-        nodes,
-        lift,
-        lift + 0.05,
-        transform=panel.get_xaxis_transform(),
-        color=colour,
-        linewidth=2.5,
-        label=f"nodes {label}",
-    )
+    slope = torch.linalg.vector_norm(values.diff(dim=0), dim=-1) / nodes.diff()
+    panel.stairs(slope, nodes, color=colour, label=f"slope {label}", baseline=None)
+    edge = panel.get_xaxis_transform()
+    panel.vlines(nodes, lift, lift + 0.05, transform=edge, color=colour, linewidth=2.5, label=f"nodes {label}")
     if mesh.coords is not None:
         samples = mesh.coords[:, component].numpy()
         behind.hist(samples, bins=_BINS, range=(0, 1), density=True, color=colour, alpha=0.18)

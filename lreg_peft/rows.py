@@ -66,39 +66,33 @@ class Pairing(NamedTuple):
 # Batches
 
 
-def is_stream(data: Any) -> bool:
-    """Whether this is a data set of samples, of torch or of `datasets`, that can only be gone through."""
-    return isinstance(data, IterableDataset) or _is_of_datasets(data, "IterableDataset")
-
-
-def batches_of(data: Any, batch_size: int = 8) -> Iterable[Mapping[str, Any]]:
+def batches_of(data: Any, batch_size: int = 8, *, in_order: bool = False) -> Iterable[Mapping[str, Any]]:
     """Batches of whatever a caller gave: a data set of samples, of torch or of `datasets`, gets a data loader.
 
-    Its samples come in a random order that is always the same, of several processes each takes its share, and they are
-    put together by `transformers.default_data_collator`. Data loaders and other iterables give batches as they are.
+    Its samples come in a random order that is always the same, or `in_order`; of several processes each takes its
+    share. They are put together by `transformers.default_data_collator`. Data loaders and other iterables give batches
+    as they are.
 
     Raises:
         TypeError: if it cannot be iterated over.
     """
-    if not (isinstance(data, Dataset) or _is_of_datasets(data, "Dataset", "IterableDataset")):
-        if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-            raise TypeError(
-                f"data must be a data set or something that gives batches, such as a DataLoader, got a "
-                f"{type(data).__name__}" + ("; put a single batch into a list." if isinstance(data, Mapping) else ".")
-            )
+    if isinstance(data, Mapping) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(
+            f"data must be a data set or something that gives batches, such as a DataLoader, got a "
+            f"{type(data).__name__}" + ("; put a single batch into a list." if isinstance(data, Mapping) else ".")
+        )
+    is_of_datasets = any(kind.__module__.partition(".")[0] == "datasets" for kind in type(data).__mro__)
+    if not (isinstance(data, Dataset) or is_of_datasets):
         return data  # type: ignore[no-any-return]
     from transformers import default_data_collator
 
-    if not is_stream(data):
+    if hasattr(data, "__len__") and not isinstance(data, IterableDataset):  # else it can only be gone through
         rank, world = rank_and_world()
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-        data = Subset(data, order[rank::world].tolist())
+        n = len(data)
+        share = -(-n // world)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        data = Subset(data, range(n)[rank * share :][:share] if in_order else order[rank::world].tolist())
     return DataLoader(data, batch_size=batch_size, collate_fn=default_data_collator)
-
-
-def _is_of_datasets(data: Any, *names: str) -> bool:
-    kinds = (f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(data).__mro__)
-    return any(kind in [f"datasets.{name}" for name in names] for kind in kinds)
 
 
 # Calling a model
@@ -166,25 +160,26 @@ def exact_pass(model: nn.Module) -> Iterator[None]:
 
 def logits_of(output: Any) -> Any:
     """The logits in what a model returned: a tensor, a dictionary, an object or a tuple; None without any."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    if isinstance(output, Tensor):
-        output = (output,)
-    if isinstance(output, (tuple, list)):
-        return next((part for part in output[:2] if isinstance(part, Tensor) and part.ndim), None)
-    return getattr(output, "logits", None)
+    return _part_of(output, "logits", lambda part: part.ndim > 0)
 
 
 def loss_of(output: Any) -> Any:
     """The loss in what a model returned; None without one."""
+    return _part_of(output, "loss", lambda part: part.ndim == 0)
+
+
+def _part_of(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Any:
     if isinstance(output, Mapping):
-        return output.get("loss")
-    if isinstance(output, Tensor):
-        output = (output,)
-    if isinstance(output, (tuple, list)):
-        first = output[0] if output else None
-        return first if isinstance(first, Tensor) and not first.ndim else None
-    return getattr(output, "loss", None)
+        return output.get(name)
+    if isinstance(output, (Tensor, tuple, list)):
+        parts = [output] if isinstance(output, Tensor) else output[:2]  # the loss, if there is one, and the logits
+        return next((part for part in parts if isinstance(part, Tensor) and fits(part)), None)
+    return getattr(output, name, None)
+
+
+def width_of(logits: Tensor) -> int:
+    """How many outputs there are per row of `[batch, (length,) width]`; one if there is no such dimension."""
+    return logits.shape[-1] if logits.ndim > 1 else 1
 
 
 # Pairing
@@ -206,12 +201,6 @@ def is_per_token(values: Tensor, labels: Tensor) -> bool:
 def are_values(labels: Tensor, out_features: int) -> bool:
     """Whether labels are values or 0/1 and no classes: with one output, whole numbers are values too."""
     return labels.is_floating_point() or out_features == 1
-
-
-def rows_per_sample(labels: Tensor, *, shift: bool) -> list[int]:
-    """How many rows each sample of class labels `[batch]` or `[batch, length]` gives."""
-    counted = labels[:, 1:] if shift and labels.ndim == 2 else labels
-    return (counted != IGNORE_INDEX).unsqueeze(-1).flatten(1).sum(dim=1).tolist()  # type: ignore[no-any-return]
 
 
 def align(
@@ -325,6 +314,12 @@ def solver_of(loss_kind: LossKind, out_features: int) -> Callable[..., Solution]
     return solve_cross_entropy
 
 
+def same_loss(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two scalars computed in `dtype` are one loss, up to rounding."""
+    tolerance = _SAME_LOSS.get(dtype, _SAME_LOSS_HALF)
+    return bool(torch.isclose(one.reshape(()).to(other), other, tolerance, 1e-7, equal_nan=True))
+
+
 def same_output(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs of one shape differ by rounding alone."""
     tolerance = _SAME_OUTPUT.get(one.dtype, _SAME_OUTPUT_HALF)
@@ -348,7 +343,7 @@ def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor 
     Raises:
         ValueError: if labels do not fit, or no pairing gives the loss.
     """
-    width = logits.shape[-1] if logits.ndim > 1 else 1
+    width = width_of(logits)
     kind, shift = loss_kind_of(model, labels, width), shifts_labels(model)
     kinds: tuple[LossKind, ...] = (kind,)
     if kind != "cross_entropy":
@@ -357,9 +352,7 @@ def find_pairing(model: nn.Module, logits: Tensor, labels: Tensor, loss: Tensor 
         rows = align(logits, labels, shift=pairing.shift, out_features=width)
         if loss is None or not len(rows.targets):
             return pairing
-        mine = row_loss(pairing.loss_kind, *rows)
-        tolerance = _SAME_LOSS.get(loss.dtype, _SAME_LOSS_HALF)
-        if loss.numel() == 1 and torch.isclose(loss.reshape(()).to(mine), mine, tolerance, 1e-7, equal_nan=True):
+        if loss.numel() == 1 and same_loss(loss, row_loss(pairing.loss_kind, *rows), loss.dtype):
             return pairing
     raise ValueError(
         f"the loss of {type(model).__name__} is not the {kind.replace('_', ' ')} of its outputs averaged over the "

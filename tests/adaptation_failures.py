@@ -19,7 +19,7 @@ STAGES = {
     "options": "tolerance",
     "statistics": "no statistics are gathered",
     "meshes": "'the mesh of  (default)'",
-    "projection": "not the one that process 0 has",
+    "projection": "'the projection of  (default)'",
     "optimizer": "does not hold the coefficients",
     "first check": "no memory before",
     "second check": "no memory after",
@@ -82,7 +82,7 @@ def call_back(layer: nn.Module, optimizer: torch.optim.Optimizer, folder: str, k
     handle = layer.register_forward_hook(lambda module, args, output: {"loss": output.square().mean()})
     loss = layer(batch(0)[0])["loss"]
     if not keeps_batches:
-        own._batches._calls.clear()
+        own._calls.clear()
     loss.backward()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     optimizer.step()

@@ -301,6 +301,14 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def _tree(self, repo: str, revision: str) -> None:
+        files = [(path, self.hub.find(repo, path, revision)[1]) for path in self.hub.files(repo, revision)]
+        entries = [
+            {"type": "file", "path": path, "oid": file.etag, "size": len(self.hub.blob(file.sha256))}
+            for path, file in files
+        ]
+        self._send_json(entries)
+
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         commit, file = self.hub.find(repo, path, revision)
         # The Hub sends large files from another host. Here they come from the same one, without a redirect.
@@ -317,6 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _lfs_upload),
         ("POST", rf"/api/models/{_REPO}/commit/{_REVISION}", _commit),
         ("GET", rf"/api/models/{_REPO}(/revision/{_REVISION})?", _info),
+        ("GET", rf"/api/models/{_REPO}/tree/{_REVISION}", _tree),
         ("GET", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _resolve),
     )
 

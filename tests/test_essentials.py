@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import VOCABULARY, gpt2, layers, outputs, shake
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from lreg_peft import LRegCallback, LRegConfig, cache_features, fit_coefficients, initialize_lreg_weights
@@ -116,7 +117,9 @@ def test_fit_from_a_cache(tmp_path):
     config = LRegConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, n_nodes=4)
     torch.manual_seed(1)
     model = get_peft_model(gpt2(), config).train()
-    cache = cache_features(model, samples(), tmp_path / "cache", batch_size=4, dtype=torch.float32, show_progress=False)
+    cache = cache_features(
+        model, DataLoader(samples(), 4), tmp_path / "cache", dtype=torch.float32, show_progress=False
+    )
     state = {name: value.clone() for name, value in model.state_dict().items()}
     from_cache = train(model, tmp_path, cache, data_collator=cache.collate)
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Every function that processes call together, with one of them failing at each of its stages.
+"""Functions that processes call together, with one of them failing at each stage (mesh updates: `adaptation_failures`).
 
 All processes end with the same error, within seconds, and with the models they had. One pair of processes goes through
 all of it: starting one takes longer than the rest.
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from processes import run_on_two
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lreg_peft.fitting.coefficients as coefficients_module
 import lreg_peft.fitting.feature_cache as cache_module
@@ -26,8 +27,6 @@ from lreg_peft import (
     fit_coefficients,
     initialize_lreg_weights,
     match_token_frequencies,
-    track_statistics,
-    update_meshes,
 )
 from lreg_peft.core.encoder import LagrangeEncoder
 
@@ -93,30 +92,6 @@ def failing(rank, where, name, at=1):
     return where, name, call
 
 
-def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = inside()
-    track_statistics(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()
-    for batch in batches(0):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-def _accept(rank, at):
-    calls = []
-
-    def accept():
-        calls.append(1)
-        if rank == 1 and len(calls) == at:
-            raise Failure("accept of process 1")
-        return 1.0 / len(calls)
-
-    return accept
-
-
 def scenarios(rank: int, folder: Path):
     """Name, what to call with a model, the model, what the error says, and a patch."""
     quiet = {"show_progress": False}
@@ -137,7 +112,8 @@ def scenarios(rank: int, folder: Path):
         fit_coefficients(model, batches(rank) if data is None else data, max_moves=2, **quiet, **options)
 
     def cache(model, data=None, path="c", **options):
-        cache_features(model, samples() if data is None else data, folder / path, batch_size=1, **quiet, **options)
+        loader = DataLoader(samples() if data is None else data, batch_size=1)
+        cache_features(model, loader, folder / path, **quiet, **options)
 
     yield "start: other options", lambda m: start(m, n_batches=2 + rank), inside(), "'n_batches' of process 1", None
     yield "start: wrong option", lambda m: start(m, n_batches=3 - 3 * rank), inside(), "n_batches must be at", None
@@ -202,17 +178,6 @@ def scenarios(rank: int, folder: Path):
             patch,
         )
 
-    model, optimizer = trained()
-    for at in (1, 2):
-        accept = _accept(rank, at)
-        yield (
-            f"moves: accept {at}",
-            lambda m, a=accept, o=optimizer: update_meshes(m, o, accept=a),
-            model,
-            "accept of",
-            None,
-        )
-
 
 def _late(rank):
     """Samples that can be read once, for the fingerprint, and then fail on process 1."""
@@ -222,7 +187,7 @@ def _late(rank):
 
         def __getitem__(self, i):
             Late.reads += 1
-            if rank == 1 and Late.reads > 4:
+            if rank == 1 and Late.reads > 8:
                 raise Failure("late on process 1")
             return super().__getitem__(i)
 

@@ -50,6 +50,7 @@ ROWS = (
 )
 WORDS = {
     "lreg": "LReg, head's start",
+    "lreg-no-base-width": "the same, no base width",
     "lreg-random-head": "LReg, head as drawn",
     "lora-linear-start": "LoRA, head's start",
     "lora-linear": "LoRA, head as drawn",
@@ -122,7 +123,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in runs:
         groups.setdefault((one["task"], one["steps"], one["method"], one["rate"]), []).append(one)
-    order = {"lreg": 0, "lora-linear-start": 1, "lreg-random-head": 2, "lora-linear": 3}
+    order = {name: i for i, name in enumerate(WORDS)}
     for key in sorted(groups, key=lambda key: (key[0], key[1], order[key[2]], key[3])):
         rows = groups[key]
         scores = [one["score"] for one in rows]

@@ -59,7 +59,7 @@ def once(task: Task, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     )
     found["refinement_seconds"] = time.process_time() - started
     found["refined"] = {"score": task.score(refined), "loss": task.loss(refined)}
-    found["status"], found["rounds"] = result.status, sum(bool(each.taken) for each in result.rounds)
+    found["status"], found["rounds"] = result.status, len(result.steps)
     found["training_loss"] = [result.loss_before, result.loss_after]
     found["heldout_loss"] = [result.heldout_before, result.heldout_after]
     steps = max(1, round(found["refinement_seconds"] / seconds * options.steps))

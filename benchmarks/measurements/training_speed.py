@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     BertConfig,
@@ -297,7 +298,7 @@ def part_cache(bench: Bench) -> list[dict[str, Any]]:
             built: list[Any] = []
             build = bench.seconds(
                 lambda folder=folder, built=built: built.append(
-                    cache_features(model, data, Path(folder) / "cache", batch_size=1, show_progress=False)
+                    cache_features(model, DataLoader(data, 1), Path(folder) / "cache", show_progress=False)
                 )
             )
             cache = built[0]

@@ -129,7 +129,7 @@ def attach_lreg(
     *,
     head: bool = True,
     plain: bool = False,
-    **options: bool,
+    **options: Any,
 ) -> nn.Module:
     """LReg's recipe with one part changed.
 
@@ -203,7 +203,7 @@ VARIANTS = (
     ),
     variant(
         "lreg-fast-profiles",
-        "the same with profiles that learn four times faster, as parameter_groups has it",
+        "the same with profiles that learn four times faster",
         customize=customized(faster=("lreg_encoder", 4.0)),
     ),
     variant(
@@ -211,6 +211,11 @@ VARIANTS = (
         "the same with the new head as it is drawn",
         attach=partial(attach_lreg, head=False),
         tasks=CLASSIFICATION,
+    ),
+    variant(
+        "lreg-no-base-width",
+        "the same with a projection that learns as fast as the rest, however wide its input",
+        attach=partial(attach_lreg, base_width=None),
     ),
     variant("lreg-uncalibrated", "lreg as training leaves it", finish=None),
     variant(

@@ -36,7 +36,6 @@ def fused_cross_entropy(
     table: Tensor | None = None,
     *,
     normaliser: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
     """Sum over rows of the cross-entropy of `base(features) + design @ table`, over `normaliser`.
@@ -53,7 +52,6 @@ def fused_cross_entropy(
         design: `[n, K]`.
         table: `[K, classes]`; both or neither.
         normaliser: what the sum is divided by; None takes n. A tensor is not read on the host.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`, in [0, 1).
         rows_per_chunk: rows whose logits exist at the same time; None chooses by device.
 
     Returns:
@@ -77,13 +75,9 @@ def fused_cross_entropy(
             f"design must be [n, K] and table [K, classes], got {tuple(design.shape)} and {tuple(table.shape)} for "
             f"n = {len(features)}."
         )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
-    if rows_per_chunk is not None and rows_per_chunk < 1:
-        raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}.")
     normaliser = len(features) if normaliser is None else normaliser
     return _FusedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
-        features, design, table, targets, base, normaliser, label_smoothing, rows_per_chunk
+        features, design, table, targets, base, normaliser, rows_per_chunk
     )
 
 
@@ -97,7 +91,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         base: Base,
         normaliser: Tensor | float,
-        smoothing: float,
         rows_per_chunk: int | None,
     ) -> Tensor:
         needs_features, needs_design, needs_table = ctx.needs_input_grad[:3]
@@ -116,7 +109,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + size, n))
             for part, scores in work.scores(features, design, table, rows):
                 room = work.room(scores, part)
-                loss, gradient = _entropy_and_gradient(scores, targets[part], smoothing, needs_any, room, work.classes)
+                loss, gradient = _entropy_and_gradient(scores, targets[part], needs_any, room, work.classes)
                 total += loss
                 if gradient is None:
                     continue
@@ -148,7 +141,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             None if tensor is None else (tensor * scale).to(dtype)
             for tensor, dtype in zip(saved, ctx.dtypes, strict=True)
         )
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 class _RowsFirst:
@@ -275,7 +268,7 @@ def _rows_per_chunk(base: Base, features: Tensor) -> int:
 
 
 def _entropy_and_gradient(
-    logits: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool, room: Tensor, classes: int
+    logits: Tensor, targets: Tensor, needs_gradient: bool, room: Tensor, classes: int
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy of logits with the classes in dimension `classes`, and its gradient, written to `room`.
 
@@ -289,12 +282,7 @@ def _entropy_and_gradient(
     log_normaliser = logits.amax(dim=classes, keepdim=True) - probability.amax(dim=classes, keepdim=True).log()
     log_normaliser = log_normaliser.narrow(1 - classes, 0, n)
     loss = (log_normaliser - at_target).sum()
-    if smoothing:
-        mean = logits.mean(dim=classes, keepdim=True).narrow(1 - classes, 0, n)
-        loss = (1 - smoothing) * loss + smoothing * (log_normaliser - mean).sum()
     if not needs_gradient:
         return loss, None
-    if smoothing:
-        probability -= smoothing / logits.shape[classes]
-    probability.scatter_add_(classes, index, probability.new_full(index.shape, smoothing - 1))
+    probability.scatter_add_(classes, index, probability.new_full(index.shape, -1))
     return loss, probability.narrow(1 - classes, 0, n)

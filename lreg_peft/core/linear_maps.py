@@ -12,17 +12,36 @@ class Projection(nn.Linear):
     """A: z = P x + b, computed in fp32 (fp64 if features or weights are) whatever the dtype of the model.
 
     Rows of P are orthogonal as far as there is room, see `initial_projection`; b is zero.
+
+    A step of Adam changes every entry of a weight W by up to the learning rate, so that W x may change by the rate
+    times the sum of |x_k|, the more the wider the layer. With a base width W = P / scale and z = scale W x + b,
+    scale = base_width / in_features: a step then changes z as much as at that width. (The rule for hidden weights in
+    the maximal update parametrisation; Yang et al. 2022, table 3.)
+
+    Args:
+        in_features: width of the features.
+        n_components: d.
+        base_width: None, or the width from which on P is stored in larger units.
+
+    Attributes:
+        scale: P / weight.
     """
 
     bias: nn.Parameter
 
-    def __init__(self, in_features: int, n_components: int) -> None:
+    def __init__(self, in_features: int, n_components: int, base_width: int | None = None) -> None:
+        self.scale = 1.0 if base_width is None else min(1.0, base_width / in_features)
         super().__init__(in_features, n_components)
+
+    @property
+    def matrix(self) -> Tensor:
+        """P, `[n_components, in_features]`."""
+        return self.weight * self.scale
 
     def reset_parameters(self) -> None:
         """The random start."""
         with torch.no_grad():
-            self.weight.copy_(initial_projection(*self.weight.shape))
+            self.weight.copy_(initial_projection(*self.weight.shape) / self.scale)
             self.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -35,7 +54,8 @@ class Projection(nn.Linear):
         if not features.dtype is weight.dtype is bias.dtype is torch.float32:
             dtype = coordinate_dtype(features, weight)
             features, weight, bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
-        return F.linear(features, weight, bias)
+        latent = torch.addmm(bias, features.reshape(-1, features.shape[-1]), weight.T, alpha=self.scale)
+        return latent.view(*features.shape[:-1], len(bias))
 
 
 class Coefficients(nn.Linear):

@@ -68,7 +68,7 @@ class Shortcut:
             projection, encoder, _ = self.layer.parts(name)
             slope = torch.zeros(encoder.n_functions, width, dtype=torch.float64)
             if encoder.slope and projection.weight.shape[1] == width:
-                slope += projection.weight.double().cpu() * encoder.slope * self.layer.scaling[name]
+                slope += projection.matrix.double().cpu() * encoder.slope * self.layer.scaling[name]
             known.append(slope)
         return torch.cat(known)
 

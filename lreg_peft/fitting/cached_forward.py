@@ -86,23 +86,21 @@ class _TakesFeatures:
                 "the rows of a cache have their own label already: train without these options, or without the cache."
             )
         features = features.to(next(p for p in layer.parameters() if p.is_floating_point()))
-        if labels is not None and self._fuses():
+        is_class = self.loss_kind == "cross_entropy"
+        counts = None if labels is None or not is_class else labels != IGNORE_INDEX
+        if labels is not None and counts is not None and self._fuses():
             this_thread.output_layer_ran = True  # though nobody calls it: the loss has what it adds
-            counts = labels != IGNORE_INDEX
             normaliser = counts.sum() if n_items is None else n_items
             return SequenceClassifierOutput(loss=layer.fused_loss(features[counts], labels[counts], normaliser))
         logits = layer(self.output.as_inputs(features))
         if labels is None:
             return SequenceClassifierOutput(logits=logits)
-        if self.loss_kind == "cross_entropy":
-            # Ignored rows are not counted, and where nothing counts the loss is what the model's own would be.
-            reduction = "mean" if n_items is None else "sum"
+        if counts is not None:  # where nothing counts the loss is what the model's own would be
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
-            loss = loss if n_items is None else loss / n_items
+            total = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            loss = total / (counts.sum() if n_items is None else n_items)
         else:
-            loss = row_loss(self.loss_kind, logits, labels)
-            loss = loss if n_items is None else loss * len(labels) / n_items
+            loss = row_loss(self.loss_kind, logits, labels) * (1 if n_items is None else len(labels) / n_items)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _fuses(self) -> bool:
@@ -116,4 +114,4 @@ class _TakesFeatures:
         names = layer.stacked_adapters
         watched = any(module._forward_hooks for module in layer.modules())
         plain = not watched and not any(layer.lreg_dropout[name] for name in names)
-        return bool(names) and plain and self.loss_kind == "cross_entropy"
+        return bool(names) and plain

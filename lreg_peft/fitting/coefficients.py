@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..core import Chunk
 from ..core.adapt.indicators import element_moments, element_sums, node_gradient
-from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
+from ..core.adapt.move import AdaptedMesh, adapt_mesh
 from ..core.checks import whole
 from ..core.distributed import together
 from ..core.mesh import locate
@@ -33,8 +33,6 @@ def fit_coefficients(
     tolerance: float = 1e-6,
     max_passes: int = 500,
     max_moves: int = 0,
-    strategy: Strategy = "relocate",
-    n_refine: int | None = None,
     adapter_name: str | None = None,
     show_progress: bool = True,
 ) -> CoefficientFit:
@@ -50,11 +48,12 @@ def fit_coefficients(
     What everything else gives, other active adapters included, is taken as it is. The curvature penalty of the
     configuration has no part in P.
 
-    With `max_moves` the mesh moves, too. After a fit, the residuals say where it is too coarse; nodes go there, the
-    weights follow by interpolation and are fitted again from there. The move stays if the new objective lies below the
-    lower bound that the certificate gives for the old mesh, objective - gap: then the new optimum is below the old one,
-    whatever the tolerance. Otherwise mesh and weights go back, and a smaller move is tried. The optimum over the
-    weights is global for every mesh; the mesh itself is improved step by step.
+    With `max_moves` the mesh moves, too. After a fit, the sum of squared residuals in every element says where it
+    is too coarse; nodes go there as `core.adapt_mesh` proposes, the weights follow by interpolation and are fitted
+    again from there. The move stays if the new objective lies below the lower bound that the certificate gives for
+    the old mesh, objective - gap: then the new optimum is below the old one, whatever the tolerance. Otherwise mesh
+    and weights go back, and a smaller move is tried. The optimum over the weights is global for every mesh; the
+    mesh itself is improved step by step.
 
     The data are read once: the frozen part of the model runs in eval mode, and the solver then works on the inputs of
     the output module, or on the outputs if these are narrower. Those are kept in memory, unless `data` is a feature
@@ -69,9 +68,6 @@ def fit_coefficients(
         tolerance: gap at which to stop, in the units of the loss.
         max_passes: most reads of the rows in each fit; at least 3.
         max_moves: most moves of the mesh to try. 0 leaves the mesh as it is.
-        strategy: of moves: "relocate" or "paper", see `core.adapt_mesh`; both look at the sum of squared residuals in
-            every element, where the paper counts hits.
-        n_refine: elements to split per component and move, see `core.adapt_mesh`.
         adapter_name: which adapter; None takes the active one.
         show_progress: show progress with the gap, on the main process.
 
@@ -90,11 +86,8 @@ def fit_coefficients(
         UserWarning: if the start from data that the configuration promises has not been made.
     """
     with together():
-        check_strategy(strategy)
         whole("max_moves", max_moves, 0)
-        whole("n_refine", n_refine, 0, optional=True)
-    moving = {"max_moves": max_moves, "strategy": strategy, "n_refine": n_refine}
-    output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge, **moving)
+    output = begin(model, adapter_name, tolerance, max_passes, ridge=ridge, max_moves=max_moves)
     site = Site(output.name, output.layer, output.adapter_name)
     above = [grade for grade, below in output.layer.composed_on.items() if below == output.adapter_name]
     if above and max_moves:
@@ -107,7 +100,7 @@ def fit_coefficients(
     with _changed(site) as changes:
         fit = problem.fit(tolerance, max_passes)
         if max_moves:
-            fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves, strategy, n_refine)
+            fit = _move_meshes(problem, site, fit, tolerance, max_passes, max_moves)
         changes.keep()
     return fit
 
@@ -119,15 +112,13 @@ def _move_meshes(
     tolerance: float,
     max_passes: int,
     max_moves: int,
-    strategy: Strategy,
-    n_refine: int | None,
 ) -> CoefficientFit:
     fits = [fit]
     passes, n_refused, size = fit.passes, 0, 1.0
     moves = tqdm(range(max_moves), desc="LReg fit: mesh moves", unit="move", disable=not problem.show_progress)
     for _ in moves:
         moves.set_postfix(objective=f"{fits[-1].objective:.6g}", kept=len(fits) - 1, undone=n_refused)
-        mesh = _propose(problem, site, strategy, n_refine, size)
+        mesh = _propose(problem, site, size)
         passes += 1
         if torch.equal(mesh.nodes, mesh.old_nodes):
             break
@@ -144,7 +135,7 @@ def _move_meshes(
             continue
         n_refused += 1
         size /= 2
-        if strategy == "paper" or size < _SMALLEST_SIZE:  # the published update knows no smaller move
+        if size < _SMALLEST_SIZE:
             break
     return replace(
         fits[-1],
@@ -161,7 +152,7 @@ def _changed(site: Site) -> Tentative:
 
 
 @torch.no_grad()
-def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int | None, size: float) -> AdaptedMesh:
+def _propose(problem: FitProblem, site: Site, size: float) -> AdaptedMesh:
     """A move, from one pass over the residuals at the optimum of the present mesh."""
     nodes = site.nodes
     components, n_nodes = nodes.shape
@@ -187,8 +178,6 @@ def _propose(problem: FitProblem, site: Site, strategy: Strategy, n_refine: int 
             nodes,
             coefficients,
             energy,
-            strategy=strategy,
-            n_refine=n_refine,
             moments=moments.view(components, n_nodes - 1, 3),
             node_gradient=gradient,
             size=size,

@@ -15,10 +15,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,23 +28,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from .._version import __version__
-from ..core.checks import whole
 from ..core.distributed import from_main, gather_objects, rank_and_world, require_equal, together
-from ..core.fingerprint import fingerprint_of_all
-from ..rows import LossKind, Rows, check_batch, is_stream, rows_per_sample
+from ..core.fingerprint import fingerprint, fingerprint_of_all
+from ..rows import BatchData, LossKind, Rows, batches_of, check_batch
 from ..tuner.layer import LRegLayer
 from .cached_forward import accept_features
 from .output_layer import OutputLayer, find_output_layer, trained_elsewhere
 
-FORMAT = 3
+FORMAT = 4
 #: Bytes of features at which a shard is written: what an interruption costs at most.
 SHARD_BYTES = 1 << 26
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _STAMP, _LOCK = "stamp.json", "build.lock"
 # Files of a cache, also of earlier versions: nothing else in a folder is ever deleted.
@@ -52,7 +51,8 @@ _OWN = re.compile(
 )
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard(Dataset):
     """Rows of consecutive samples, mapped into memory: nothing is read before it is used.
 
     Attributes:
@@ -69,9 +69,17 @@ class Shard(NamedTuple):
     objective: str
     batches: int
 
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
-class FeatureCache(Dataset):
-    """Stored features, memory-mapped: item i holds the rows of sample i as `{"features", "labels"}`.
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start, stop = self.offsets[index : index + 2].tolist()
+        return {"features": self.features[start:stop], "labels": self.targets[start:stop]}
+
+
+class FeatureCache(ConcatDataset):
+    """Stored features, memory-mapped. Item i holds the rows of sample i: features `[rows, in_features]`, and labels
+    `[rows]` or `[rows, out_features]`.
 
     Made by `cache_features`. `len(cache)` is the number of samples, `n_rows` that of rows. With `collate` as the
     collator, a batch of samples gives the loss that the model itself has on them.
@@ -102,7 +110,7 @@ class FeatureCache(Dataset):
                     "Build it again: cache_features(..., overwrite=True)."
                 )
             self._shards.append(shard)
-        self._first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in self._shards)])
+        super().__init__(self._shards)
         self.n_rows = sum(len(shard.targets) for shard in self._shards)
 
     def check_belongs_to(self, output: OutputLayer) -> None:
@@ -119,9 +127,6 @@ class FeatureCache(Dataset):
                 "one with cache_features(model, ...)."
             )
 
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
     @property
     def total_dataset_length(self) -> int:
         """What accelerate cuts the last batch of an evaluation to, by the number of samples; 0: not at all.
@@ -129,16 +134,6 @@ class FeatureCache(Dataset):
         Where samples have several rows, it would cut rows.
         """
         return len(self) if self.n_rows == len(self) else 0
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Rows of one sample: features `[rows, in_features]`, labels `[rows]` or `[rows, out_features]`."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the cache has {len(self)} samples, got index {index}.")
-        index %= len(self)
-        place = int(np.searchsorted(self._first, index, side="right")) - 1
-        shard = self._shards[place]
-        start, stop = shard.offsets[index - self._first[place] :][:2].tolist()
-        return {"features": shard.features[start:stop], "labels": shard.targets[start:stop]}
 
     @staticmethod
     def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -156,12 +151,10 @@ class FeatureCache(Dataset):
 
 def cache_features(
     model: nn.Module,
-    data: Iterable[Any],
+    data: BatchData,
     path: str | Path,
     *,
     adapter_name: str | None = None,
-    batch_size: int | None = 8,
-    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
     show_progress: bool = True,
@@ -183,18 +176,15 @@ def cache_features(
     Features are computed in eval mode. Training in the model, with dropout below the shortcut, sees other ones at every
     step: that is another regularisation.
 
-    Several processes share the work: they call this function together; of a data set each takes a part, and a data
-    loader must give each process its own.
+    Several processes share the work: they call this function together.
 
     Args:
         model: a model whose LReg adapter is on its output module, and on nothing else, with a frozen rest.
-        data: a data set of samples (dictionaries with labels; also an iterable one, of which each process gives its own
-            part), or a data loader or other iterable of batches that gives the same ones in the same order every time.
+        data: a data set of samples of equal length, of which each process takes a part, or a data loader or other
+            iterable of batches, dictionaries with labels, of which each gives its own. The same ones must come in the
+            same order every time.
         path: folder of the cache.
         adapter_name: the adapter to train; None takes the active one.
-        batch_size: samples of a data set per forward pass; None if the items of `data` are batches already.
-        collate_fn: makes a batch from samples; None takes `transformers.default_data_collator`, which wants samples of
-            equal length.
         dtype: of the stored features: bf16, fp16 or fp32.
         overwrite: replace a complete cache that does not fit in place of refusing. (One that does not fit and was left
             unfinished is replaced anyway.) Only files that caches write are deleted.
@@ -215,7 +205,6 @@ def cache_features(
         path = Path(path).resolve()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
-        whole("batch_size", batch_size, 1, optional=True)
         output = find_output_layer(model, adapter_name)
         if other := trained_elsewhere(output):
             raise ValueError(
@@ -223,8 +212,10 @@ def cache_features(
                 "gradients: stored features would be out of date after the first step. Freeze them, or do without a "
                 "cache."
             )
-        batches = _batches(data, batch_size, collate_fn)
-    options = {"adapter_name": output.adapter_name, "batch_size": batch_size, "dtype": dtype, "overwrite": overwrite}
+        if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+            raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
+        batches = batches_of(data, in_order=True)
+    options = {"adapter_name": output.adapter_name, "dtype": dtype, "overwrite": overwrite}
     model_is = _made_from(output)
     require_equal({"path": str(path), **options, **model_is}, "Give every process the same model and options.")
     is_main = rank_and_world()[0] == 0
@@ -233,7 +224,7 @@ def cache_features(
         digest = hashlib.blake2b(digest_size=16)
         for batch in tqdm(batches, desc="feature cache: data", disable=not bar):
             _add_to_digest(digest, batch)
-    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": DTYPES[dtype]}
+    made_from = {**model_is, "data": gather_objects(digest.hexdigest()), "dtype": str(dtype)}
     with ExitStack() as held:
         fits = False
         with together():
@@ -247,44 +238,21 @@ def cache_features(
                 own = _write_shards(output, batches, path, made_from, dtype, bar)
             shards, objectives, digests = zip(*gather_objects(own), strict=True)
             with together():
+                if list(digests) != made_from["data"]:
+                    raise ValueError(
+                        "the data came in another order, or changed, between two passes (an iterator is used up by "
+                        "one): a cache needs the same ones every time."
+                    )
                 kinds = sorted({*objectives} - {""})
                 if len(kinds) != 1:
                     found = " and ".join(kinds) or "none: there are no batches, or all labels are ignored (-100)"
                     raise ValueError(f"the data must give rows with labels of one kind, and they give {found}.")
-                if list(digests) != made_from["data"]:
-                    raise ValueError(
-                        "the data came in another order, or changed, between two passes: a cache needs the same ones "
-                        "every time."
-                    )
                 if is_main:
-                    complete = {**_new_stamp(made_from), "shards": shards, "objective": kinds[0]}
-                    _replace(path / _STAMP, json.dumps(complete, indent=1).encode())
+                    _write_stamp(path, made_from, shards=shards, objective=kinds[0])
     with together():
         cache = FeatureCache(path)
     accept_features(output, cache.objective)
     return cache
-
-
-def _batches(
-    data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Any] | None
-) -> Iterable[Mapping[str, Any]]:
-    """This process's part of the data, as batches, as often as it is iterated over."""
-    samplers = (getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
-    if isinstance(data, DataLoader) and any(isinstance(sampler, RandomSampler) for sampler in samplers):
-        raise ValueError("the data loader shuffles: give the data set, or a loader with shuffle=False.")
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"data must be something that can be iterated over twice, got a {type(data).__name__}, which is used up by "
-            "one pass."
-        )
-    are_samples = isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, DataLoader)
-    if batch_size is None or not (are_samples or is_stream(data)):
-        return data  # type: ignore[no-any-return]
-    if are_samples:
-        rank, world = rank_and_world()
-        size = -(-len(data) // world)
-        data = Subset(data, range(len(data))[rank * size : (rank + 1) * size])
-    return DataLoader(data, batch_size, collate_fn=collate_fn or default_data_collator)
 
 
 def _add_to_digest(digest: Any, batch: Any) -> None:
@@ -293,11 +261,8 @@ def _add_to_digest(digest: Any, batch: Any) -> None:
         value = batch[name]
         if isinstance(value, np.ndarray) and value.dtype != object:  # its repr leaves the middle out
             value = torch.from_numpy(np.ascontiguousarray(value))
-        if isinstance(value, Tensor):
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(f"{name}{value!r}".encode())
+        said = fingerprint(value) if isinstance(value, Tensor) else repr(value)
+        digest.update(f"{name}{said}".encode())
 
 
 # What a cache is made from
@@ -331,9 +296,9 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return ", ".join(name for name in expected if found.get(name) != expected[name])
 
 
-def _new_stamp(made_from: Mapping[str, Any]) -> dict[str, Any]:
-    versions = {"lreg_peft": __version__, "torch": torch.__version__}
-    return {"format": FORMAT, "made_from": made_from, "versions": versions}
+def _write_stamp(folder: Path, made_from: Mapping[str, Any], **complete: Any) -> None:
+    stamp = {"format": FORMAT, "made_from": made_from, **complete}
+    _replace(folder / _STAMP, json.dumps(stamp, indent=1).encode())
 
 
 def _read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -388,7 +353,7 @@ def _fits(path: Path, made_from: Mapping[str, Any], overwrite: bool) -> bool:
 
 def _begin(path: Path, made_from: Mapping[str, Any]) -> None:
     """Write the stamp of a cache that is not complete, and delete whatever does not belong to it."""
-    _replace(path / _STAMP, json.dumps(_new_stamp(made_from), indent=1).encode())
+    _write_stamp(path, made_from)
     for entry in path.iterdir():
         if _OWN.fullmatch(entry.name) and entry.name != _STAMP and _read_shard(entry, made_from) is None:
             entry.unlink()
@@ -421,10 +386,7 @@ def _write_shards(
             continue
         rows, counts = _rows_by_sample(output, batch, dtype)
         if len(rows.targets):
-            kind = output.check(rows, f"in batch {number - 1}, to be stored as {dtype}")
-            if objective not in ("", kind):
-                raise ValueError(f"labels must be all of one kind, got {objective} and, in batch {number - 1}, {kind}.")
-            objective = kind
+            objective = output.check(*rows, f"in batch {number - 1}, to be stored as {dtype}", objective)
         waiting.append((rows, counts))
         if sum(rows.features.nbytes for rows, _ in waiting) >= SHARD_BYTES:
             _write_shard(path / _shard_name(rank, n_shards), waiting, made_from, objective, number)
@@ -437,11 +399,10 @@ def _write_shards(
 
 def _rows_by_sample(output: OutputLayer, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Rows, list[int]]:
     """Rows of a batch as they are stored, and how many each of its samples has."""
-    features, targets = output.rows(batch)
-    features = features.to("cpu", dtype)
-    if targets.is_floating_point():
-        return Rows(features, targets.cpu().float()), [1] * len(targets)
-    return Rows(features, targets.cpu()), rows_per_sample(batch["labels"], shift=output.shifts)
+    features, targets, samples, _ = output.seen_rows(batch)
+    targets = targets.float() if targets.is_floating_point() else targets
+    counts = samples.bincount(minlength=len(batch["labels"])).tolist()
+    return Rows(features.to("cpu", dtype), targets.cpu()), counts
 
 
 def _shard_name(rank: int, number: int) -> str:

@@ -10,7 +10,7 @@ the step goes into the parameters, by a line search.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..core.checks import number, whole
 from ..core.distributed import rank_and_world
-from ..core.solve.subspace import dominant_subspace, subspace_cost, subspace_step
+from ..core.solve.subspace import dominant_subspace, subspace_step
 from ..modules import accepts, eval_mode, unwrap
 from ..rows import (
     BatchData,
@@ -38,55 +38,37 @@ from ..rows import (
     loss_of,
     model_inputs,
     row_loss,
+    width_of,
     without_labels,
 )
 from ..tuner.layer import LRegLayer
-
-Status = Literal["improved", "no_descent", "heldout_rose"]
 
 # The smallest step that the line search tries is 2 ** -_HALVINGS.
 _HALVINGS = 12
 # Every so many batches is held out if there is no loader for it.
 _HOLDOUT = 5
 
-_ADVICE: dict[Status, str] = {
-    "improved": "The parameters were improved.",
-    "no_descent": "No step lowered the training loss: the state may be a minimum already; else try a larger damping.",
-    "heldout_rose": "Every step that lowered the training loss raised the held-out loss: give more data, or try a "
-    "lower rank or a larger damping.",
-}
+#: Values of the trainable parameters, or a direction in them, by name.
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A step that was tried.
+class Step:
+    """A step that was taken.
 
     Attributes:
         rank: dimension of its subspace.
         damping: of its least-squares problem, relative to the largest eigenvalue.
-        step: factor in (0, 1] at which it lowered the training loss; 0 if there was none.
-        loss: mean loss on the training batches there.
-        heldout_loss: mean loss on the held-out batches there; None if there are none.
+        factor: in (0, 1], by which it was scaled so that the training loss fell.
+        loss: mean loss on the training batches after it.
+        heldout_loss: mean loss on the held-out batches after it; None if there are none.
     """
 
     rank: int
     damping: float
-    step: float
+    factor: float
     loss: float
     heldout_loss: float | None
-
-
-@dataclass(frozen=True)
-class RefinementRound:
-    """One linearisation.
-
-    Attributes:
-        taken: the step that was taken; None if none was.
-        candidates: one step per rank and damping.
-    """
-
-    taken: Candidate | None
-    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -98,26 +80,18 @@ class Refinement:
         loss_after: the same afterwards.
         heldout_before: mean loss on the held-out batches before; None if there are none.
         heldout_after: the same afterwards.
-        rounds: what was tried; the last one took no step if that ended the refinement.
+        steps: one for every round that took one.
+        status: "improved" if any step was taken. "no_descent": no step lowered the training loss; the state may be a
+            minimum already, else try a larger damping. "heldout_rose": every step that did raised the held-out loss;
+            give more data, or try a lower rank or a larger damping.
     """
 
     loss_before: float
     loss_after: float
     heldout_before: float | None
     heldout_after: float | None
-    rounds: tuple[RefinementRound, ...]
-
-    @property
-    def status(self) -> Status:
-        """Whether any step was taken ("improved"), and otherwise why not."""
-        if self.rounds[0].taken is not None:
-            return "improved"
-        return "heldout_rose" if any(candidate.step for candidate in self.rounds[0].candidates) else "no_descent"
-
-    @property
-    def message(self) -> str:
-        """The status in words, with what to try."""
-        return _ADVICE[self.status]
+    steps: tuple[Step, ...]
+    status: Literal["improved", "no_descent", "heldout_rose"]
 
 
 def refine_linearized(
@@ -173,44 +147,57 @@ def refine_linearized(
     dampings = {damping} if isinstance(damping, (int, float)) else set(damping)
     for one in ranks or {0}:
         whole("rank", one, 1)
-    for size in dampings or {math.nan}:
-        number("damping", size, 0)
+    for relative in dampings or {math.nan}:
+        number("damping", relative, 0)
     whole("n_rounds", n_rounds, 1)
     whole("columns_at_once", columns_at_once, 1)
     if rank_and_world()[1] > 1:
         raise RuntimeError("refine_linearized runs in one process: save the adapter and refine it in a run of its own.")
     inner = unwrap(model)
-    start = values = _trainable(inner)
-    rounds: list[RefinementRound] = []
+    start = state = _trainable(inner)
+    train_batches, heldout_batches = _split(data, eval_data, needs_holdout=len(ranks) > 1)
+    steps: list[Step] = []
+    heldout_rose = False
     # The fused attention kernels have no forward-mode derivative.
     with eval_mode(inner), sdpa_kernel(SDPBackend.MATH):
-        train, heldout = _data(inner, data, eval_data, needs_holdout=len(ranks) > 1)
-        before = now = train.loss(values), None if heldout is None else heldout.loss(values)
+        train = _MeanLoss(inner, train_batches)
+        heldout = _MeanLoss(inner, heldout_batches) if heldout_batches else None
+        before = now = train.at(state), None if heldout is None else heldout.at(state)
         if not math.isfinite(before[0]):
             raise ValueError(f"the training loss is {before[0]} before any step: there is nothing to linearise.")
         for i in range(n_rounds):
-            with tqdm(desc=f"LReg refinement, round {i + 1}", disable=not show_progress) as bar:
-                problem = _Linearised(train, values, columns_at_once, bar)
-                steps = list(problem.steps(ranks, dampings, seed + i))
-            tried = {}
-            for size, relative, step in steps:
-                factor, loss, state = _line_search(train, problem, step, now[0])
-                held = heldout.loss(state) if heldout and factor else now[1]
-                tried[Candidate(size, relative, factor, loss, held)] = state
-            taken = _best(list(tried), now[1])
-            rounds.append(RefinementRound(taken, tuple(tried)))
-            if taken is None:
+            multiply = partial(train.curvature, state, columns_at_once=columns_at_once, hidden=not show_progress)
+            size = sum(value.numel() for value in state.values())
+            values, vectors = dominant_subspace(multiply, size, max(ranks), seed=seed + i)
+            gradient = train.gradient(state)
+            best: tuple[float, Step, State] | None = None
+            for k in sorted({min(rank, len(values)) for rank in ranks}):
+                for relative in sorted(dampings):
+                    step = subspace_step(gradient, values[:k], vectors[:, :k], relative * values[0].item())
+                    factor, loss, moved = _line_search(train, state, step, now[0])
+                    if not factor:
+                        continue
+                    held = None if heldout is None else heldout.at(moved)
+                    if held is not None and now[1] is not None and not held <= now[1]:
+                        heldout_rose = True
+                        continue
+                    judged = loss if held is None else held
+                    if best is None or judged < best[0]:
+                        best = judged, Step(k, relative, factor, loss, held), moved
+            if best is None:
                 break
-            now, values = (taken.loss, taken.heldout_loss), tried[taken]
-    if values is not start:
+            _, taken, state = best
+            steps.append(taken)
+            now = taken.loss, taken.heldout_loss
+    if state is not start:
         with torch.no_grad():
-            for name, parameter in inner.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
-    return Refinement(before[0], now[0], before[1], now[1], tuple(rounds))
+            for name, value in state.items():
+                inner.get_parameter(name).copy_(value)
+    status: Any = "improved" if steps else "heldout_rose" if heldout_rose else "no_descent"
+    return Refinement(before[0], now[0], before[1], now[1], tuple(steps), status)
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
+def _trainable(model: nn.Module) -> State:
     """The parameters that the refinement may change, detached."""
     shortcuts = {id(p) for layer in model.modules() if isinstance(layer, LRegLayer) for p in layer.parameters()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -222,187 +209,124 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in trainable.items()}
 
 
-def _best(candidates: list[Candidate], heldout_loss: float | None) -> Candidate | None:
-    """The candidate to take: it lowered the training loss, did not raise the held-out one, and is the best of these."""
-    if heldout_loss is None:
-        return min((c for c in candidates if c.step), key=lambda c: c.loss, default=None)
-    fine = [(c.heldout_loss, c) for c in candidates if c.step and c.heldout_loss is not None]
-    return min((pair for pair in fine if pair[0] <= heldout_loss), key=lambda pair: pair[0], default=(0.0, None))[1]
-
-
-class _Data:
-    """Labelled batches, and what the model makes of them as a function of its parameters.
-
-    Attributes:
-        batches: those that hold a row with a label.
-        sizes: how many each holds.
-        pairing: how the model makes its loss of them.
-    """
-
-    def __init__(self, model: nn.Module, batches: list[Mapping[str, Any]]) -> None:
-        self.model = model
-        self.batches: list[dict[str, Any]] = []
-        self.sizes: list[int] = []
-        pairing: Pairing | None = None
-        for batch in batches:
-            inputs = model_inputs(model, batch)
-            with exact_pass(model):
-                logits = self._logits({}, inputs)
-                loss_kind_of(model, inputs["labels"], _width(logits))  # before labels meet the model's loss
-                size = len(_aligned(logits, inputs["labels"], pairing).targets)
-                if pairing is None and size:
-                    own = loss_of(model(**model_inputs(model, batch))) if accepts(model, "labels") else None
-                    pairing = find_pairing(model, logits, inputs["labels"], own)
-                    size = len(_aligned(logits, inputs["labels"], pairing).targets)
-            if size:
-                self.batches.append(inputs)
-                self.sizes.append(size)
-        if pairing is None:
-            raise ValueError("the batches hold no row with a label.")
-        self.pairing = pairing
-
-    def _logits(self, values: dict[str, Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        own = model_inputs(self.model, without_labels(self.model, inputs), labels=False)
-        output = functional_call(self.model, values, args=(), kwargs=own)
-        logits = logits_of(output)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{type(self.model).__name__} must return a tensor or an output with logits, got "
-                f"{type(output).__name__}."
-            )
-        return logits
-
-    def rows(self, values: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[n, out_features]` and targets of a batch, padding and ignored labels left out."""
-        return _aligned(self._logits(values, batch), batch["labels"], self.pairing)
-
-    @torch.no_grad()
-    def loss(self, values: dict[str, Tensor]) -> float:
-        """Mean loss over all rows, with these values of the trainable parameters."""
-        total = 0.0
-        for n, batch in zip(self.sizes, self.batches, strict=True):
-            total += n * row_loss(self.pairing.loss_kind, *self.rows(values, batch)).item()
-        return total / sum(self.sizes)
-
-
-def _width(logits: Tensor) -> int:
-    return logits.shape[-1] if logits.ndim > 1 else 1
-
-
-def _aligned(logits: Tensor, labels: Tensor, pairing: Pairing | None) -> Rows:
-    return align(logits, labels, shift=pairing is not None and pairing.shift, out_features=_width(logits))
-
-
-def _data(
-    model: nn.Module,
-    data: BatchData,
-    eval_data: BatchData | None,
-    needs_holdout: bool,
-) -> tuple[_Data, _Data | None]:
-    """Training and held-out data."""
+def _split(data: BatchData, eval_data: BatchData | None, needs_holdout: bool) -> tuple[list[Any], list[Any]]:
+    """Batches to fit and batches to judge by; none of the latter unless they are given or needed."""
     batches = list(batches_of(data))
     if not batches:
         raise ValueError("the data are empty.")
     if eval_data is not None:
-        return _Data(model, batches), _Data(model, list(batches_of(eval_data)))
+        return batches, list(batches_of(eval_data))
     if not needs_holdout:
-        return _Data(model, batches), None
+        return batches, []
     if len(batches) == 1:
         raise ValueError("ranks are chosen on held-out data, and there is one batch: give eval_data or one rank.")
-    held = set(range(_HOLDOUT - 1, len(batches), _HOLDOUT)) or {len(batches) - 1}
-    kept = [batch for i, batch in enumerate(batches) if i not in held]
-    return _Data(model, kept), _Data(model, [batches[i] for i in sorted(held)])
+    held = range(min(_HOLDOUT, len(batches)) - 1, len(batches), _HOLDOUT)
+    return [batch for i, batch in enumerate(batches) if i not in held], [batches[i] for i in held]
 
 
-class _Linearised:
-    """Gradient and Gauss-Newton matrix of the mean loss at one state; vectors are fp64 and flat."""
+class _MeanLoss:
+    """The mean loss over the rows of some batches, as a function of the trainable parameters.
 
-    def __init__(self, data: _Data, values: dict[str, Tensor], columns_at_once: int, bar: Any) -> None:
-        self._data = data
-        self._values = values
-        self._columns_at_once = columns_at_once
-        self._bar = bar
-        self.size = sum(value.numel() for value in values.values())
+    Directions in the parameters are also written as flat vectors, fp64 on the CPU, in the order of a state.
 
-    def steps(self, ranks: set[int], dampings: set[float], seed: int) -> Iterator[tuple[int, float, Tensor]]:
-        """Rank, damping and step `[size]`, of every combination."""
-        products, columns = subspace_cost(self.size, max(ranks))
-        self._bar.total = products * len(self._data.sizes) * -(-columns // self._columns_at_once)
-        values, vectors = dominant_subspace(self.multiply, self.size, max(ranks), seed=seed)
-        gradient = self.gradient()
-        for rank in sorted({min(rank, len(values)) for rank in ranks}):
-            for damping in sorted(dampings):
-                absolute = damping * values[0].item()
-                yield rank, damping, subspace_step(gradient, values[:rank], vectors[:, :rank], absolute)
-
-    def gradient(self) -> Tensor:
-        """`[size]`."""
-        total = torch.zeros(self.size, 1, dtype=torch.float64, device="cpu")
-        for n, local in self._batches():
-            total += n * self._flat(local.pull(local.slope)[0], 1)
-        return total[:, 0]
-
-    def multiply(self, block: Tensor) -> Tensor:
-        """J^T H J times `[size, k]`."""
-        total = torch.zeros_like(block)
-        for n, local in self._batches():
-            for columns in torch.arange(block.shape[1], device="cpu").split(self._columns_at_once):
-                product = vmap(local.multiply)(self._tree(block[:, columns]))
-                total[:, columns] += n * self._flat(product, len(columns))
-                self._bar.update()
-        return total
-
-    def moved(self, step: Tensor) -> dict[str, Tensor]:
-        """The state after a step `[size]`."""
-        tree = self._tree(step.unsqueeze(1))
-        return {name: value + tree[name][0] for name, value in self._values.items()}
-
-    def _batches(self) -> Iterator[tuple[float, "_LocalModel"]]:
-        """Share of the rows and local model of every batch."""
-        for n, batch in zip(self._data.sizes, self._data.batches, strict=True):
-            yield n / sum(self._data.sizes), _LocalModel(self._data, self._values, batch)
-
-    def _tree(self, block: Tensor) -> dict[str, Tensor]:
-        """`[size, k]` as one tensor `[k, ...]` per parameter."""
-        parts = block.T.split([value.numel() for value in self._values.values()], dim=1)
-        return {
-            name: part.reshape(len(part), *value.shape).to(value)
-            for part, (name, value) in zip(parts, self._values.items(), strict=True)
-        }
-
-    def _flat(self, tree: dict[str, Tensor], k: int) -> Tensor:
-        """The opposite of `_tree`."""
-        return torch.cat([tree[name].reshape(k, -1).cpu().double() for name in self._values], dim=1).T
-
-
-class _LocalModel:
-    """The outputs of one batch to first order, and its mean loss to second order in the outputs.
-
-    Attributes:
-        slope: gradient of the loss in the outputs, `[n, out_features]`.
-        pull: from a direction in the outputs to one in the parameters, J^T.
+    Args:
+        model: the model, in eval mode.
+        batches: as the model takes them; those without a row that has a label are left out.
     """
 
-    def __init__(self, data: _Data, values: dict[str, Tensor], batch: Mapping[str, Any]) -> None:
-        self._values = values
-        self._outputs = partial(data.rows, batch=batch)
-        logits, self.pull, targets = vjp(self._outputs, values, has_aux=True)  # type: ignore[misc]
-        # The Hessian is symmetric: its pullback is the product with it.
-        self.slope, self._bend = vjp(grad(partial(row_loss, data.pairing.loss_kind, targets=targets)), logits)  # type: ignore[misc]
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        self._model = model
+        self._batches: list[tuple[int, dict[str, Any]]] = []  # rows, and inputs on the device of the model
+        pairing: Pairing | None = None
+        for batch in batches:
+            inputs = model_inputs(model, batch)
+            labels = inputs["labels"]
+            with exact_pass(model):
+                logits = self._logits({}, inputs)
+                loss_kind_of(model, labels, width_of(logits))  # before labels meet the model's loss
+                own = None
+                if pairing is None and accepts(model, "labels"):
+                    align(logits, labels, shift=False, out_features=width_of(logits))  # likewise
+                    own = loss_of(model(**model_inputs(model, batch)))
+                found = pairing or find_pairing(model, logits, labels, own)
+            n = len(align(logits, labels, shift=found.shift, out_features=width_of(logits)).targets)
+            if n:
+                pairing = found
+                self._batches.append((n, inputs))
+        if pairing is None:
+            raise ValueError("the batches hold no row with a label.")
+        self._pairing = pairing
+        self._n_rows = sum(n for n, _ in self._batches)
 
-    def multiply(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
-        """J^T H J times a direction in the parameters."""
-        tangent = jvp(lambda values: self._outputs(values)[0], (self._values,), (direction,))[1]
-        return self.pull(self._bend(tangent)[0])[0]
+    def _logits(self, state: State, inputs: Mapping[str, Any]) -> Tensor:
+        own = model_inputs(self._model, without_labels(self._model, inputs), labels=False)
+        output = functional_call(self._model, state, args=(), kwargs=own)
+        logits = logits_of(output)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self._model).__name__} must return a tensor or an output with logits, got "
+                f"{type(output).__name__}."
+            )
+        return logits
+
+    def _rows(self, state: State, inputs: Mapping[str, Any]) -> Rows:
+        """Logits and targets of a batch, padding and ignored labels left out."""
+        logits = self._logits(state, inputs)
+        return align(logits, inputs["labels"], shift=self._pairing.shift, out_features=width_of(logits))
+
+    def _parts(self) -> Iterator[tuple[float, Any]]:
+        """Of every batch its share of the rows, and its rows as a function of the state."""
+        for n, inputs in self._batches:
+            yield n / self._n_rows, partial(self._rows, inputs=inputs)
+
+    @torch.no_grad()
+    def at(self, state: State) -> float:
+        """The loss."""
+        return sum(share * row_loss(self._pairing.loss_kind, *rows(state)).item() for share, rows in self._parts())
+
+    def gradient(self, state: State) -> Tensor:
+        """`[size]`."""
+        total: Any = 0
+        for share, rows in self._parts():
+            slope = grad(lambda state, rows=rows: row_loss(self._pairing.loss_kind, *rows(state)))(state)
+            total = total + share * torch.cat([part.flatten().cpu().double() for part in slope.values()])
+        return total  # type: ignore[no-any-return]
+
+    def curvature(self, state: State, block: Tensor, *, columns_at_once: int, hidden: bool) -> Tensor:
+        """J^T H J times `[size, k]`, J the Jacobian of the outputs and H the Hessian of the loss in them."""
+        total = torch.zeros_like(block)
+        parts = tqdm(self._parts(), desc="LReg refinement", total=len(self._batches), disable=hidden, leave=False)
+        for share, rows in parts:
+            logits, pull, targets = vjp(rows, state, has_aux=True)  # type: ignore[misc]
+            # The Hessian is symmetric: its pullback is the product with it.
+            _, bend = vjp(grad(partial(row_loss, self._pairing.loss_kind, targets=targets)), logits)  # type: ignore[misc]
+
+            def product(direction: State, rows: Any = rows, pull: Any = pull, bend: Any = bend) -> State:
+                _, tangent = jvp(lambda state: rows(state).features, (state,), (direction,))  # type: ignore[misc]
+                return pull(bend(tangent)[0])[0]  # type: ignore[no-any-return]
+
+            for columns in torch.arange(block.shape[1], device="cpu").split(columns_at_once):
+                image = vmap(product)(_unflatten(block[:, columns], state))
+                flat = [part.flatten(1).cpu().double() for part in image.values()]
+                total[:, columns] += share * torch.cat(flat, dim=1).T
+        return total
 
 
-def _line_search(
-    data: _Data, problem: _Linearised, step: Tensor, loss: float
-) -> tuple[float, float, dict[str, Tensor]]:
+def _unflatten(block: Tensor, state: State) -> State:
+    """`[size, k]` as one tensor `[k, ...]` per parameter."""
+    parts = block.T.split([value.numel() for value in state.values()], dim=1)
+    return {
+        name: part.reshape(len(part), *value.shape).to(value)
+        for part, (name, value) in zip(parts, state.items(), strict=True)
+    }
+
+
+def _line_search(train: _MeanLoss, state: State, step: Tensor, loss: float) -> tuple[float, float, State]:
     """The first of 1, 1/2, 1/4, ... times `step` that lowers the loss: factor, loss and state; 0 if none does."""
-    for halvings in range(_HALVINGS + 1):
-        moved = problem.moved(step * 0.5**halvings)
-        after = data.loss(moved)
+    for factor in (0.5**halvings for halvings in range(_HALVINGS + 1)):
+        change = _unflatten(factor * step.unsqueeze(1), state)
+        moved = {name: value + change[name][0] for name, value in state.items()}
+        after = train.at(moved)
         if after < loss:  # not if it is NaN
-            return 0.5**halvings, after, moved
-    return 0.0, loss, {}
+            return factor, after, moved
+    return 0.0, loss, state

@@ -5,7 +5,6 @@ base module's output is a constant offset. Training on stored features and conve
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modules import accepts, unwrap
+from ..output_rows import OutputRows, SeenRows
 from ..rows import (
     LossKind,
-    Pairing,
     Rows,
-    align,
     are_values,
     check_yes_or_no,
     exact_pass,
-    find_pairing,
-    last_tokens,
-    logits_of,
     loss_kind_of,
-    loss_of,
     model_inputs,
     same_output,
     shifts_labels,
@@ -43,7 +37,7 @@ class _NoLogits:
         return features.new_zeros(1).expand(*features.shape[:-1], layer.out_features)
 
 
-class OutputLayer:
+class OutputLayer(OutputRows):
     """A module with a shortcut whose output is the output of the model; made by `find_output_layer`.
 
     Attributes:
@@ -54,9 +48,10 @@ class OutputLayer:
         pairing: how the model makes its loss of rows; None until the first batch has been compared.
     """
 
-    def __init__(self, model: nn.Module, name: str, layer: LRegLayer, adapter_name: str) -> None:
-        self.model, self.name, self.layer, self.adapter_name = model, name, layer, adapter_name
-        self.pairing: Pairing | None = None
+    def __init__(self, model: nn.Module, layer: LRegLayer, adapter_name: str) -> None:
+        instead = "train it in the model, by gradients"
+        super().__init__(model, layer, adapter_name, "a fit or a cache of its rows", instead)
+        self.layer = layer
 
     @property
     def shifts(self) -> bool:
@@ -69,24 +64,38 @@ class OutputLayer:
         Raises:
             ValueError: for labels outside the classes, or of another number than the outputs.
         """
-        kind = loss_kind_of(self.model, labels, self.layer.out_features)
-        values = are_values(labels, self.layer.out_features)
+        kind = loss_kind_of(self.model, labels, self.out_features)
+        values = are_values(labels, self.out_features)
         return self.pairing.loss_kind if values and self.pairing is not None else kind
 
-    def check(self, rows: Rows, where: str) -> LossKind:
-        """What is minimised over rows; `where` says in errors which ones they are.
+    def check(self, features: Tensor, targets: Tensor, where: str, before: str | None) -> LossKind:
+        """What is minimised over rows.
+
+        Args:
+            features: `[n, in_features]`.
+            targets: as in `Rows`.
+            where: which rows these are, for errors.
+            before: what is minimised over the rows that came before; None or "" if none did.
 
         Raises:
-            ValueError: if they are for nothing: not finite, or labels that the loss has no minimum for.
+            ValueError: if they are for nothing: not finite, labels that the loss has no minimum for, or of another kind
+                than those before.
         """
-        kind = self.loss_kind(rows.targets)
-        for name, tensor in (("features", rows.features), ("labels", rows.targets)):
+        kind = self.loss_kind(targets)
+        for name, tensor in (("features", features), ("labels", targets)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"the {name} of {self.name!r} must be finite, got NaN or infinite values {where}.")
-        check_yes_or_no(kind, rows.targets)
+        check_yes_or_no(kind, targets)
+        if before and before != kind:
+            raise ValueError(f"the labels must be all of one kind, got {before} and, {where}, {kind}.")
         return kind
 
     def rows(self, batch: Mapping[str, Any]) -> Rows:
+        """What `seen_rows` gives, without where it comes from."""
+        features, targets, *_ = self.seen_rows(batch)
+        return Rows(features, targets)
+
+    def seen_rows(self, batch: Mapping[str, Any]) -> SeenRows:
         """The rows of a batch: what reaches the module in a pass in eval mode, without a graph.
 
         In the first batch with labels that count, the rows are compared with the output and the loss of the model.
@@ -97,44 +106,20 @@ class OutputLayer:
                 that rows cannot repeat.
         """
         inputs = model_inputs(self.model, batch)
-        seen: list[Tensor] = []
-
-        def see(features: Tensor) -> None:
-            # Refused here, labels that do not fit never meet the model's loss: on a GPU there is no way back from that.
-            self.loss_kind(inputs["labels"])
-            self._align(features, inputs)
-            seen.append(features)
-
-        compares = self.pairing is None and accepts(self.model, "labels")
-        remove = self.layer.register_input_hook(see, self.adapter_name)
-        this_thread.fused_pass = None if self.pairing is None else _NoLogits()
+        self.loss_kind(inputs["labels"])  # before they meet the model's loss: on a GPU there is no way back from that
+        is_first = self.pairing is None
+        given = inputs if is_first and accepts(self.model, "labels") else without_labels(self.model, inputs)
+        this_thread.fused_pass = None if is_first else _NoLogits()
         try:
-            with exact_pass(self.model):
-                output = self.model(**(inputs if compares else without_labels(self.model, inputs)))
+            with self, exact_pass(self.model):
+                output = self.model(**given)
+                this_thread.fused_pass = None
+                seen = self.of_pass(inputs, output, with_logits=is_first)
+                if seen.logits is not None and not same_output(self.output(seen.features), seen.logits):
+                    raise self.refusal()
         finally:
             this_thread.fused_pass = None
-            remove()
-        if len(seen) != 1:
-            raise ValueError(f"{self.name!r} was called {len(seen)} times in a forward pass; exactly once is needed.")
-        if self.pairing is None and len(self._align(seen[0], inputs).targets):
-            self._compare(seen[0], output, inputs)
-        return self._align(seen[0], inputs)
-
-    def _compare(self, features: Tensor, output: Any, inputs: Mapping[str, Any]) -> None:
-        """Find the pairing, and make sure that rows give the model's own output and loss."""
-        own, labels, width = logits_of(output), inputs["labels"], self.layer.out_features
-        same = isinstance(own, Tensor) and (own.shape[-1] == width or own.ndim == 1)
-        if same:
-            self.pairing = find_pairing(self.model, own, labels, loss_of(output))
-            expected = align(own, labels, shift=self.shifts, out_features=width).features
-            with exact_pass(self.model):
-                logits = self.output(self._align(features, inputs).features)
-            same = same_output(logits, expected)
-        if not same:
-            raise ValueError(
-                f"{type(self.model).__name__} changes the output of this module ({self.name!r}), so the shortcut there "
-                "cannot be trained apart from the model. Train it in the model."
-            )
+        return seen
 
     def output(self, features: Tensor) -> Tensor:
         """The module's output for rows: `[n, in_features]` -> `[n, out_features]`, active shortcuts included."""
@@ -160,11 +145,6 @@ class OutputLayer:
         # The classifiers of convolutional networks flatten or average [batch, features, height, width].
         images = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Conv2d)
         return features[:, :, None, None] if any(isinstance(part, images) for part in own.modules()) else features
-
-    def _align(self, values: Tensor, inputs: Mapping[str, Any]) -> Rows:
-        """Bring features and labels together."""
-        pool = partial(last_tokens, inputs=inputs, config=getattr(self.model, "config", None), name=self.name)
-        return align(values, inputs["labels"], shift=self.shifts, out_features=self.layer.out_features, pool=pool)
 
 
 def find_output_layer(model: nn.Module, adapter_name: str | None = None) -> OutputLayer:
@@ -200,7 +180,7 @@ def find_output_layer(model: nn.Module, adapter_name: str | None = None) -> Outp
             f"a shortcut that is fitted or cached must read the input of its own module, and the one at {name!r} has "
             f"the feature_source {layer.source.name!r}: do without that option, or train the shortcut in the model."
         )
-    return OutputLayer(inner, name, layer, adapter_name)
+    return OutputLayer(inner, layer, adapter_name)
 
 
 def trained_elsewhere(output: OutputLayer) -> list[str]:

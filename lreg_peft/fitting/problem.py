@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -100,36 +99,26 @@ class FitProblem:
         self._cache: RowSource | None = data if isinstance(data, RowSource) and not self._keep_offsets else None
         # A weight, of the base module if it has one, for device and dtype of the features.
         self._place = next(p for p in self.layer.parameters() if p.is_floating_point())
-        self._latents: list[Tensor] = []
-        self._targets: list[Tensor] = []
-        self._sources: list[Tensor] = []  # offsets or features
+        # Latents z, targets, and offsets or features; the latter are left out if a cache has them.
+        self._stored: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.loss_kind: LossKind | None = None
         with together(), torch.no_grad(), eval_mode(output.model):
             if isinstance(data, FeatureCache):
                 data.check_belongs_to(output)
-            for rows in self._read(data):
-                self._add(rows)
-        n_rows = self.processes.gather(torch.tensor([sum(map(len, self._targets))], device="cpu"))
-        self.n_rows = int(sum(n_rows))
-        found: list[LossKind | None] = gather_objects(self.loss_kind)
-        kinds = [kind for kind in dict.fromkeys(found) if kind is not None]
+            parts = self._own_chunks(data) if isinstance(data, RowSource) else map(output.rows, batches_of(data))
+            for rows in tqdm(parts, desc="LReg fit: features", disable=not self.show_progress):
+                self._add(*rows)
+        everybody = gather_objects((sum(len(targets) for _, targets, _ in self._stored), self.loss_kind))
+        self.n_rows = sum(n for n, _ in everybody)
+        kinds = [kind for kind in dict.fromkeys(kind for _, kind in everybody) if kind is not None]
         if len(kinds) > 1:
             raise ValueError(f"the labels must be all of one kind, but processes have {' and '.join(map(str, kinds))}.")
-        self.loss_kind = kinds[0] if kinds else None  # a process without rows does not know
         if not self.n_rows:
             raise ValueError(
                 "the data hold no labels to fit: they are empty (a generator can be read only once), or all labels "
                 "are -100."
             )
-
-    def _read(self, data: Data) -> Iterator[Rows]:
-        """The rows of this process."""
-        bar = partial(tqdm, desc="LReg fit: features", disable=not self.show_progress)
-        if isinstance(data, RowSource):
-            yield from bar(self._own_chunks(data))
-            return
-        for batch in bar(batches_of(data)):
-            yield self.output.rows(batch)
+        (self.loss_kind,) = kinds  # a process without rows does not know
 
     def _own_chunks(self, cache: RowSource) -> Iterator[Rows]:
         """A cache is the same for all processes: each takes its turn. Half-precision features become the model's."""
@@ -137,25 +126,19 @@ class FitProblem:
         for features, targets in islice(chunks, self._rank, None, self._world):
             yield Rows(features.to(self._place), targets.to(self._place.device))
 
-    def _add(self, rows: Rows) -> None:
-        loss_kind = self.output.check(rows, f"after row {sum(map(len, self._targets))}")
-        if self.loss_kind not in (None, loss_kind):
-            raise ValueError(f"the labels must be all of one kind, got {self.loss_kind} and {loss_kind}.")
-        if not self.ridge > 0 and (loss_kind != "squared_error" or not self.ridge == 0):
+    def _add(self, features: Tensor, targets: Tensor) -> None:
+        where = f"after row {sum(len(targets) for _, targets, _ in self._stored)}"
+        self.loss_kind = self.output.check(features, targets, where, self.loss_kind)
+        if not self.ridge > 0 and (self.loss_kind != "squared_error" or not self.ridge == 0):
             raise ValueError(
                 f"ridge must be positive, got {self.ridge}: without it there is no certificate, and for separable "
                 "classes no optimum." + (" Only regression can do with 0." if self.ridge == 0 else "")
             )
         if self.ridge == math.inf:
             raise ValueError("ridge must be finite, got inf.")
-        self.loss_kind = loss_kind
-        features, targets = rows
-        self._latents.append(self.layer.latent(self.adapter, features))
-        self._targets.append(targets)
-        if self._keep_offsets:
-            self._sources.append(self.output.base_output(features))
-        elif self._cache is None:
-            self._sources.append(features)
+        source = self.output.base_output(features) if self._keep_offsets else features
+        latent = self.layer.latent(self.adapter, features)
+        self._stored.append((latent, targets, None if self._cache is not None else source))
 
     def warn_of_missing_start(self) -> None:
         """Warn if the start from data that the configuration promises has not been made."""
@@ -174,15 +157,12 @@ class FitProblem:
 
     def _passes(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Latents z, targets, offsets, a bounded number of rows at a time."""
-        if self._cache is not None:
-            again = (features for features, _ in self._own_chunks(self._cache))
-            for latent, targets, features in zip(self._latents, self._targets, again, strict=True):
-                yield latent, targets, self.output.base_output(features)
-            return
         rows = rows_at_once(self.out_features, self._place.device)
-        for latent, targets, sources in zip(self._latents, self._targets, self._sources, strict=True):
-            for z, t, source in zip(latent.split(rows), targets.split(rows), sources.split(rows), strict=True):
-                yield z, t, source if self._keep_offsets else self.output.base_output(source)
+        again = iter(()) if self._cache is None else self._own_chunks(self._cache)
+        for latent, targets, source in self._stored:
+            source = next(again).features if source is None else source
+            for z, t, part in zip(latent.split(rows), targets.split(rows), source.split(rows), strict=True):
+                yield z, t, part if self._keep_offsets else self.output.base_output(part)
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the rows, for the solvers."""

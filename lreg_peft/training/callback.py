@@ -3,32 +3,28 @@
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..core.adapt.move import Strategy, check_strategy
-from ..core.checks import choice, number, whole
+from ..core.checks import number, whole
 from ..modules import eval_mode
 from ..rows import loss_of
 from ..tuner.penalty import add_penalty_gradient, curvature_penalty, is_penalised
-from ..tuner.sites import movable_sites
-from .mesh_update import MeshUpdate, node_spread, update_meshes
-from .statistics import DEFAULT_ROWS, track_statistics
+from .mesh_update import MeshUpdate, update_meshes
+from .statistics import track_statistics
 
-Unit = Literal["steps", "epochs"]
 #: Computes the loss that a move is judged by: of the model, on the inputs of a recent training batch.
 CheckLoss = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 # A size so small that nodes hardly slide any more.
 _SMALLEST_SIZE = 1 / 64
-
-
-# Rates of Adam below this hardly move a shortcut in a training of usual length; that of `Trainer` is 5e-5.
-_LOW_RATE = 4e-4
 
 
 class LRegCallback(TrainerCallback, ExportableState):
@@ -45,9 +41,9 @@ class LRegCallback(TrainerCallback, ExportableState):
     Every training begins with the given size and counters at zero, unless it resumes from a checkpoint.
 
     The Trainer's training logs (`log_history` and every reporter that was added after this callback) also get
-    `lreg_node_spread`, `lreg_smallest_element`, `lreg_moves_accepted`, `lreg_moves_refused` and, with a
-    `curvature_weight`, `lreg_curvature_penalty`. Reporters named in `report_to` come first in a Trainer's list; for
-    these to see the entries, `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
+    `lreg_moves_accepted`, `lreg_moves_refused` and, with a `curvature_weight`, `lreg_curvature_penalty`. Reporters
+    named in `report_to` come first in a Trainer's list; for these to see the entries,
+    `trainer.callback_handler.callbacks.insert(0, LRegCallback(...))` adds it in front.
 
     With `TrainingArguments(restore_callback_states_from_checkpoint=True)` its state survives
     `resume_from_checkpoint`, all but `check_loss`, which no file can hold. Statistics since the last move are not
@@ -55,9 +51,7 @@ class LRegCallback(TrainerCallback, ExportableState):
     it alone.
 
     Args:
-        every: move after this many `unit`s.
-        unit: "steps" (of the optimiser) or "epochs".
-        start: fraction of the training before which nothing moves.
+        every: move after this many steps of the optimiser.
         stop: fraction of the training after which nothing moves; the coefficients settle on their final mesh then.
         strategy: see `update_meshes`.
         n_refine: see `update_meshes`.
@@ -68,7 +62,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             returns the loss. None takes the loss that the model returns.
         tolerance: how far the loss on these may rise for a move to be kept, relative to the loss.
         adapter_name: which adapter; None takes the active ones of every layer.
-        n_rows: see `track_statistics`.
         n_hard_samples: hits per backward pass, for `"paper"` only; see `track_statistics`.
 
     Raises:
@@ -77,16 +70,13 @@ class LRegCallback(TrainerCallback, ExportableState):
         RuntimeError: when a move is due, if there is no batch to try it on or the model returns no loss for it.
 
     Warns:
-        UserWarning: when training begins with Adam at a rate far below what shortcuts want; when it ends, if it was too
-            short for one move.
+        UserWarning: when training ends, if it was too short for one move.
     """
 
     def __init__(
         self,
         every: int = 50,
-        unit: Unit = "steps",
         *,
-        start: float = 0.0,
         stop: float = 0.75,
         strategy: Strategy = "relocate",
         n_refine: int | None = None,
@@ -95,26 +85,18 @@ class LRegCallback(TrainerCallback, ExportableState):
         check_loss: CheckLoss | None = None,
         tolerance: float = 0.0,
         adapter_name: str | None = None,
-        n_rows: int = DEFAULT_ROWS,
         n_hard_samples: int = 32,
     ) -> None:
-        choice("unit", unit, get_args(Unit))
         whole("every", every, 1)
         whole("n_refine", n_refine, 0, optional=True)
         whole("n_check_batches", n_check_batches, 0)
-        whole("n_rows", n_rows, 1)
         whole("n_hard_samples", n_hard_samples, 1)
         number("tolerance", tolerance, 0)
         number("size", size, above=0, highest=1)
-        number("start", start)
-        number("stop", stop)
-        if not 0 <= start < stop <= 1:
-            raise ValueError(f"start and stop are fractions with 0 <= start < stop <= 1, got {start} and {stop}.")
+        number("stop", stop, above=0, highest=1)
         check_strategy(strategy)
         self._options: dict[str, Any] = {
             "every": every,
-            "unit": unit,
-            "start": start,
             "stop": stop,
             "strategy": strategy,
             "n_refine": n_refine,
@@ -122,7 +104,6 @@ class LRegCallback(TrainerCallback, ExportableState):
             "n_check_batches": n_check_batches,
             "tolerance": tolerance,
             "adapter_name": adapter_name,
-            "n_rows": n_rows,
             "n_hard_samples": n_hard_samples,
         }
         #: Size of the next move.
@@ -133,11 +114,11 @@ class LRegCallback(TrainerCallback, ExportableState):
         self.n_refused = 0
         #: What the last `update_meshes` returned.
         self.last_update: MeshUpdate | None = None
-        self._shape_logs: dict[str, float] = {}
         self._model: nn.Module | None = None
         self._check_loss = check_loss
-        self._batches: _RecentBatches | None = None
-        self._is_gathering = False
+        # The last training batches as the model got them, and the hook that keeps them while statistics are gathered.
+        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=n_check_batches)
+        self._hook: RemovableHandle | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -149,22 +130,21 @@ class LRegCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start gathering, if the first move is near."""
-        self._close()  # of a training that broke off
+        """Start gathering."""
+        self._stop_gathering()  # of a training that broke off
         self._model = kwargs["model"]
-        if "adam" in str(args.optim).lower() and args.learning_rate < _LOW_RATE:
-            warnings.warn(
-                f"learning_rate={args.learning_rate:g} is far below what shortcuts want with Adam: about 2e-2 for "
-                "language models and 3e-3 for classifiers and regressions.",
-                UserWarning,
-                stacklevel=2,
-            )
         if state.global_step == 0:  # not resumed
             self.current_size = self._options["size"]
             self.n_accepted = self.n_refused = 0
             self.last_update = None
-        self._describe_meshes(self._model)
-        self._open_or_close(state)
+        if self._is_open(state):
+            by_hits = self._options["strategy"] == "paper"
+            track_statistics(
+                self._model,
+                adapter_name=self._options["adapter_name"],
+                n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
+            )
+            self._hook = self._model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,16 +160,10 @@ class LRegCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move, if it is time: after the optimiser's step, before evaluation and saving."""
-        self._open_or_close(state)
-        if self._options["unit"] == "steps" and state.global_step % self._options["every"] == 0:
-            self._move(state, kwargs["model"], kwargs["optimizer"])
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move, if it is time: before evaluation and saving."""
-        if self._options["unit"] == "epochs" and round(state.epoch or 0) % self._options["every"] == 0:
-            self._move(state, kwargs["model"], kwargs["optimizer"])
+        if self._is_open(state) and state.global_step % self._options["every"] == 0:
+            self._move(kwargs["model"], kwargs["optimizer"])
+        if not self._is_open(state):
+            self._stop_gathering()
 
     def on_log(
         self,
@@ -202,8 +176,7 @@ class LRegCallback(TrainerCallback, ExportableState):
         """Add to the logs of the training loss."""
         if logs is None or "loss" not in logs or self._model is None:
             return
-        entries = {
-            **self._shape_logs,
+        entries: dict[str, float] = {
             "lreg_moves_accepted": self.n_accepted,
             "lreg_moves_refused": self.n_refused,
         }
@@ -217,32 +190,26 @@ class LRegCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop gathering and take every hook off."""
-        self._close()
+        self._stop_gathering()
+        self._model = None
         if self.last_update is None and not self.n_accepted + self.n_refused:
-            first, last = self._window(state)
             warnings.warn(
-                f"LRegCallback moved no mesh: a move is due every {self._options['every']} {self._options['unit']}, "
-                f"between steps {first:.0f} and {last:.0f}, and the training had {state.global_step} steps. "
-                "Set a smaller `every`, or leave the callback out.",
+                f"LRegCallback moved no mesh: a move is due every {self._options['every']} steps, until step "
+                f"{self._options['stop'] * state.max_steps:.0f}, and the training had {state.global_step} steps. Set a "
+                "smaller `every`, or leave the callback out.",
                 UserWarning,
                 stacklevel=2,
             )
 
     # What they do
 
-    def _move(self, state: TrainerState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        first, last = self._window(state)
-        if not first < state.global_step <= last:
-            return
+    def _move(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         update = update_meshes(
             model,
             optimizer,
-            strategy=self._options["strategy"],
-            adapter_name=self._options["adapter_name"],
-            n_refine=self._options["n_refine"],
             size=self.current_size,
-            accept=None if self._batches is None else self._batches.loss,
-            tolerance=self._options["tolerance"],
+            accept=partial(self._loss, model) if self._options["n_check_batches"] else None,
+            **{name: self._options[name] for name in ("strategy", "adapter_name", "n_refine", "tolerance")},
         )
         self.last_update = update
         self.n_accepted += update.accepted
@@ -251,90 +218,38 @@ class LRegCallback(TrainerCallback, ExportableState):
             self.current_size = max(self.current_size / 2, _SMALLEST_SIZE)
         elif update.accepted:
             self.current_size = self._options["size"]
-        self._describe_meshes(model)
 
-    def _window(self, state: TrainerState) -> tuple[float, float]:
-        """Steps between which moves are allowed: after the first, up to the last."""
-        return self._options["start"] * state.max_steps, self._options["stop"] * state.max_steps
-
-    def _open_or_close(self, state: TrainerState) -> None:
-        """Gather from one interval before the first move to the last one."""
-        interval = float(self._options["every"])
-        if self._options["unit"] == "epochs":
-            interval *= state.max_steps / max(state.num_train_epochs, 1)
-        first, last = self._window(state)
-        wanted = first - interval <= state.global_step <= last
-        if wanted and not self._is_gathering and self._model is not None:
-            by_hits = self._options["strategy"] == "paper"
-            track_statistics(
-                self._model,
-                adapter_name=self._options["adapter_name"],
-                n_rows=self._options["n_rows"],
-                n_hard_samples=self._options["n_hard_samples"] if by_hits else None,
-            )
-            if self._options["n_check_batches"]:
-                self._batches = _RecentBatches(self._model, self._options["n_check_batches"], self._check_loss)
-            self._is_gathering = True
-        elif not wanted:
-            self._stop_gathering()
+    def _is_open(self, state: TrainerState) -> bool:
+        """Whether meshes may still move."""
+        return state.global_step <= self._options["stop"] * state.max_steps
 
     def _stop_gathering(self) -> None:
-        if self._is_gathering and self._model is not None:
-            if self._batches is not None:
-                self._batches.close()
-                self._batches = None
-            self._is_gathering = False
+        if self._hook is not None and self._model is not None:
+            self._hook.remove()
+            self._hook = None
+            self._calls.clear()
             track_statistics(self._model, False, adapter_name=self._options["adapter_name"])
 
-    def _close(self) -> None:
-        self._stop_gathering()
-        self._model = None
-
-    def _describe_meshes(self, model: nn.Module) -> None:
-        meshes = [site.nodes for site in movable_sites(model, self._options["adapter_name"])]
-        self._shape_logs = {
-            "lreg_node_spread": sum(map(node_spread, meshes)) / len(meshes),
-            "lreg_smallest_element": min(float(nodes.diff(dim=1).min()) for nodes in meshes),
-        }
-
-
-class _RecentBatches:
-    """Keeps the last training batches as the model gets them, to compute the loss on them again.
-
-    Args:
-        model: the model that trains.
-        n_batches: how many to keep.
-        check_loss: see `LRegCallback`.
-    """
-
-    def __init__(self, model: nn.Module, n_batches: int, check_loss: CheckLoss | None) -> None:
-        self._model, self._check_loss = model, check_loss
-        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=n_batches)
-        self._handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
-
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: keep the last training batches as the model gets them."""
         if model.training and torch.is_grad_enabled():
             self._calls.append((args, dict(kwargs)))
 
-    def loss(self) -> float:
-        """The mean over the batches, in eval mode.
-
-        Raises:
-            RuntimeError: if there is no batch, or no loss for it.
-        """
+    def _loss(self, model: nn.Module) -> float:
+        """The mean over the batches that were kept, in eval mode."""
         if not self._calls:
             raise RuntimeError(
                 "there is no training batch to try a move of the meshes on: let the model run in train mode before one "
                 "is due, or set LRegCallback(n_check_batches=0) to keep every move."
             )
-        with eval_mode(self._model):
-            losses = [self._loss_on(args, dict(kwargs)).detach().mean() for args, kwargs in self._calls]
+        with eval_mode(model):
+            losses = [self._loss_on(model, args, dict(kwargs)).detach().mean() for args, kwargs in self._calls]
         return float(torch.stack(losses).float().mean())
 
-    def _loss_on(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
+    def _loss_on(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
         if self._check_loss is not None:
-            return self._check_loss(self._model, inputs)
-        output = self._model(*args, **inputs)
+            return self._check_loss(model, inputs)
+        output = model(*args, **inputs)
         loss = loss_of(output)
         if not isinstance(loss, Tensor):
             raise RuntimeError(
@@ -344,8 +259,3 @@ class _RecentBatches:
                 "and the inputs of a batch that returns the loss, or set n_check_batches=0 to keep every move."
             )
         return loss
-
-    def close(self) -> None:
-        """Forget the batches, and look at no more of them."""
-        self._calls.clear()
-        self._handle.remove()

@@ -13,15 +13,17 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..core.distributed import from_main, gather_objects, rank_and_world, together
 from ..core.solve.problem import Chunk, Solution
 from ..modules import unwrap
+from ..output_rows import OutputRows, per_pass
 from ..rows import BatchData, LossKind, batches_of, check_yes_or_no, row_loss, solver_of
+from ..tuner.moves import Tentative
 from ..tuner.placement import output_head_name
-from .output_rows import OutputRows, spaced
 
 #: Ridges that are tried: penalties on the squared change of the weights, for features of mean squared length one.
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
@@ -82,46 +84,49 @@ class HeadRows(OutputRows):
         model: the model.
         head: its last linear layer, the copy of it that an adapter trains.
         n_batches: passes there will be at most, in each process.
+        must_start: whether it is an error if the head cannot start from what was seen.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, n_batches: int, must_start: bool = True) -> None:
         super().__init__(model, head, adapter_name="", instead="there is none for such a head")
-        self.head = head
-        most = min(_MOST_ROWS, _MOST_ENTRIES // head.out_features)
-        self._quota = -(-most // (n_batches * rank_and_world()[1]))
+        self._quota = per_pass(min(_MOST_ROWS, _MOST_ENTRIES // head.out_features), n_batches)
+        self.head, self._must_start = head, must_start
+        # Features, logits, targets and half of some rows of each pass.
         self._rows: list[tuple[Tensor, ...]] = []
-        #: Why the head cannot start from what was seen, one sentence; None if it can.
-        self.reason: str | None = None
+        # Why the head cannot start from what was seen, one sentence; None if it can.
+        self._reason: str | None = None
 
     def take(self, inputs: Mapping[str, Any], output: Any) -> None:
-        """Keep rows of the pass; what stands in the way becomes the `reason`."""
-        if self.reason is None:
+        """Keep rows of the pass; what stands in the way is kept."""
+        if self._reason is None:
             try:
-                seen = self.rows(inputs, output)
+                seen = self.of_pass(inputs, output).few(self._quota)
             except ValueError as error:
-                self.reason = str(error)
+                self._reason = str(error)
                 return
-            few = spaced(len(seen.samples), self._quota)
-            chosen = few.to(seen.features.device)
-            kept = seen.features[chosen], seen.logits[chosen], seen.targets[chosen]
-            self._rows.append((*(part.cpu() for part in kept), seen.samples[few] % 2))  # samples in turn judge
+            assert seen.logits is not None
+            kept = seen.features, seen.logits, seen.targets, seen.samples % 2  # samples in turn judge
+            self._rows.append(tuple(part.cpu() for part in kept))
 
     def start(self) -> HeadStart | None:
         """Put the head to where the rows of all processes have their optimum, if that pays.
 
         Returns:
-            What was done; None if there is a `reason` not to. The loss on the rows does not rise.
+            What was done; None if the head cannot start from what was seen. The loss on the rows does not rise.
 
         Raises:
-            ValueError: if features or labels are not finite, or the labels are none that the loss has a minimum for.
+            ValueError: if features or labels are not finite, or the labels are none that the loss has a minimum for; if
+                the head must start and cannot.
         """
-        everybody = gather_objects((self.reason, self._rows, self.pairing))
-        self.reason = next((reason for reason, _, _ in everybody if reason is not None), None)
+        everybody = gather_objects((self._reason, self._rows, self.pairing))
+        reason = next((reason for reason, _, _ in everybody if reason is not None), None)
         pairing = next((pairing for _, _, pairing in everybody if pairing is not None), None)
         rows = [row for _, own, _ in everybody for row in own]
-        if self.reason is None and (pairing is None or not sum(len(row[2]) for row in rows)):
-            self.reason = f"{self.purpose} needs labels, and the batches have none that count."
-        if self.reason is not None or pairing is None:
+        if reason is None and (pairing is None or not sum(len(row[2]) for row in rows)):
+            reason = f"{self.purpose} needs labels, and the batches have none that count."
+        if reason is not None and self._must_start:
+            raise ValueError(f"{reason} Or leave the head as it is: start_head=False.")
+        if reason is not None or pairing is None:
             return None
         found = None
         with together():
@@ -129,9 +134,11 @@ class HeadRows(OutputRows):
                 parts = map(torch.cat, zip(*rows, strict=True))
                 found = _solve(self.name, self.head, pairing.loss_kind, *parts)
         report, weights = from_main(found)  # type: ignore[misc]
-        with together(), torch.no_grad():
-            for parameter, weight in zip(self.head.parameters(), weights, strict=False):
-                parameter.copy_(weight)
+        with Tentative(self.head.parameters()) as trial:
+            with together(), torch.no_grad():
+                for parameter, weight in zip(self.head.parameters(), weights, strict=False):
+                    parameter.copy_(weight)
+            trial.keep()
         return report
 
 
@@ -154,10 +161,9 @@ def start_head(model: nn.Module, data: BatchData, *, adapter_name: str = "defaul
     if head is None:
         raise ValueError(f"{type(unwrap(model)).__name__} has no new head: name it in modules_to_save.")
     rows = HeadRows(model, head, n_batches)
-    rows.read(model, islice(batches_of(data), n_batches))
+    rows.read(model, islice(batches_of(data), n_batches), rows.take)
     report = rows.start()
-    if report is None:
-        raise ValueError(rows.reason)
+    assert report is not None  # it must start
     return report
 
 
@@ -171,11 +177,12 @@ def _solve(
                 f"the {what} of {name!r} must be finite, got NaN or infinite values in {len(tensor)} rows."
             )
     check_yes_or_no(kind, targets)
-    problem = _Problem(kind, features, logits, targets, has_constant=head.bias is not None)
-    before, n = problem.loss(None), len(targets)
-    heldout, ridge = problem.choose(halves, before)
+    problem = _Problem(kind, features, logits, targets, has_bias=head.bias is not None)
+    before, n = problem.before, len(targets)
+    heldout, ridge = problem.choose(halves)
     if ridge is not None:
-        change, gap = problem.solve(ridge)
+        solution = problem.fit(ridge, torch.ones_like(halves, dtype=torch.bool))
+        change = problem.change(solution.coefficients)
         weights, stored = [], []
         for parameter, part in zip(head.parameters(), (change[: head.in_features].T, change[-1]), strict=False):
             now = parameter.detach().cpu()
@@ -183,7 +190,7 @@ def _solve(
             stored.append((weights[-1].double() - now.double()).reshape(head.out_features, -1))
         after = problem.loss(torch.cat(stored, dim=1).T)
         if after <= before:  # which the rounding of the weights may prevent
-            return HeadStart(before, after, heldout, ridge, gap, n), weights
+            return HeadStart(before, after, heldout, ridge, solution.gap, n), weights
     return HeadStart(before, before, before, None, 0.0, n), []
 
 
@@ -198,66 +205,56 @@ class _Problem:
         features: `[n, in_features]`.
         logits: the output of the model as it is, `[n, out_features]`.
         targets: as in `rows.Rows`.
-        has_constant: whether there is a bias.
+        has_bias: whether there is a bias.
     """
 
-    def __init__(
-        self, kind: LossKind, features: Tensor, logits: Tensor, targets: Tensor, *, has_constant: bool
-    ) -> None:
+    def __init__(self, kind: LossKind, features: Tensor, logits: Tensor, targets: Tensor, *, has_bias: bool) -> None:
         self._kind, self._logits = kind, logits.double()
         self._targets = targets.double() if targets.is_floating_point() else targets
-        self._features, self._has_constant = features.double(), has_constant
-        self._mean = self._features.mean(dim=0) if has_constant else torch.zeros_like(self._features[0])
-        centred = self._features - self._mean
-        self._length = float(centred.square().sum(dim=1).mean().sqrt()) or 1.0
-        basis = centred / self._length
-        if has_constant:
-            basis = torch.cat((basis, basis.new_full((len(basis), 1), _CONSTANT)), dim=1)
+        self._inputs = F.pad(features.double(), (0, int(has_bias)), value=1.0)
+        self.before = row_loss(kind, self._logits, self._targets).item()
+        mean = features.double().mean(dim=0) * has_bias
+        length = float((features.double() - mean).square().sum(dim=1).mean().sqrt()) or 1.0
+        scaling = torch.eye(self._inputs.shape[1], dtype=torch.float64, device="cpu") / length
+        if has_bias:
+            scaling[-1, :-1] = -mean / length
+            scaling[-1, -1] = _CONSTANT
         # An orthonormal change of coordinates: the penalty sees none, and few rows have few.
-        u, singular, self._axes = torch.linalg.svd(basis, full_matrices=False)
-        self._basis = u * singular
+        u, singular, axes = torch.linalg.svd(self._inputs @ scaling, full_matrices=False)
+        self._basis, self._back = u * singular, scaling @ axes.T
 
-    def loss(self, change: Tensor | None) -> float:
-        """Mean loss with the weights changed, or as they are."""
-        moved = self._logits
-        if change is not None:
-            moved = moved + self._features @ change[: self._features.shape[1]] + self._has_constant * change[-1]
-        return row_loss(self._kind, moved, self._targets).item()
+    def change(self, coefficients: Tensor) -> Tensor:
+        """The change of the weights that coefficients of the scaled problem stand for."""
+        return self._back @ coefficients
 
-    def choose(self, halves: Tensor, before: float) -> tuple[float, float | None]:
+    def loss(self, change: Tensor) -> float:
+        """Mean loss with the weights changed."""
+        return row_loss(self._kind, self._logits + self._inputs @ change, self._targets).item()
+
+    def choose(self, halves: Tensor) -> tuple[float, float | None]:
         """The loss of what each half says on the other one, and the ridge at which it is lowest; None leaves the head
         as it is."""
-        first, second = (halves == half for half in (0, 1))
-        best: tuple[float, float | None] = (before, None)
+        first, second = halves == 0, halves == 1
+        best: tuple[float, float | None] = (self.before, None)
         if not first.any() or not second.any():
             return best
         if self._kind == "cross_entropy" and bool((self._targets == self._targets[0]).all()):
             return best  # nothing is known of the other classes
-        starts = [self._nothing(), self._nothing()]
+        starts: list[Tensor | None] = [None, None]
         for ridge in RIDGES:
             total = 0.0
             for i, (fitted, judged) in enumerate(((first, second), (second, first))):
-                starts[i] = self._fit(ridge, fitted, starts[i], before).coefficients
-                moved = self._logits[judged] + self._basis[judged] @ starts[i]
+                starts[i] = found = self.fit(ridge, fitted, starts[i]).coefficients
+                moved = self._logits[judged] + self._basis[judged] @ found
                 total += row_loss(self._kind, moved, self._targets[judged]).item() * int(judged.sum())
             if total / len(halves) < best[0]:
                 best = total / len(halves), ridge
         return best
 
-    def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """The change that is optimal on all rows, and its certificate."""
-        everything = torch.ones(len(self._basis), dtype=torch.bool, device="cpu")
-        solution = self._fit(ridge, everything, self._nothing(), self.loss(None))
-        weights = self._axes.T @ solution.coefficients
-        if not self._has_constant:
-            return weights / self._length, solution.gap
-        change = weights[:-1] / self._length
-        return torch.cat((change, weights[-1:] * _CONSTANT - self._mean @ change)), solution.gap
-
-    def _nothing(self) -> Tensor:
-        return self._logits.new_zeros(self._basis.shape[1], self._logits.shape[1])
-
-    def _fit(self, ridge: float, which: Tensor, start: Tensor, before: float) -> Solution:
+    def fit(self, ridge: float, which: Tensor, start: Tensor | None = None) -> Solution:
+        """The optimum on some rows, from an earlier solution or from nothing."""
         chunk = Chunk(self._basis[which], self._targets[which], self._logits[which])
-        tolerance = _TOLERANCE * max(before, 1.0) if self._kind == "squared_error" else _TOLERANCE
+        if start is None:
+            start = self._logits.new_zeros(self._basis.shape[1], self._logits.shape[1])
+        tolerance = _TOLERANCE * (max(self.before, 1.0) if self._kind == "squared_error" else 1.0)
         return solver_of(self._kind, self._logits.shape[1])(lambda: [chunk], start, ridge=ridge, tolerance=tolerance)

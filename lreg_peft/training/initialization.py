@@ -20,6 +20,7 @@ from ..core.distributed import (
     together,
 )
 from ..modules import eval_mode, unwrap
+from ..output_rows import per_pass
 from ..rows import IGNORE_INDEX, BatchData, batches_of, first_batches, loss_of, model_inputs
 from ..tuner.config import DATA_STARTS
 from ..tuner.hooks.output_head import wrapped_head
@@ -33,7 +34,7 @@ from .label_shift import LabelShift, TokenRows
 _SKETCH_PER_COMPONENT, _SKETCH_MORE = 4, 16
 # So many samples, or labels, run backwards over all processes, in evenly spaced batches: directions need fewer than a
 # head does.
-_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 2048
+_GRADIENT_SAMPLES, _GRADIENT_LABELS = 32, 4096
 
 
 def initialize_lreg_weights(
@@ -58,7 +59,7 @@ def initialize_lreg_weights(
       Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
       module's output: the directions of x along which a change of the output lowers the loss most. The batches need
-      labels; 32 samples or 2,048 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
+      labels; 32 samples or 4,096 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
       2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
@@ -112,12 +113,20 @@ def initialize_lreg_weights(
 
     rank, world = rank_and_world()
     hidden = rank > 0 or not show_progress
-    quota = -(-max_samples // (n_batches * world))
+    quota = per_pass(max_samples, n_batches)
     with_gradient = method == "gradient"
     collector = _Collector(layers, adapter_name, quota, seed + 7919 * rank, n_batches if with_gradient else 0)
-    with together(), collector, output_rows or nullcontext(), eval_mode(model), torch.set_grad_enabled(with_gradient):
+    with together(), collector, output_rows or nullcontext(), eval_mode(model):
         for batch in first_batches(batches_of(data), n_batches, "LReg start: inputs", hidden):
-            _run(model, batch, collector, output_rows)
+            inputs = model_inputs(model, batch, labels=False)
+            collector.attention_mask = inputs.get("attention_mask")
+            backwards = collector.wants_gradient(inputs.get("labels"))
+            with torch.set_grad_enabled(backwards):
+                output = model(**inputs)
+            if output_rows is not None:
+                output_rows.take(inputs, output)
+            if backwards:
+                collector.backward(loss_of(output))
 
     starts = {}
     for name, layer in tqdm(layers.items(), desc="LReg start: meshes", disable=hidden):
@@ -130,20 +139,13 @@ def initialize_lreg_weights(
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
-    changes = [tensor for layer in layers.values() for tensor in _weights(layer, adapter_name)]
-    changes += output_rows.head.parameters() if isinstance(output_rows, HeadRows) else ()
+    parts = [part for layer in layers.values() for part in layer.parts(adapter_name)]
     try:
-        with Tentative(changes) as trial:
+        with Tentative(tensor for part in parts for tensor in part.state_dict(keep_vars=True).values()) as trial:
             with together():
                 for name, layer in layers.items():
                     layer.set_encoder(adapter_name, *starts[name])
-            report: LabelShift | HeadStart | None = None
-            if isinstance(output_rows, TokenRows):
-                report = output_rows.start(output_rows.layer.parts(adapter_name)[1].constant())
-            elif output_rows is not None:
-                report = output_rows.start()
-                if report is None and start_head:
-                    raise ValueError(f"{output_rows.reason} Or leave the head as it is: start_head=False.")
+            report = None if output_rows is None else output_rows.start()
             trial.keep()
     except BaseException:
         for layer in owed:
@@ -158,7 +160,7 @@ def _output_rows(
     """What sees to the start of the output; None if there is nothing to start."""
     layer = wrapped_head(unwrap(model))
     if layer is not None and layer in layers.values():
-        return TokenRows(model, layer, adapter_name, n_batches) if start_head else None
+        return TokenRows(model, layer, adapter_name, n_batches, is_new=True) if start_head else None
     head = find_head(model, adapter_name)
     if head is None and start_head:
         raise ValueError(
@@ -166,20 +168,7 @@ def _output_rows(
             f"modules_to_save, and {type(unwrap(model)).__name__} has none of this adapter: add the head to "
             "target_modules, or leave start_head out."
         )
-    return None if head is None else HeadRows(model, head, n_batches)
-
-
-def _run(model: nn.Module, batch: Any, collector: "_Collector", output_rows: TokenRows | HeadRows | None) -> None:
-    """One batch through the model."""
-    inputs = model_inputs(model, batch, labels=False)
-    collector.attention_mask = inputs.get("attention_mask")
-    backwards = collector.wants_gradient(inputs.get("labels"))
-    with torch.set_grad_enabled(backwards):
-        output = model(**inputs)
-    if output_rows is not None:
-        output_rows.take(inputs, output)
-    if backwards:
-        collector.backward(loss_of(output))
+    return None if head is None else HeadRows(model, head, n_batches, must_start=bool(start_head))
 
 
 def _start(
@@ -216,12 +205,6 @@ def _start(
         return standardised_start(rows, axes, n_components, n_nodes)
     except (ValueError, RuntimeError) as error:  # of linear algebra, too
         raise ValueError(f"there is no start for {name!r}: {error}") from error
-
-
-def _weights(layer: LRegLayer, adapter_name: str) -> list[Tensor]:
-    """What a start may change."""
-    projection, encoder, coefficients = layer.parts(adapter_name)
-    return [*projection.parameters(), encoder.nodes, *encoder.parameters(), coefficients.weight]
 
 
 def _layers_at_their_start(model: nn.Module, adapter_name: str) -> dict[str, LRegLayer]:
@@ -271,9 +254,13 @@ class _Collector(ExitStack):
 
     def wants_gradient(self, labels: Any) -> bool:
         """Whether the next batch, with these labels, is to run backwards."""
-        if not self._n_with_gradient or _all_ignored(labels):  # the mean over no label is NaN
+        if not self._n_with_gradient:
             return False
-        counts = (len(labels), labels.numel()) if isinstance(labels, Tensor) and labels.ndim else (1, 1)
+        counts = (1, 1)
+        if isinstance(labels, Tensor) and labels.ndim:
+            counts = (len(labels), labels.numel())
+            if not labels.is_floating_point() and labels.eq(IGNORE_INDEX).all():  # the mean over no label is NaN
+                return False
         enough = zip((_GRADIENT_SAMPLES, _GRADIENT_LABELS), counts, strict=True)
         wanted = min(-(-most // (max(n, 1) * rank_and_world()[1])) for most, n in enough)
         self._n_labelled += 1
@@ -334,10 +321,6 @@ class _Collector(ExitStack):
         layer = self._layers[name]
         n_components = len(layer.parts(self._adapter_name)[0].weight)
         return min(_SKETCH_PER_COMPONENT * n_components + _SKETCH_MORE, layer.out_features)
-
-
-def _all_ignored(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool(labels.eq(IGNORE_INDEX).all())
 
 
 def _gather(rows: list[Tensor], device: torch.device, world: int) -> Tensor:

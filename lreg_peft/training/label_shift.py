@@ -18,18 +18,16 @@ from ..core.checks import whole
 from ..core.distributed import rank_and_world, require_equal, sum_over_processes, tensor_from_main, together
 from ..core.fingerprint import is_sharded
 from ..modules import unwrap
+from ..output_rows import OutputRows, per_pass
 from ..rows import BatchData, batches_of, exact_pass, first_batches, is_per_token, logits_of
 from ..tuner.hooks import reminder
 from ..tuner.hooks.output_head import wrapped_head
 from ..tuner.layer import LRegLayer
 from ..tuner.layout import first_tensor
 from ..tuner.moves import Tentative
-from .output_rows import OutputRows, spaced
 
 #: Pseudocounts that are tried.
 PSEUDOCOUNTS = (1.0, 3.0, 10.0, 30.0, 100.0)
-# A shift that raises the loss on its own batches is halved so many times before it is left out.
-_HALVINGS = 3
 # Rows whose logits exist at the same time while losses are compared.
 _ROWS_AT_ONCE = 256
 # Rows that judge, over all batches and processes: enough to tell pseudocounts apart, however much is counted.
@@ -49,14 +47,12 @@ class LabelShift:
         loss_after: with the shift in place; equal if it was left out.
         heldout_after: with what each half of the batches says, on the other half, at the pseudocount that was chosen.
         pseudocount: a; None if the shift was left out.
-        factor: in (0, 1], by which it was scaled back so that the loss did not rise; 0 if it was left out.
     """
 
     loss_before: float
     loss_after: float
     heldout_after: float
     pseudocount: float | None
-    factor: float
 
 
 def match_token_frequencies(
@@ -117,8 +113,8 @@ def match_token_frequencies(
         reminder.warn("the calibration", "projection and mesh are random and uniform", stacklevel=3)
     hidden = not show_progress or rank_and_world()[0] > 0
     instead = "do without match_token_frequencies"
-    rows = TokenRows(model, layer, adapter_name, n_batches, "a calibration of the output", instead)
-    rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden))
+    rows = TokenRows(model, layer, adapter_name, n_batches, False, "a calibration of the output", instead)
+    rows.read(model, first_batches(found, n_batches, "LReg calibration", hidden), rows.take)
     with Tentative([layer.parts(adapter_name)[2].weight]) as trial:
         report = rows.start()
         trial.keep()
@@ -140,14 +136,13 @@ def _head(model: nn.Module, adapter_name: str | None) -> tuple[LRegLayer, str]:
             "load it into a model that is not, and calibrate that."
         )
     active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lreg_encoder]
-    if adapter_name is None and len(active) == 1:
-        return layer, active[0]
-    if adapter_name is None or adapter_name not in active:
+    chosen = active[0] if adapter_name is None and len(active) == 1 else adapter_name
+    if chosen is None or chosen not in active:
         raise ValueError(
             f"adapter_name must be one of the active adapters on the output head, {active}, got {adapter_name!r}: "
             "activate it with set_adapter."
         )
-    return layer, adapter_name
+    return layer, chosen
 
 
 class TokenRows(OutputRows):
@@ -161,15 +156,18 @@ class TokenRows(OutputRows):
         layer: the wrapped head.
         adapter_name: whose shortcut takes the shift.
         n_batches: passes there will be at most, in each process.
+        is_new: whether the basis of the shortcut can give a constant exactly, as it does until it is trained. Else the
+            shift goes along what comes closest to one on the rows that judge, by least squares.
         errors: `purpose` and `instead` of `OutputRows`.
     """
 
-    def __init__(self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, *errors: str) -> None:
+    def __init__(
+        self, model: nn.Module, layer: LRegLayer, adapter_name: str, n_batches: int, is_new: bool, *errors: str
+    ) -> None:
         super().__init__(model, layer, adapter_name, *errors)
-        self.layer, self._adapter = layer, adapter_name
-        self._rank, self._world = rank_and_world()
-        self._quota = -(-_JUDGES // (n_batches * self._world))
-        self._n_seen = 0
+        self.layer, self._is_new = layer, is_new
+        self._quota = per_pass(_JUDGES, n_batches)
+        self._turn, self._world = rank_and_world()  # of the next batch, among those of all processes
         # How often each token comes, and is expected, in each half.
         self._counts, self._expected = torch.zeros(2, 2, layer.out_features, dtype=torch.float64, device="cpu")
         # Features and targets of the rows that judge, of each half.
@@ -184,21 +182,18 @@ class TokenRows(OutputRows):
         labels, logits = inputs.get("labels"), logits_of(output)
         if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or not is_per_token(logits, labels):
             raise ValueError(f"{self.purpose} needs batches with labels that are classes, one for every token.")
-        seen = self.rows(inputs, output)
-        half = (self._n_seen * self._world + self._rank) % 2
-        self._n_seen += 1
+        seen = self.of_pass(inputs, output)
+        assert seen.logits is not None
+        half = self._turn % 2
+        self._turn += self._world
         for part in seen.logits.split(_ROWS_AT_ONCE):
             self._expected[half] += part.float().softmax(dim=-1).sum(dim=0).double().cpu()
         self._counts[half] += torch.bincount(seen.targets, minlength=self.out_features).double().cpu()
-        few = spaced(len(seen.targets), self._quota).to(seen.targets.device)
-        self._judges[half].append((seen.features[few], seen.targets[few]))
+        kept = seen.few(self._quota)
+        self._judges[half].append((kept.features, kept.targets))
 
-    def start(self, constant: Tensor | None = None) -> LabelShift:
+    def start(self) -> LabelShift:
         """Add the shift to the shortcut on the output head, if that pays.
-
-        Args:
-            constant: k `[K]`, the weights of the basis that give the value one; None takes the k that comes closest to
-                one on the rows that judge, by least squares.
 
         Returns:
             What was done. The loss on the rows that judge does not rise.
@@ -216,26 +211,23 @@ class TokenRows(OutputRows):
             raise ValueError(
                 f"{self.purpose} needs finite logits, and some of {type(self.model).__name__} are NaN or infinite."
             )
+        scale = self.layer.scaling[self.adapter_name]
         with exact_pass(self.model):
-            return self._shifted(counts, expected, constant)
-
-    def _shifted(self, counts: Tensor, expected: Tensor, constant: Tensor | None) -> LabelShift:
-        scale = self.layer.scaling[self._adapter]
-        k = self._closest_to_one() if constant is None or not scale else constant.float() / scale
-        before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
-        heldout = min(tried)
-        if not heldout < before:
-            return LabelShift(before, before, before, None, 0.0)
-        best = tried.index(heldout)
-        shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[1 + best]
-        for factor in (0.5**halvings for halvings in range(_HALVINGS + 1)):
-            (after,) = self._mean_losses(k, [factor * shift.unsqueeze(0)] * 2)
-            if after <= before:
-                with together():
-                    table = self.layer.table(self._adapter)
-                    self.layer.set_table(self._adapter, table + torch.outer(k, (factor * shift).to(k)).to(table))
-                return LabelShift(before, after, heldout, PSEUDOCOUNTS[best], factor)
-        return LabelShift(before, before, heldout, None, 0.0)
+            if self._is_new and scale:
+                k = self.layer.parts(self.adapter_name)[1].constant().float() / scale  # [K], weights of the basis
+            else:
+                k = self._closest_to_one()
+            before, *tried = self._mean_losses(k, [_shifts(counts[1 - half], expected[1 - half]) for half in (0, 1)])
+            heldout = min(tried)
+            best = tried.index(heldout)
+            shift = _shifts(counts.sum(dim=0), expected.sum(dim=0))[1 + best]
+            (after,) = self._mean_losses(k, [shift.unsqueeze(0)] * 2)
+            if not (heldout < before and after <= before):
+                return LabelShift(before, before, before, None)
+            with together():
+                table = self.layer.table(self.adapter_name)
+                self.layer.set_table(self.adapter_name, table + torch.outer(k, shift.to(k)).to(table))
+        return LabelShift(before, after, heldout, PSEUDOCOUNTS[best])
 
     def _mean_losses(self, k: Tensor, shifts: list[Tensor]) -> list[float]:
         """Mean loss of the rows of all processes with shifts `[m, classes]`, other ones for each half: m numbers."""
@@ -254,7 +246,7 @@ class TokenRows(OutputRows):
 
     def _closest_to_one(self) -> Tensor:
         """k `[K]` for which design @ k is closest to one; the shortest one where the basis says one thing twice."""
-        size = self.layer.table(self._adapter).shape[0]
+        size = self.layer.table(self.adapter_name).shape[0]
         gram, total = (torch.zeros(*shape, dtype=torch.float64, device="cpu") for shape in ((size, size), (size,)))
         with together():
             for features, _ in (*self._pieces(0), *self._pieces(1)):
@@ -267,7 +259,7 @@ class TokenRows(OutputRows):
 
     def _design(self, features: Tensor) -> Tensor:
         """What the table of the shortcut is weighted by, `[n, K]`, the scale of the adapter included."""
-        return self.layer.scaled_design(self._adapter, features).float()
+        return self.layer.scaled_design(self.adapter_name, features).float()
 
     def _pieces(self, half: int) -> Iterator[tuple[Tensor, Tensor]]:
         for features, targets in self._judges[half]:

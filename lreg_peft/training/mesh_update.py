@@ -1,31 +1,19 @@
 """Moving the nodes of a model in training: the step between `core.adapt` and a training loop."""
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..core.adapt.move import AdaptedMesh, Strategy, adapt_mesh, check_strategy
-from ..core.checks import number, show, whole
-from ..core.distributed import (
-    communication_device,
-    rank_and_world,
-    require_equal,
-    sum_over_processes,
-    tensor_from_main,
-    together,
-)
-from ..tuner.layer import LRegLayer
+from ..core.checks import number
+from ..core.distributed import rank_and_world, require_equal, sum_over_processes, together
 from ..tuner.moves import Move, Tentative, agreed, optimizer_state
 from ..tuner.sites import Site, check_whole, movable_sites
 from .statistics import MeshStatistics, RunningStatistics, statistics_of
-
-# Relative distance from which projections of two processes are two, not one rounded in two ways.
-_ENCODERS_DIFFER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,6 @@ def update_meshes(
     adapter_name: str | None = None,
     n_refine: int | None = None,
     size: float = 1.0,
-    pseudocount: float = 1.0,
     accept: Callable[[], float] | None = None,
     tolerance: float = 0.0,
 ) -> MeshUpdate:
@@ -77,7 +64,6 @@ def update_meshes(
         adapter_name: which adapter; None takes the active ones of every layer.
         n_refine: as in `adapt_mesh`.
         size: as in `adapt_mesh`.
-        pseudocount: as in `adapt_mesh`.
         accept: returns the loss on data of your choice, best on recent batches in eval mode; called without
             gradients before and after the move. The move is undone, exactly, if the loss rises or is NaN; averaged
             over processes. The move is undone too if this raises, and on every process. None keeps every move.
@@ -90,25 +76,40 @@ def update_meshes(
         ValueError: if the model has no mesh that can move; if `optimizer` does not hold the coefficients of a mesh
             that would move, or holds state of them that cannot be interpolated; for options out of range; or if the
             processes have different meshes or projections.
-        TypeError: for arguments of a wrong type, or an `accept` that does not return one number.
+        TypeError: for arguments of a wrong type, or an `accept` that returns no number.
         RuntimeError: if no statistics were gathered since the last update, or parameters are sharded.
     """
     # Every step that can fail on one process alone ends on all of them; communication stands between the steps.
     with together():
-        if not (optimizer is None or hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer")):
-            raise TypeError(f"optimizer must be a torch optimizer, a wrapper of one, or None, got {show(optimizer)}.")
         check_strategy(strategy)
-        whole("n_refine", n_refine, 0, optional=True)
-        number("size", size, above=0, highest=1)
-        number("pseudocount", pseudocount, 0)
         number("tolerance", tolerance, 0)
         gathering = _gathering(movable_sites(model, adapter_name))
-        own = [(site, running.read()) for site, running in gathering]
-    options = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
-    _check_agreement([site for site, _ in own], {**options, "accept": accept is None})
-    sites = _with_samples(own, strategy)
+        own = [running.read() for _, running in gathering]
+    alike: dict[str, Any] = {"strategy": strategy, "n_refine": n_refine, "size": size, "tolerance": tolerance}
+    alike["accept"] = accept is None
+    for site, _ in gathering:
+        projection, encoder, _ = site.layer.parts(site.adapter)
+        parts = {"mesh": encoder.nodes, "projection": projection.weight, "bias": projection.bias}
+        alike |= {f"the {name} of {site.module} ({site.adapter})": tensor for name, tensor in parts.items()}
+    require_equal(
+        alike, "Train with DistributedDataParallel or accelerate, from the same weights, and update meshes alike."
+    )
+    tensors = sum_over_processes([tensor for statistics in own for tensor in statistics])
+    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
+    proposals = []
     with together():
-        proposals = [_propose(site, sums, optimizer, strategy, n_refine, pseudocount, size) for site, sums in sites]
+        for site, statistics in _with_samples([site for site, _ in gathering], sums, strategy):
+            mesh = adapt_mesh(
+                site.nodes,
+                site.layer.nodal_coefficients(site.adapter).detach(),
+                statistics.hits if strategy == "paper" else statistics.energy,
+                strategy=strategy,
+                n_refine=n_refine,
+                moments=statistics.moments,
+                node_gradient=statistics.node_gradient,
+                size=size,
+            )
+            proposals.append((site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))))
     moves = [Move(site, agreed(mesh), values) for site, mesh, values in proposals]
     moved = [move for move in moves if _n_moved(move.mesh)]
     before = after = None
@@ -135,55 +136,25 @@ def _gathering(sites: list[Site]) -> list[tuple[Site, RunningStatistics]]:
     tracked = [(site, running) for site, running in found if running is not None]
     if not tracked:
         raise RuntimeError("no statistics are gathered. Call track_statistics(model) before training.")
+    for site, _ in tracked:
+        check_whole(site)
     return tracked
 
 
-def _check_agreement(sites: list[Site], options: dict[str, Any]) -> None:
-    """Raise on every process unless all move the same meshes in the same way, from the same samples' coordinates.
-
-    Meshes must agree bit by bit, which updates see to; encoders may round differently on processors of different kinds.
-    """
-    if rank_and_world()[1] == 1:
-        return
-    meshes = {f"the mesh of {site.module} ({site.adapter})": site.nodes for site in sites}
-    require_equal(
-        {**options, **meshes}, "Build the model from the same weights on all processes, and update meshes alike."
-    )
-    different = []
-    for site in sites:
-        projection, _, _ = site.layer.parts(site.adapter)
-        for weight in (projection.weight.detach(), projection.bias.detach()):
-            if not hasattr(weight, "full_tensor"):  # sharded: refused where the coefficients are looked at
-                main = tensor_from_main(weight.float())
-                if (weight.float() - main).norm() > _ENCODERS_DIFFER * (1 + main.norm()):
-                    different.append(site.module)
-    with together():
-        if different:
-            raise ValueError(
-                f"the projection of {different[0]} is not the one that process 0 has, so that their statistics are of "
-                "different coordinates. Train with DistributedDataParallel or accelerate, which keep the parameters of "
-                "all processes equal, or begin with the same seed."
-            )
-
-
-def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) -> list[tuple[Site, MeshStatistics]]:
-    """The sites that saw samples on any process, with their sums over all."""
-    tensors = sum_over_processes([tensor for _, entry in own for tensor in entry])
-    sums = [MeshStatistics(*tensors[4 * i : 4 * i + 4]) for i in range(len(own))]
-    seen = [
-        (site, entry)
-        for (site, _), entry in zip(own, sums, strict=True)
-        if (entry.hits if strategy == "paper" else entry.energy).any()
-    ]
+def _with_samples(
+    sites: list[Site], sums: list[MeshStatistics], strategy: Strategy
+) -> list[tuple[Site, MeshStatistics]]:
+    """The sites that saw samples on any process."""
+    both = list(zip(sites, sums, strict=True))
+    seen = [(site, entry) for site, entry in both if (entry.hits if strategy == "paper" else entry.energy).any()]
     if seen:
         return seen
-    if strategy == "paper" and any(entry.energy.any() for entry in sums):
+    if any(entry.energy.any() for entry in sums):
         raise RuntimeError(
             "strategy='paper' looks at the hits of the hardest samples, and none were counted since the last update. "
-            "Call count_hard_samples(model, losses, k) in every training step, or let the layers count them: "
-            "track_statistics(model, n_hard_samples=k)."
+            "Let the layers count them: track_statistics(model, n_hard_samples=k)."
         )
-    for site, _ in own:
+    for site in sites:
         if not torch.isfinite(site.parameter).all():
             raise RuntimeError(
                 f"the coefficients of {site.module} (adapter {site.adapter!r}) are NaN or infinite: the training has "
@@ -196,86 +167,6 @@ def _with_samples(own: list[tuple[Site, MeshStatistics]], strategy: Strategy) ->
     )
 
 
-def _propose(
-    site: Site,
-    sums: MeshStatistics,
-    optimizer: Optimizer | None,
-    strategy: Strategy,
-    n_refine: int | None,
-    pseudocount: float,
-    size: float,
-) -> tuple[Site, AdaptedMesh, tuple[Tensor, ...]]:
-    """What this process would do, and what lives on the mesh."""
-    check_whole(site)
-    mesh = adapt_mesh(
-        site.nodes,
-        site.layer.nodal_coefficients(site.adapter).detach(),
-        sums.hits if strategy == "paper" else sums.energy,
-        strategy=strategy,
-        n_refine=n_refine,
-        pseudocount=pseudocount,
-        moments=sums.moments,
-        node_gradient=sums.node_gradient,
-        size=size,
-    )
-    return site, mesh, (site.parameter.detach(), *optimizer_state(site, optimizer))
-
-
-def copy_meshes(copy: nn.Module, model: nn.Module) -> None:
-    """Bring a copy of a model to the model's meshes, after these have moved: averages of weights (EMA, SWA).
-
-    Coefficients of two meshes cannot be averaged. The copy gets the model's nodes, and what lives on its own mesh (the
-    profiles of a factored weighting, else the weight of B) is interpolated there, as `update_meshes` does in the model:
-
-        update_meshes(model, optimizer)
-        copy_meshes(averaged, model)          # e.g. torch.optim.swa_utils.AveragedModel
-        averaged.update_parameters(model)
-
-    Args:
-        copy: a copy of the model, wrapped in other modules or not; changed in place.
-        model: the model whose meshes have moved.
-
-    Raises:
-        ValueError: if the two do not have the same LReg layers with the same adapters and shapes. The copy is then as
-            it was.
-        TypeError: for arguments of a wrong type.
-    """
-    moves = []
-    for own, leader in _pairs(copy, model):
-        if not torch.equal(own.nodes, leader.nodes.to(own.nodes)):
-            mesh = AdaptedMesh(leader.nodes.detach().to(own.nodes, copy=True), own.nodes.clone())
-            moves.append(Move(own, mesh, (own.parameter.detach(),)))
-    with Tentative(tensor for move in moves for tensor in move.state()) as trial:
-        for move in moves:
-            move.apply()
-        trial.keep()
-
-
-def _pairs(copy: nn.Module, model: nn.Module) -> list[tuple[Site, Site]]:
-    """The sites of all adapters in both models, in the order of their layers."""
-    own, leading = ([item for item in m.named_modules() if isinstance(item[1], LRegLayer)] for m in (copy, model))
-    if len(own) != len(leading) or not own:
-        raise ValueError(
-            f"the copy must have the {len(leading)} LReg layers of the model, and it has {len(own)}: make it of the "
-            "adapted model, by copy.deepcopy for example."
-        )
-    pairs = []
-    for (path, layer), (model_path, model_layer) in zip(own, leading, strict=True):
-        names, wanted = sorted(layer.lreg_encoder), sorted(model_layer.lreg_encoder)
-        if names != wanted:
-            raise ValueError(f"the adapters of {path!r} in the copy are {names}, those of {model_path!r} are {wanted}.")
-        for name in names:
-            pair = Site(path, layer, name), Site(model_path, model_layer, name)
-            shapes = [(tuple(site.nodes.shape), tuple(site.parameter.shape)) for site in pair]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"the adapter {name!r} of {path!r} in the copy has nodes and coefficients of shapes {shapes[0]}, "
-                    f"that of {model_path!r} has {shapes[1]}: they are not copies of one model."
-                )
-            pairs.append(pair)
-    return pairs
-
-
 def _n_moved(mesh: AdaptedMesh) -> int:
     """How many nodes are where none was."""
     new, old = mesh.nodes, mesh.old_nodes
@@ -283,26 +174,10 @@ def _n_moved(mesh: AdaptedMesh) -> int:
     return int((old.gather(1, nearest) != new).sum())
 
 
-def node_spread(nodes: Tensor) -> float:
-    """Standard deviation of the lengths of the elements of `[components, n_nodes]` over their mean: 0 if uniform."""
-    lengths = nodes.diff(dim=1)
-    return float((lengths.std(dim=1, correction=0) / lengths.mean(dim=1)).mean())
-
-
 @torch.no_grad()
 def _loss(accept: Callable[[], float]) -> float:
     """Mean over processes, the same number on all of them."""
     with together():
-        loss = _as_number(accept())
-    _, world = rank_and_world()
-    if world == 1:
-        return loss
-    (total,) = sum_over_processes([torch.tensor([loss], device=communication_device(torch.device("cpu")))])
-    return float(total) / world
-
-
-def _as_number(loss: Any) -> float:
-    if (isinstance(loss, Tensor) and loss.numel() == 1) or isinstance(loss, numbers.Real):
-        return float(loss)
-    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-    raise TypeError(f"accept must return the loss as one number, got {got}.")
+        loss = float(accept())
+    (total,) = sum_over_processes([torch.tensor(loss, dtype=torch.float64, device="cpu")])
+    return total.item() / rank_and_world()[1]

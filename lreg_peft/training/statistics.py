@@ -67,12 +67,10 @@ class RunningStatistics:
     """
 
     def __init__(self, site: Site, n_rows: int = DEFAULT_ROWS, n_hard_samples: int | None = None) -> None:
-        self._site, self._n_rows, self.n_hard_samples = site, n_rows, n_hard_samples
+        self._site, self._n_rows, self._n_hard_samples = site, n_rows, n_hard_samples
         self._begin()
 
     def _begin(self) -> None:
-        #: Coordinates of the last training pass, `[..., components]`.
-        self.coords: Tensor | None = None
         self._n_passes = 0
         # Of the pass that is between the two modules, in each thread: replicas of a model share their hooks.
         self._latent: dict[int, Tensor] = {}
@@ -85,7 +83,7 @@ class RunningStatistics:
         self._sums: MeshStatistics | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_site": self._site, "_n_rows": self._n_rows, "n_hard_samples": self.n_hard_samples}
+        return {"_site": self._site, "_n_rows": self._n_rows, "_n_hard_samples": self._n_hard_samples}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -115,14 +113,12 @@ class RunningStatistics:
         latent = self._latent.pop(threading.get_ident(), None)
         if latent is None or not output.requires_grad:
             return
-        if self.n_hard_samples is None:
-            self.coords = latent.sigmoid()  # for `count_hard_samples`
         flat = latent.reshape(-1, latent.shape[-1])
         stride = -(-len(flat) // self._n_rows) or 1
         picked = slice(self._n_passes % stride, None, stride)
         rows = flat[picked].clone()  # not a view: that would keep all rows alive
         shape = latent.shape
-        output.register_hook(lambda gradient: self._note(rows, _pick(self._spread(gradient, shape), picked)))
+        output.register_hook(lambda gradient: self._note(rows, self._spread(gradient, shape).flatten(0, -2)[picked]))
 
     def _spread(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient at B's output for every position of z, of the given shape: where B has fewer, these are averages
@@ -145,16 +141,12 @@ class RunningStatistics:
         slope = encoder.coordinate_gradient(latent, design_gradient * self._site.layer.scaling[self._site.adapter])
         coords = latent.sigmoid()
         self._rows.append((coords, energy, slope))
-        if self.n_hard_samples is not None:
-            hardest = energy.topk(min(self.n_hard_samples, len(energy))).indices
+        if self._n_hard_samples is not None:
+            hardest = energy.topk(min(self._n_hard_samples, len(energy))).indices
             self._hard.append(coords[hardest])
         self._n_passes += 1
         if sum(len(coords) for coords, _, _ in self._rows) > _ROWS_PER_FOLD:
             self.read()
-
-    def count(self, hard: Tensor) -> None:
-        """Count samples `[samples, components]` of coordinates as hits."""
-        self._hard.append(hard)
 
     def read(self) -> MeshStatistics:
         """The sums of all training passes; never synchronises."""
@@ -204,8 +196,8 @@ def track_statistics(
         enabled: False forgets what was gathered; the layers cost nothing again.
         adapter_name: which adapter; None takes the active ones of every layer.
         n_rows: rows (samples, or tokens, or pixels) to note per module and backward pass, evenly strided.
-        n_hard_samples: count, per backward pass, the noted rows with the largest gradient as hits for
-            `strategy="paper"`. None counts none: `count_hard_samples` does it by the losses of the samples.
+        n_hard_samples: count, per backward pass, so many of the noted rows, those with the largest gradient, as hits
+            for `strategy="paper"`. None counts none.
 
     Raises:
         ValueError: if the model has no mesh that can move, or a number is below 1.
@@ -226,70 +218,9 @@ def track_statistics(
     torch.compiler.reset()  # compiled code does not notice that a module has got its first hook, or lost the last
 
 
-def count_hard_samples(
-    model: nn.Module, losses: Tensor, n_hard_samples: int, *, adapter_name: str | None = None
-) -> None:
-    """Count the hits of the samples with the largest loss (Li, Cheng & Gu 2025, Algorithm 1), for `"paper"`.
-
-    To be called once per training pass; after `backward()` if gradient checkpointing is reentrant. A module that runs
-    several times per pass counts where its last run placed the samples.
-
-    Args:
-        model: any module with LReg layers under `track_statistics`.
-        losses: one per sample `[batch]`, or per position `[batch, length]`, flattened or not. With one per sample,
-            all its positions count.
-        n_hard_samples: k, how many of them count.
-        adapter_name: which adapter; None takes the active ones of every layer.
-
-    Raises:
-        ValueError: if the model has no mesh that can move, the losses do not fit the last training pass, or hits are
-            already counted by gradient.
-        TypeError: for arguments of a wrong type.
-        RuntimeError: if statistics are not tracked, or there was no training pass.
-    """
-    whole("n_hard_samples", n_hard_samples, 1)
-    found = [(site, statistics_of(site)) for site in movable_sites(model, adapter_name)]
-    tracked = [(site, gathering) for site, gathering in found if gathering is not None]
-    if not tracked:
-        raise RuntimeError("no statistics are tracked. Call track_statistics(model) before training.")
-    if any(gathering.n_hard_samples is not None for _, gathering in tracked):
-        raise ValueError(
-            "hits are already counted by gradient: leave n_hard_samples out of track_statistics to count them by loss."
-        )
-    if all(gathering.coords is None for _, gathering in tracked):
-        raise RuntimeError(
-            "no training pass has reached the LReg layers. Call count_hard_samples after the model has run in train "
-            "mode with gradients; after backward() if gradient checkpointing is reentrant."
-        )
-    losses = losses.detach()
-    hardest = losses.flatten().topk(min(n_hard_samples, losses.numel())).indices
-    for site, gathering in tracked:
-        coords = gathering.coords
-        if coords is None:
-            continue  # this module had no part in the pass
-        positions = coords.shape[:-1]
-        if losses.shape != positions[: losses.ndim] and losses.numel() != positions.numel():
-            raise ValueError(
-                f"losses must have one entry per sample or position of the last training pass: the input of "
-                f"{site.module} has {tuple(positions)}, got losses of shape {tuple(losses.shape)}. Pad shifted "
-                "language model losses with a zero at the last position."
-            )
-        grouped = coords.reshape(losses.numel(), -1, coords.shape[-1])  # [losses, positions of each, components]
-        gathering.count(grouped[hardest.to(coords.device)].flatten(0, 1))
-
-
 def _sides(positions: tuple[int, ...], on_grid: bool) -> tuple[int, ...]:
     """Positions in space, those of a square image for the tokens of one."""
     return (math.isqrt(positions[0]),) * 2 if on_grid and len(positions) == 1 else positions
-
-
-def _pick(gradient: Tensor, picked: slice) -> Tensor:
-    """Rows of `[..., features]`, without a copy of the others."""
-    if gradient.is_contiguous() or gradient.ndim < 3:
-        return gradient.reshape(-1, gradient.shape[-1])[picked]
-    shape = gradient.shape[:-1]
-    rows = torch.arange(*picked.indices(shape.numel()), device=gradient.device)
-    return gradient[torch.unravel_index(rows, shape)]
 
 
 def _locate_finite(coords: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,9 +47,10 @@ def combined_config(
         raise ValueError(f"weights must be finite numbers, got {list(weights)}.")
     if graded := [name for name in adapters if configs[name].previous_grades]:
         raise ValueError(f"{graded} are grades, which stand on other adapters and cannot be combined without them.")
-    weightings = {name: (configs[name].weighting, configs[name].linear_term) for name in adapters}
-    if len(set(weightings.values())) > 1:
-        raise ValueError(f"adapters must have the same weighting and linear_term to be combined, got {weightings}.")
+    for field in ("weighting", "linear_term", "base_width"):
+        values = {name: getattr(configs[name], field) for name in adapters}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"adapters must have the same {field} to be combined, got {values}.")
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and (own := set(adapters) & module._adapters):
             raise ValueError(

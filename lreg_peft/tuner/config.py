@@ -144,6 +144,12 @@ class LRegConfig(PeftConfig):
         "scaled up by 1 / (1 - dropout). Inference is not changed. Fits that solve for the coefficients do without.",
     )
     train_projection: bool = _option(True, "Train P and b. False keeps them as initialised.")
+    base_width: int | None = _option(
+        None,
+        "For inputs wider than this P is stored times in_features / base_width, so that a step of Adam changes "
+        "z = P x + b by as much as at that width, and a learning rate that is good for a narrow model is good for a "
+        "wide one. None: P is stored as it is. The recommended configuration has 64.",
+    )
     backbone_eval: bool = _option(
         False,
         "Put the frozen model in eval mode while the adapter trains, as the paper does: no dropout, and no gradient "
@@ -231,6 +237,7 @@ class LRegConfig(PeftConfig):
         whole("n_components", self.n_components, 1)
         choice("preset", self.preset, get_args(Preset))
         whole("n_nodes", self.n_nodes, 2, optional=True)
+        whole("base_width", self.base_width, 1, optional=True)
         if self.n_nodes is None and (self.target_modules is not None or self.preset == "paper"):
             self.n_nodes = 2
         if not isinstance(self.weighting, str) or self.weighting not in WEIGHTINGS:

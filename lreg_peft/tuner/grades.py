@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -139,12 +139,16 @@ def load_grades(
         ValueError: if there are no such adapters, they are not one stack, names are taken, or a file is damaged.
     """
     path = os.fspath(path)
-    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
-    folders = _adapter_folders(path, hub)
+    folder = path if os.path.isdir(path) else _download(path, options)
+    # PEFT saves "default" in the root, others under their names.
+    found = {file.parent.name: file.parent for file in Path(folder).glob(f"*/{_CONFIG_FILE}")}
+    folders = {"default": Path(folder), **found} if os.path.exists(f"{folder}/{_CONFIG_FILE}") else found
+    if not folders:
+        raise ValueError(f"{path!r} holds no adapter: there is no {_CONFIG_FILE} in it or one level below.")
     if name is not None and name not in folders:
         raise ValueError(f"{path!r} has no adapter {name!r}. There are: {sorted(folders)}.")
     stacks = {
-        each: [*getattr(PeftConfig.from_pretrained(path, subfolder=folders[each], **hub), "previous_grades", []), each]
+        each: [*getattr(PeftConfig.from_pretrained(folders[each]), "previous_grades", []), each]
         for each in ([name] if name else folders)
     }
     stack = max(stacks.values(), key=len)
@@ -156,30 +160,19 @@ def load_grades(
     if taken:
         raise ValueError(f"the model has adapters called {taken} already: load the grades into the base model.")
     for grade in stack:
-        here = {**options, "subfolder": folders[grade], "is_trainable": is_trainable and grade == stack[-1]}
+        here = {**options, "is_trainable": is_trainable and grade == stack[-1]}
         if isinstance(model, PeftModel):
-            model.load_adapter(path, grade, **here)
+            model.load_adapter(folders[grade], grade, **here)
         else:
-            model = PeftModel.from_pretrained(model, path, adapter_name=grade, **here)  # type: ignore[arg-type]
+            model = PeftModel.from_pretrained(model, folders[grade], adapter_name=grade, **here)  # type: ignore[arg-type]
     assert isinstance(model, PeftModel)
     model.set_adapter(stack[-1], inference_mode=not is_trainable)
     return model
 
 
-def _adapter_folders(path: str, hub: dict[str, Any]) -> dict[str, str | None]:
-    """Subfolder of every adapter, as PEFT saves them: "default" in the root, others under their names."""
-    if os.path.isdir(path):
-        found = [*Path(path).glob(_CONFIG_FILE), *Path(path).glob(f"*/{_CONFIG_FILE}")]
-        files = [file.relative_to(path).as_posix() for file in found]
-    elif os.path.isabs(path) or path.count("/") > 1:
+def _download(path: str, options: dict[str, Any]) -> str:
+    """The adapters of a repository on the Hub, in a folder."""
+    if os.path.isabs(path) or path.count("/") > 1:
         raise ValueError(f"{path!r} is no folder, and no repository on the Hub has such a name.")
-    else:
-        files = [file.rfilename for file in HfApi().model_info(path, **hub).siblings or []]
-    folders: dict[str, str | None] = {"default": None} if _CONFIG_FILE in files else {}
-    for file in sorted(files):
-        folder, _, base = file.rpartition("/")
-        if base == _CONFIG_FILE and folder and "/" not in folder:
-            folders[folder] = folder
-    if not folders:
-        raise ValueError(f"{path!r} holds no adapter: there is no {_CONFIG_FILE} in it or one level below.")
-    return folders
+    hub = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
+    return snapshot_download(path, allow_patterns=["adapter_*", "*/adapter_*"], **hub)

@@ -136,7 +136,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         coefficients = Coefficients(encoder.n_functions, self.out_features)
         if not config.init_weights:
             nn.init.normal_(coefficients.weight, std=_RANDOM_INIT_STD)
-        self.lreg_projection[adapter_name] = Projection(width, n_components)
+        self.lreg_projection[adapter_name] = Projection(width, n_components, config.base_width)
         self.lreg_encoder[adapter_name] = encoder
         self.lreg_coefficients[adapter_name] = coefficients
         self.lreg_dropout[adapter_name] = config.dropout
@@ -290,21 +290,13 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """
         return self._add(adapter_name, features, torch.zeros_like(like))
 
-    def fused_loss(
-        self,
-        features: Tensor,
-        targets: Tensor,
-        normaliser: Tensor | float | None = None,
-        *,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
+    def fused_loss(self, features: Tensor, targets: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
         """Cross-entropy of this module's output, with the active shortcuts, in chunks of rows.
 
         Args:
             features: `[n, in_features]`.
             targets: int64 `[n]`.
             normaliser: what the summed loss is divided by; None takes n.
-            label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
         Returns:
             A scalar; see `core.fused_loss`.
@@ -321,9 +313,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
             names = self.stacked_adapters
             design = torch.cat([self.scaled_design(name, features) for name in names], dim=-1)
             table = torch.cat([self.table(name) for name in names])
-            return fused_cross_entropy(
-                base, features, targets, design, table, normaliser=normaliser, label_smoothing=label_smoothing
-            )
+            return fused_cross_entropy(base, features, targets, design, table, normaliser=normaliser)
 
     def _add_per_sample(self, features: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
         batch = features.shape[0]
@@ -433,7 +423,7 @@ class LRegLayer(nn.Module, BaseTunerLayer):
         """
         own, encoder, _ = self.parts(adapter_name)
         encoder.set_nodes(nodes)
-        own.weight.copy_(projection)
+        own.weight.copy_(projection / own.scale)
         own.bias.copy_(bias)
         self.needs_data_init.discard(adapter_name)
 

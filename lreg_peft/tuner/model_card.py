@@ -10,17 +10,9 @@ from torch import nn
 TAG = "lreg"
 _IMPORT = "import lreg_peft"
 _REPOSITORY = "<this repository>"
-_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 _USAGE = """## How to load this adapter
 
-This is an LReg adapter: {description}. Install the package and import it before PEFT loads the adapter:
+This is an LReg adapter. Install the package and import it before PEFT loads the adapter:
 
 ```bash
 pip install lreg_peft
@@ -86,32 +78,16 @@ def _add_usage(card: ModelCard, config: Any) -> bool:
     """Append the section unless the card has it; whether it changed."""
     if _IMPORT in card.text:
         return False
-    card.text = f"{card.text.rstrip()}\n\n{_USAGE.format(description=_description(config), loading=_loading(config))}"
+    card.text = f"{card.text.rstrip()}\n\n{_USAGE.format(loading=_loading(config))}"
     return True
 
 
 def _loading(config: Any) -> str:
     """The code that loads an adapter with this configuration."""
+    base = f"base_model = ...  # {config.base_model_name_or_path or 'the model that the adapter was trained on'}"
     if getattr(config, "previous_grades", None):
-        return f'\nmodel = lreg_peft.load_grades(base_model, "{_REPOSITORY}")  # a stack of grades, all of them'
-    kind = _CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
-    if kind is None or not config.base_model_name_or_path:
-        return (
-            "from peft import PeftModel\n\n"
-            "base_model = ...  # the model that the adapter was trained on\n"
-            f'model = PeftModel.from_pretrained(base_model, "{_REPOSITORY}")'
-        )
-    return f'from peft import {kind}\n\nmodel = {kind}.from_pretrained("{_REPOSITORY}")'
-
-
-def _description(config: Any) -> str:
-    targets = config.target_modules
-    names = [f"`{name}`" for name in ([targets] if isinstance(targets, str) else targets or ())]
-    where = ", ".join(names if len(names) <= 8 else [*names[:7], f"and {len(names) - 7} more"])
-    linear = " with a linear term" if config.linear_term else ""
-    sizes = sorted({config.n_components, *config.component_pattern.values()})
-    components = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return (
-        f"piecewise-linear shortcuts around {where}; weighting `{config.weighting}`{linear}, "
-        f"n_components={components}, n_nodes={config.n_nodes}"
-    )
+        load = f'lreg_peft.load_grades(base_model, "{_REPOSITORY}")  # a stack of grades, all of them'
+    else:
+        base = f"from peft import PeftModel\n\n{base}"
+        load = f'PeftModel.from_pretrained(base_model, "{_REPOSITORY}")'
+    return f"{base}\nmodel = {load}"

@@ -76,18 +76,13 @@ def zeros(features, outputs, dtype=torch.float64):
     return torch.zeros(features, outputs, dtype=dtype)
 
 
-def cross_entropy(c, basis, target, offset=0, weight=None, ridge=RIDGE):
+def cross_entropy(c, basis, target, offset=0, ridge=RIDGE):
     """P written down once more."""
-    logits = basis @ c + offset
-    losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    weight = torch.ones_like(losses) if weight is None else weight
-    return (weight * losses).sum() / weight.sum() + ridge / 2 * c.square().sum()
+    return torch.nn.functional.cross_entropy(basis @ c + offset, target) + ridge / 2 * c.square().sum()
 
 
-def squares(c, basis, target, offset=0, weight=None, ridge=0.0):
-    losses = (basis @ c + offset - target).square().sum(1) / 2
-    weight = torch.ones_like(losses) if weight is None else weight
-    return (weight * losses).sum() / weight.sum() + ridge / 2 * c.square().sum()
+def squares(c, basis, target, offset=0, ridge=0.0):
+    return (basis @ c + offset - target).square().sum(1).mean() / 2 + ridge / 2 * c.square().sum()
 
 
 PROBLEMS = [random_classes, separable, badly_conditioned]
@@ -154,13 +149,12 @@ def test_the_gap_bounds_the_distance_from_the_optimum(problem):
             assert best.objective <= early.objective <= best.objective + best.gap + early.gap
 
 
-def test_offset_and_weights_enter_as_written_down():
+def test_the_offset_enters_as_written_down():
     basis, target = random_classes()
-    offset, weight = gaussian(800, 5, seed=9), gaussian(800, seed=10).abs()
-    weight[:100] = 0
-    solved = solve_cross_entropy(chunks_of(basis, target, offset, weight), zeros(12, 5), ridge=RIDGE, tolerance=1e-12)
+    offset = gaussian(800, 5, seed=9)
+    solved = solve_cross_entropy(chunks_of(basis, target, offset), zeros(12, 5), ridge=RIDGE, tolerance=1e-12)
     c = solved.coefficients.clone().requires_grad_()
-    value = cross_entropy(c, basis, target, offset, weight)
+    value = cross_entropy(c, basis, target, offset)
     value.backward()
     assert solved.objective == pytest.approx(value.item(), rel=1e-12)
     assert solved.gradient_norm == pytest.approx(c.grad.norm().item(), rel=1e-3)
@@ -197,7 +191,7 @@ def test_no_more_passes_than_allowed(dtype):
 def test_products_with_the_hessian_are_derivatives_of_the_gradient(targets):
     basis, target = random_classes(n=60)
     target = target if targets == "classes" else torch.nn.functional.one_hot(target).double()
-    chunks = chunks_of(basis, target, gaussian(60, 5, seed=9), gaussian(60, seed=10).abs(), rows=17)
+    chunks = chunks_of(basis, target, gaussian(60, 5, seed=9), rows=17)
     objective = entropy_module._Objective(chunks, (12, 5), targets, RIDGE, entropy_module.Processes())
     c, direction = gaussian(12, 5, seed=11), gaussian(12, 5, seed=12)
     ahead, behind = (objective.evaluate(c + s * direction, torch.float64).gradient for s in (1e-5, -1e-5))
@@ -322,13 +316,12 @@ def test_least_squares_agrees_with_lstsq(rows):
 
 def test_least_squares_with_everything():
     basis, target = gaussian(400, 7), gaussian(400, 2, seed=1)
-    offset, weight = gaussian(400, 2, seed=2), gaussian(400, seed=3).abs()
-    start = gaussian(7, 2, seed=4)
-    solved = solve_least_squares(chunks_of(basis, target, offset, weight), start, ridge=0.3)
-    normal = basis.T @ (weight.unsqueeze(1) * basis) / weight.sum() + 0.3 * torch.eye(7, dtype=torch.float64)
-    theirs = torch.linalg.solve(normal, basis.T @ (weight.unsqueeze(1) * (target - offset)) / weight.sum())
+    offset, start = gaussian(400, 2, seed=2), gaussian(7, 2, seed=4)
+    solved = solve_least_squares(chunks_of(basis, target, offset), start, ridge=0.3)
+    normal = basis.T @ basis / 400 + 0.3 * torch.eye(7, dtype=torch.float64)
+    theirs = torch.linalg.solve(normal, basis.T @ (target - offset) / 400)
     torch.testing.assert_close(solved.coefficients, theirs, rtol=1e-11, atol=1e-12)
-    value = squares(theirs, basis, target, offset, weight, ridge=0.3).item()
+    value = squares(theirs, basis, target, offset, ridge=0.3).item()
     assert solved.objective == pytest.approx(value, rel=1e-12)
 
 
@@ -413,11 +406,10 @@ def test_two_shares_of_the_samples_give_the_solution_of_all(kind):
         solve = partial(solve_cross_entropy, start=zeros(12, 5), ridge=RIDGE, tolerance=1e-12)
     else:
         solve, target = partial(solve_least_squares, start=zeros(12, 2)), gaussian(800, 2)
-    weight = gaussian(800, seed=3).abs()
-    together = solve(chunks_of(basis, target, None, weight))
+    together = solve(chunks_of(basis, target))
     with ThreadPoolExecutor(2) as pool:
         shares = [slice(0, 300), slice(300, None)]
-        chunks = [chunks_of(basis[share], target[share], None, weight[share]) for share in shares]
+        chunks = [chunks_of(basis[share], target[share]) for share in shares]
         first, second = pool.map(lambda rank: solve(chunks[rank], processes=Threads(rank)), range(2))
     assert torch.equal(first.coefficients, second.coefficients)
     assert first.passes == second.passes and first.objective == second.objective
@@ -427,9 +419,9 @@ def test_two_shares_of_the_samples_give_the_solution_of_all(kind):
 
 @pytest.mark.parametrize("solve", [partial(solve_cross_entropy, targets="labels", ridge=RIDGE), solve_least_squares])
 def test_the_samples_are_left_as_they_are(solve):
-    data = [gaussian(50, 3), gaussian(50, 2).sigmoid(), gaussian(50, 2), gaussian(50).abs(), zeros(3, 2)]
+    data = [gaussian(50, 3), gaussian(50, 2).sigmoid(), gaussian(50, 2), zeros(3, 2)]
     before = [tensor.clone() for tensor in data]
-    solve(lambda: [Chunk(*data[:4])], data[4])
+    solve(lambda: [Chunk(*data[:3])], data[3])
     assert all(map(torch.equal, data, before))
 
 
@@ -439,7 +431,6 @@ BAD = {
     "basis must be fp32 or fp64 [n, 12]": lambda b, t: (b[:, :4], t),
     "offset must have shape [n, outputs] = (800, 5)": lambda b, t: (b, t, b),
     "offset must be finite": lambda b, t: (b, t, b[:, :5] / 0),
-    "weight must be non-negative": lambda b, t: (b, t, None, -torch.ones(800)),
 }
 
 

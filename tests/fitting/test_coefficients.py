@@ -169,7 +169,7 @@ def test_a_cache_gives_the_same_fit(name, dtype, tmp_path, monkeypatch):
     build, batches = MODELS[name]
     model, other = build(), build()
     fit = fit_coefficients(model, iter(batches()), ridge=RIDGE, show_progress=False)  # read once
-    cache = cache_features(other, batches(), tmp_path / "cache", batch_size=None, dtype=dtype, show_progress=False)
+    cache = cache_features(other, batches(), tmp_path / "cache", dtype=dtype, show_progress=False)
     reads = []
     original = FeatureCache.chunks
     monkeypatch.setattr(FeatureCache, "chunks", lambda self, rows: reads.append(rows) or original(self, rows))

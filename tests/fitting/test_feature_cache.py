@@ -43,7 +43,9 @@ def adapted(base: nn.Module | None = None, **options) -> nn.Module:
 
 
 def build(path, model: nn.Module | None = None, data=DATA, **options) -> FeatureCache:
-    return cache_features(model or adapted(), data, path, batch_size=options.pop("batch_size", 3), **options)
+    if isinstance(data, list):
+        data = DataLoader(data, batch_size=3)
+    return cache_features(model or adapted(), data, path, **options)
 
 
 class TestContents:
@@ -90,11 +92,12 @@ class TestContents:
 
     def test_a_loader_of_batches_gives_the_same(self, tmp_path):
         loader = DataLoader(DATA, batch_size=3)
-        batches = list(loader)
+        data_set = datasets.Dataset.from_list([{k: v.tolist() for k, v in sample.items()} for sample in DATA])
         caches = [
             build(tmp_path / "a"),
             build(tmp_path / "b", data=loader),
-            build(tmp_path / "c", data=batches, batch_size=None),
+            cache_features(adapted(), list(loader), tmp_path / "c"),
+            build(tmp_path / "d", data=data_set),
         ]
         for cache in caches[1:]:
             assert len(cache) == 7
@@ -244,13 +247,6 @@ class TestReopening:
             build(tmp_path / "c", dtype=torch.float32)
         assert len(build(tmp_path / "c", data=other, overwrite=True)) == 6
 
-    def test_a_folder_of_something_else_is_left_alone(self, tmp_path):
-        (tmp_path / "thesis.txt").write_text("precious")
-        with pytest.raises(ValueError, match="is not a feature cache"):
-            build(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no complete feature cache"):
-            FeatureCache(tmp_path)
-
 
 class Stopping(list):
     """A data set that stops the process at a sample, in the second pass over it."""
@@ -348,7 +344,7 @@ class TestRefusals:
         model.get_base_model().transformer.ln_f.bias.requires_grad_(True)
         with pytest.raises(ValueError, match=r"transformer\.ln_f\.bias.*out of date"):
             build(tmp_path / "c", model)
-        with pytest.raises(ValueError, match="changes the output"):
+        with pytest.raises(ValueError, match="changes what 'lm_head' gives"):
             build(tmp_path / "c", adapted(tiny.build("gemma2", "CAUSAL_LM", final_logit_softcapping=0.5)))
         with pytest.raises(FileNotFoundError):
             FeatureCache(tmp_path / "c")
@@ -356,8 +352,8 @@ class TestRefusals:
     def test_of_data(self, tmp_path):
         with pytest.raises(ValueError, match="shuffles"):
             build(tmp_path / "c", data=DataLoader(DATA, batch_size=2, shuffle=True))
-        with pytest.raises(ValueError, match="used up by one pass"):
-            build(tmp_path / "c", data=iter(DATA))
+        with pytest.raises(ValueError, match="an iterator is used up by one"):
+            build(tmp_path / "c", data=iter(DataLoader(DATA, 3)))
         with pytest.raises(ValueError, match=r"labels of one kind, and they give none: there are no batches"):
             build(tmp_path / "c", data=DATA[:1])
         with pytest.raises(ValueError, match="needs 'labels'"):
@@ -370,11 +366,6 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match="in another order"):
             build(tmp_path / "c", data=Shuffled())
-
-    @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"batch_size": 0}])
-    def test_of_options(self, tmp_path, options):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            build(tmp_path / "c", **options)
 
 
 def trained_logits(model: nn.Module, cache: FeatureCache) -> torch.Tensor:

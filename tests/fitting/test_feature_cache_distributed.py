@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from peft import get_peft_model
 from processes import run_on_two
 from torch import nn
@@ -33,8 +34,8 @@ def _train(folder: Path, rank: int, world: int) -> dict:
     torch.manual_seed(1)
     model = get_peft_model(gpt2(), LRegConfig(preset="paper", init_weights=False, n_nodes=3)).train()
     ids = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in ids]
-    cache = cache_features(model, data, folder, batch_size=2, show_progress=False)
+    data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    cache = cache_features(model, data, folder, show_progress=False)
     wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
@@ -60,7 +61,7 @@ def _full_disk(folder: Path, rank: int) -> str:
         own(descriptor)
 
     cache_module.os.fsync = fsync
-    data = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(4)]
+    data = [{"input_ids": torch.arange(3, 9)[None], "labels": torch.arange(3, 9)[None]} for _ in range(4)]
     try:
         cache_features(get_peft_model(gpt2(), LRegConfig(preset="paper")), data, folder, show_progress=False)
     except (OSError, RuntimeError) as error:  # its own, and that of the other

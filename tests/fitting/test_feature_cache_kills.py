@@ -8,6 +8,7 @@ import tiny
 import torch
 from peft import get_peft_model
 from tiers import slow
+from torch.utils.data import DataLoader
 
 import lreg_peft.fitting.feature_cache as cache_module
 from lreg_peft import FeatureCache, LRegConfig, cache_features
@@ -24,7 +25,7 @@ MODEL = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper"))
 
 
 def build(path: Path, seed: int = 0, **options) -> FeatureCache:
-    return cache_features(MODEL, data(seed), path, batch_size=2, show_progress=False, **options)
+    return cache_features(MODEL, DataLoader(data(seed), 2), path, show_progress=False, **options)
 
 
 def rows(cache: FeatureCache) -> torch.Tensor:

@@ -77,14 +77,6 @@ def test_nodes_go_where_the_function_bends():
     assert nodes[0] == 0 and nodes[-1] == 1 and (nodes.diff() > 0).all()
 
 
-def test_the_rule_of_the_paper_is_there_and_falls_too():
-    result = fit_coefficients(
-        regression(), step_data(), ridge=1e-6, strategy="paper", max_moves=20, show_progress=False
-    )
-    assert list(result.objectives) == sorted(result.objectives, reverse=True)
-    assert len(result.objectives) > 1 and result.n_refused <= 1
-
-
 def test_a_refused_move_leaves_nothing_behind(monkeypatch):
     """Proposals that are no better: mesh and weights stay those of the first fit, bit for bit."""
     model, data = classes()
@@ -170,8 +162,6 @@ def test_bad_options_are_refused():
     before = tiny.state(model)
     with pytest.raises(ValueError, match="max_moves must be at least 0"):
         fit_coefficients(model, step_data(), max_moves=-1)
-    with pytest.raises(ValueError, match="strategy must be one of"):
-        fit_coefficients(model, step_data(), strategy="best", max_moves=20, show_progress=False)
     with pytest.raises(ValueError, match="must be finite"):
         fit_coefficients(
             model, [{"x": torch.full((3, 1), math.nan), "labels": torch.zeros(3, 1)}], max_moves=20, show_progress=False

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import lreg_peft
 
@@ -102,7 +103,7 @@ def test_a_cache_is_refused_and_built_again(tmp_path):
     """Its format is no longer read; the new one holds the same rows, up to the last bit of bf16."""
     shutil.copytree(FILES / "cache", tmp_path / "cache")
     model = get_peft_model(make_files.base(), lreg_peft.LRegConfig(preset="paper", task_type="CAUSAL_LM", n_nodes=3))
-    inputs = {"data": make_files.samples(), "path": tmp_path / "cache", "batch_size": 2, "show_progress": False}
+    inputs = {"data": DataLoader(make_files.samples(), 2), "path": tmp_path / "cache", "show_progress": False}
     for call in (lambda: lreg_peft.FeatureCache(tmp_path / "cache"), lambda: lreg_peft.cache_features(model, **inputs)):
         with pytest.raises(ValueError, match=r"another version of lreg_peft.*build it again"):
             call()

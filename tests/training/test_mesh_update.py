@@ -1,7 +1,6 @@
 """Meshes that move in training: what moves with them, what must stay, what is refused."""
 
 import copy
-import itertools
 import warnings
 
 import adaptation_failures
@@ -15,9 +14,8 @@ from processes import run_on_two
 from tiny import gpt2, inputs, layers, same_state, shake, state
 from torch import nn
 
-from lreg_peft import LRegConfig, LRegLayer, copy_meshes, track_statistics, update_meshes
-from lreg_peft.training.mesh_update import node_spread
-from lreg_peft.training.statistics import count_hard_samples, statistics_of
+from lreg_peft import LRegConfig, LRegLayer, track_statistics, update_meshes
+from lreg_peft.training.statistics import statistics_of
 from lreg_peft.tuner.moves import Move
 from lreg_peft.tuner.sites import Site
 
@@ -168,8 +166,6 @@ class TestCarrying:
         update = update_meshes(layer, optimizer)
         new = nodes_of(layer)
         assert update.n_moved == sum(len(set(new[i].tolist()) - set(old[i].tolist())) for i in range(2)) > 0
-        lengths = new.diff(dim=1).double().numpy()
-        assert node_spread(new) == pytest.approx((lengths.std(axis=1) / lengths.mean(axis=1)).mean(), rel=1e-5)
 
     def test_hits_move_the_mesh_of_the_paper(self):
         layer, x = toy(track=False), 2 * torch.randn(100, 1)
@@ -251,11 +247,11 @@ class TestAcceptance:
         for index, entry in optimizer.state_dict()["state"].items():
             assert all(torch.equal(value, moments["state"][index][name]) for name, value in entry.items())
 
-    @pytest.mark.parametrize("loss", [None, "1.0", torch.zeros(2)])
+    @pytest.mark.parametrize("loss", [None, torch.zeros(2)])
     def test_a_loss_that_is_no_number(self, loss):
         layer, optimizer, _ = trained()
         before = state(layer)
-        with pytest.raises(TypeError, match="accept must return the loss as one number"):
+        with pytest.raises((TypeError, ValueError), match=r"not 'NoneType'|only one element tensors"):
             update_meshes(layer, optimizer, accept=lambda: loss)
         assert same_state(before, state(layer))
 
@@ -326,7 +322,7 @@ class TestErrors:
 
     def test_no_hits(self):
         layer, optimizer, _ = trained()
-        with pytest.raises(RuntimeError, match="count_hard_samples"):
+        with pytest.raises(RuntimeError, match=r"track_statistics\(model, n_hard_samples=k\)"):
             update_meshes(layer, optimizer, strategy="paper")
 
     def test_optimizer_of_something_else(self):
@@ -351,7 +347,6 @@ class TestErrors:
             ({"n_refine": -1}, ValueError, "n_refine must be at least 0, got -1"),
             ({"n_refine": True}, TypeError, "n_refine must be a whole number"),
             ({"size": 1.5}, ValueError, "size must be at most 1, got 1.5"),
-            ({"pseudocount": -0.5}, ValueError, "pseudocount must be at least 0"),
             ({"optimizer": "AdamW"}, TypeError, "optimizer must be a torch optimizer"),
         ],
     )
@@ -370,8 +365,6 @@ class TestErrors:
             with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 1, got 0"):
                 track_statistics(layer, **options)
         assert statistics_of(Site("", layer, "default")) is tracked
-        with pytest.raises(TypeError, match="n_hard_samples must be a whole number"):
-            count_hard_samples(layer, torch.ones(1), 1.5)
 
 
 class TestInModels:
@@ -475,72 +468,6 @@ class TestInModels:
             warnings.simplefilter("ignore")  # torch looks at .grad of the tensors where a graph breaks
             step(compiled, optimizer, x)
         assert update_meshes(layer, optimizer).accepted
-
-
-class TestFollowing:
-    """Averages of weights over a move."""
-
-    @pytest.mark.parametrize("weighting", WEIGHTINGS)
-    def test_a_copy_keeps_its_function_as_far_as_the_new_mesh_holds_it(self, weighting):
-        layer, optimizer, _ = trained(weighting)
-        twin = copy.deepcopy(layer)
-        for parameter in twin.parameters():
-            parameter.data.mul_(0.9)  # an average is another model
-        before, old = twin.nodal_parameter("default").detach().clone(), nodes_of(twin).clone()
-        assert update_meshes(layer, optimizer).accepted
-        copy_meshes(twin, layer)
-        assert torch.equal(nodes_of(twin), nodes_of(layer))
-        values, carried = nodal(twin, before), nodal(twin, twin.nodal_parameter("default").detach())
-        for i, column in itertools.product(range(2), range(values.shape[2])):
-            wanted = np.interp(nodes_of(twin)[i], old[i], values[i, :, column])
-            # Local coordinates carry a few roundings, over elements that can be a tenth of the mesh.
-            np.testing.assert_allclose(carried[i, :, column], wanted, atol=100 * EPS * values.abs().max())
-
-    @pytest.mark.parametrize("follows", [True, False])
-    def test_an_average_of_weights_is_one_of_functions(self, follows):
-        layer, x = toy(train_projection=False), 2 * torch.randn(100, 1)  # linear in what is averaged
-        optimizer = torch.optim.SGD(parameters(layer), lr=1.0)
-        averaged = torch.optim.swa_utils.AveragedModel(layer)
-        averaged.update_parameters(layer)
-        for _ in range(5):
-            step(layer, optimizer, x)
-        assert update_meshes(layer, optimizer).accepted
-        if follows:
-            copy_meshes(averaged, layer)
-        mean = (averaged(x) + layer(x)) / 2
-        averaged.update_parameters(layer)
-        difference = (averaged(x) - mean).abs().max()
-        if follows:  # rounding of sums of a dozen numbers
-            assert difference < 1e-5
-        else:  # coefficients of two meshes are mixed
-            assert difference > 0.01
-
-    def test_every_adapter_of_a_wrapped_model(self):
-        model = get_peft_model(gpt2(), LRegConfig(target_modules=["mlp"], n_components=2, n_nodes=6))
-        model.add_adapter("other", LRegConfig(target_modules=["lm_head"], n_nodes=4, weighting="factored"))
-        for name in ("default", "other"):
-            shake(model, name)
-        averaged = torch.optim.swa_utils.AveragedModel(model)
-        for layer in layers(model):
-            for encoder in layer.lreg_encoder.values():
-                encoder.nodes.pow_(1.2)
-        copy_meshes(averaged, model)
-        meshes, followed = (
-            {name: value for name, value in state(m).items() if name.endswith(".nodes")}
-            for m in (model, averaged.module)
-        )
-        assert len(meshes) == 3 and same_state(meshes, followed)
-
-    @pytest.mark.parametrize("other", [nn.Linear(1, 2), toy(n_nodes=5, track=False), toy("factored", track=False)])
-    def test_what_is_no_copy_is_refused(self, other):
-        layer = toy()
-        before = state(other)
-        with pytest.raises(ValueError, match=r"the copy must have the 1 LReg layers|they are not copies of one model"):
-            copy_meshes(other, layer)
-        assert same_state(before, state(other))
-        layer.update_layer("other", 2, 4, LRegConfig(preset="paper", n_components=2, n_nodes=4))
-        with pytest.raises(ValueError, match=r"in the copy are \['default'\], those of '' are \['default', 'other'\]"):
-            copy_meshes(toy(), layer)
 
 
 def test_two_processes_end_as_one(tmp_path):

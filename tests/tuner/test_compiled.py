@@ -110,6 +110,7 @@ def test_exported_with_a_dynamic_batch_and_length(places):
     else:
         model = tiny.adapt(base, target_modules=[places], n_nodes=5).eval()
     tiny.shake(model)
+    model.double()  # in fp32 two orders of summation differ by 2e-4 on some processors
     length, samples = torch.export.Dim("length", min=2, max=32), torch.export.Dim("batch", min=2, max=64)
     example = torch.randint(3, tiny.VOCABULARY, (3, 9))
     program = torch.export.export(Logits(model), (example,), dynamic_shapes={"input_ids": {0: samples, 1: length}})

@@ -13,6 +13,7 @@ EVERYTHING = {
     "task_type": "CAUSAL_LM",
     "n_components": 3,
     "n_nodes": 4,
+    "base_width": 64,
     "weighting": "factored",
     "linear_term": True,
     "profile_mean": 0.25,

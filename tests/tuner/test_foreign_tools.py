@@ -138,7 +138,7 @@ WORK = {
     "cache": (
         tiny.gpt2,
         {},
-        lambda model, folder: cache_features(model, [BATCH], folder / "c", batch_size=None)[1],
+        lambda model, folder: cache_features(model, [BATCH], folder / "c")[1],
     ),
     "refinement": (
         Network,

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from tiny import IMAGE_MODELS, adapt, image_model, layers, same_state, shake, state
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from lreg_peft import (
@@ -117,7 +118,7 @@ class TestClassifierOfConvolutionalNetworks:
         model.eval()
         own = model(**batch).loss.item()
         data = [{name: value[i] for name, value in batch.items()} for i in range(6)]
-        cache = cache_features(model, data, tmp_path / "cache", batch_size=4, dtype=torch.float32, show_progress=False)
+        cache = cache_features(model, DataLoader(data, 4), tmp_path / "cache", dtype=torch.float32, show_progress=False)
         assert (len(cache), cache.n_rows) == (6, 6)
         assert model(**cache.collate([cache[i] for i in range(6)])).loss.item() == pytest.approx(own, rel=1e-5)
         fit = fit_coefficients(model, [batch], ridge=1e-2, show_progress=False)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lreg_peft import LRegConfig, LRegLayer, track_statistics
 from lreg_peft.core import evaluate
 from lreg_peft.core.mesh import locate
-from lreg_peft.training.statistics import MeshStatistics, count_hard_samples, statistics_of
+from lreg_peft.training.statistics import MeshStatistics, statistics_of
 from lreg_peft.tuner.layout import UNSAID, Reading
 from lreg_peft.tuner.sites import Site
 
@@ -309,48 +309,12 @@ class TestHits:
         element, _ = locate(coords.reshape(-1, COMPONENTS), layer.lreg_encoder["default"].nodes)
         return torch.stack([torch.bincount(column, minlength=N_NODES - 1) for column in element.T]).float()
 
-    def test_samples_with_the_largest_loss(self):
-        layer, features = tracked(), torch.randn(9, 2, IN)
-        losses = torch.randn(9)
-        layer(features).sum().backward()
-        count_hard_samples(layer, losses, 4)
-        assert torch.equal(sums(layer).hits, self.hits_of(layer, features[losses.argsort(descending=True)[:4]]))
-
-    @pytest.mark.parametrize("flat", [True, False])
-    def test_positions_with_the_largest_loss(self, flat):
-        layer, features = tracked(), torch.randn(9, 2, IN)
-        losses = torch.randn(9, 2)
-        output = layer(features)
-        count_hard_samples(layer, losses.flatten() if flat else losses, 4)
-        output.sum().backward()
-        hardest = losses.flatten().argsort(descending=True)[:4]
-        assert torch.equal(sums(layer).hits, self.hits_of(layer, features.flatten(0, 1)[hardest]))
-
     def test_rows_with_the_largest_gradient(self):
         layer, features = tracked(n_hard_samples=4), torch.randn(9, IN)
         weight = torch.randn(9, 1)
         (layer(features) * weight).sum().backward()
         hardest = weight.abs().flatten().argsort(descending=True)[:4]
         assert torch.equal(sums(layer).hits, self.hits_of(layer, features[hardest]))
-
-    def test_errors(self):
-        layer, features = tracked(), torch.randn(9, 2, IN)
-        with pytest.raises(RuntimeError, match="no training pass"):
-            count_hard_samples(layer, torch.randn(9), 2)
-        layer(features)
-        with pytest.raises(ValueError, match=r"\(9, 2\), got losses of shape \(8,\)"):
-            count_hard_samples(layer, torch.randn(8), 2)
-        with pytest.raises(ValueError, match="at least 1, got 0"):
-            count_hard_samples(layer, torch.randn(9), 0)
-        by_gradient = tracked(n_hard_samples=2)
-        by_gradient(features)
-        with pytest.raises(ValueError, match="already counted by gradient"):
-            count_hard_samples(by_gradient, torch.randn(9), 2)
-        track_statistics(layer, False)
-        with pytest.raises(RuntimeError, match="no statistics are tracked"):
-            count_hard_samples(layer, torch.randn(9), 2)
-        with pytest.raises(ValueError, match="n_rows must be at least 1, got 0"):
-            track_statistics(layer, n_rows=0)
 
 
 class TestState:

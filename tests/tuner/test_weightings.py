@@ -109,10 +109,10 @@ class TestLinearTerm:
     def test_certified_fit_and_cache_and_grade(self, tmp_path):
         options = {"weighting": "factored", "linear_term": True, "n_nodes": 4}
         model = get_peft_model(tiny.gpt2(), LRegConfig(preset="paper", task_type="CAUSAL_LM", **options))
-        data = [{"input_ids": row, "labels": row} for row in torch.randint(3, tiny.VOCABULARY, (6, 9))]
-        cache = lreg_peft.cache_features(model, data, tmp_path / "c", dtype=torch.float32, show_progress=False)
+        ids = torch.randint(3, tiny.VOCABULARY, (6, 9))
+        batch = {"input_ids": ids, "labels": ids}
+        cache = lreg_peft.cache_features(model, [batch], tmp_path / "c", dtype=torch.float32, show_progress=False)
         fit = lreg_peft.fit_coefficients(model, cache, ridge=1e-2, show_progress=False)
-        batch = {name: torch.stack([sample[name] for sample in data]) for name in data[0]}
         (layer,) = tiny.layers(model)
         penalty = 0.5e-2 * layer.table("default").square().sum()
         loss = model.eval()(**batch).loss

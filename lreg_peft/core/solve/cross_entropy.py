@@ -25,7 +25,6 @@ from .problem import (
     Report,
     Solution,
     Status,
-    check_not_empty,
     check_options,
     rows_at_once,
     slices,
@@ -73,7 +72,7 @@ class _Objective:
     processes: Processes
     scale: float = 1.0
     passes: int = 0
-    total_weight: float = 0.0  # over scale: sums divided by it are P's
+    n_over_scale: float = 0.0  # sums over the samples divided by it are P's
     gram: Tensor = field(default_factory=lambda: torch.empty(0))  # mean of basis basis^T, fp64; set by the first pass
 
     def __post_init__(self) -> None:
@@ -87,40 +86,39 @@ class _Objective:
         """
         features, outputs = self.shape
         first = self.passes == 0
-        scalars, curvature = c.new_zeros(2), c.new_zeros(outputs)
+        n, total, curvature = c.new_zeros(1), c.new_zeros(1), c.new_zeros(outputs)
         gradient = torch.zeros_like(c)
         gram = c.new_zeros(features, features) if first else c.new_zeros(0)
         with self.processes.together():
             for chunk in self._pieces(c.device):
-                basis, root, total = self._weighted(chunk, dtype)
-                p = self._logits(chunk, c, dtype)
-                loss = _to_probabilities(p, chunk.target, root)  # [n]; what were logits is p times root now
-                scalars += torch.stack((total, (loss * root.squeeze(1).square()).sum(dtype=torch.float64)))
-                if not first:
-                    curvature += ((root.T @ p).squeeze(0) - _squares(p)).double()
-                _subtract_target(p, chunk.target, root)
+                basis, p = chunk.basis.to(dtype), self._logits(chunk, c, dtype)
+                total += _to_probabilities(p, chunk.target).sum(dtype=torch.float64)  # what were logits is p now
+                n += len(p)
+                if not first:  # the sum of p as a product, which adds in blocks
+                    curvature += ((p.new_ones(1, len(p)) @ p).squeeze(0) - _squares(p)).double()
+                _subtract_target(p, chunk.target)
                 gradient += basis.T @ p
                 if first:
                     curvature += _squares(p).double()
                     gram += basis.double().T @ basis.double()
-        scalars, gradient, curvature, gram = total_of(self.processes, scalars, gradient, curvature, gram)
+        n, total, gradient, curvature, gram = total_of(self.processes, n, total, gradient, curvature, gram)
         if first:
-            check_not_empty(scalars[0].item())
-            self.total_weight = scalars[0].item() / self.scale
-            self.gram = gram / scalars[0]
+            if not n:
+                raise ValueError("there are no samples to fit.")
+            self.n_over_scale = n.item() / self.scale
+            self.gram = gram / n
         self.passes += 1
-        value = scalars[1].item() / self.total_weight + self.ridge / 2 * c.square().sum().item()
-        gradient = self._without_shift(gradient).div_(self.total_weight).add_(c, alpha=self.ridge)
-        return _Point(c, value, gradient, curvature / self.total_weight)
+        value = total.item() / self.n_over_scale + self.ridge / 2 * c.square().sum().item()
+        gradient = self._without_shift(gradient).div_(self.n_over_scale).add_(c, alpha=self.ridge)
+        return _Point(c, value, gradient, curvature / self.n_over_scale)
 
     def hessian_product(self, c: Tensor, direction: Tensor, dtype: torch.dtype) -> Tensor:
         """One pass; `[features, outputs]`."""
         product = torch.zeros_like(c)
         with self.processes.together():
             for chunk in self._pieces(c.device):
-                basis, root, _ = self._weighted(chunk, dtype)
-                p = self._logits(chunk, c, dtype)
-                change = chunk.basis.to(dtype) @ direction.to(dtype)
+                basis, p = chunk.basis.to(dtype), self._logits(chunk, c, dtype)
+                change = basis @ direction.to(dtype)
                 if self.targets == "classes":
                     p = torch.softmax(p, dim=1, out=p)
                     change.mul_(p)
@@ -128,10 +126,10 @@ class _Objective:
                 else:
                     p.sigmoid_()
                     change.mul_(p).mul_(p.neg_().add_(1))
-                product += basis.T @ change.mul_(root)
+                product += basis.T @ change
         (product,) = total_of(self.processes, product)
         self.passes += 1
-        return self._without_shift(product).div_(self.total_weight).add_(direction, alpha=self.ridge)
+        return self._without_shift(product).div_(self.n_over_scale).add_(direction, alpha=self.ridge)
 
     def _pieces(self, device: torch.device) -> Iterator[Chunk]:
         """One pass, a bounded number of samples at a time."""
@@ -145,30 +143,22 @@ class _Objective:
         """
         return product.sub_(product.mean(dim=1, keepdim=True)) if self.targets == "classes" else product
 
-    def _weighted(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Basis and column, each times the roots of the weights, and the sum of the weights in fp64."""
-        basis = chunk.basis.to(dtype)
-        if chunk.weight is None:
-            return basis, basis.new_ones(len(basis), 1), basis.new_tensor(len(basis), dtype=torch.float64)
-        root = chunk.weight.to(dtype).sqrt().unsqueeze(1)
-        return basis * root, root, chunk.weight.sum(dtype=torch.float64)
-
     def _logits(self, chunk: Chunk, c: Tensor, dtype: torch.dtype) -> Tensor:
         """A new `[n, outputs]`."""
         basis, c = chunk.basis.to(dtype), c.to(dtype)
         return basis @ c if chunk.offset is None else torch.addmm(chunk.offset.to(dtype), basis, c)
 
 
-def _to_probabilities(logits: Tensor, target: Tensor, root: Tensor) -> Tensor:
-    """Cross-entropy of every sample `[n]`; `logits` `[n, outputs]` become p times `root` `[n, 1]`, in place."""
+def _to_probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of every sample `[n]`; `logits` `[n, outputs]` become p, in place."""
     if target.is_floating_point():
         loss = (torch.nn.functional.softplus(logits) - logits * target.to(logits.dtype)).sum(dim=1)
-        logits.sigmoid_().mul_(root)
+        logits.sigmoid_()
         return loss
     logits -= logits.amax(dim=1, keepdim=True)
     own = logits.gather(1, target.unsqueeze(1)).squeeze(1)
     total = logits.exp_().sum(dim=1, keepdim=True)
-    logits *= root / total
+    logits *= 1 / total
     return total.squeeze(1).log() - own
 
 
@@ -176,12 +166,12 @@ def _squares(p: Tensor) -> Tensor:
     return torch.linalg.vector_norm(p, dim=0).square()
 
 
-def _subtract_target(p: Tensor, target: Tensor, root: Tensor) -> None:
-    """Make p times `root` p - target times `root`, in place."""
+def _subtract_target(p: Tensor, target: Tensor) -> None:
+    """Make p p - target, in place."""
     if target.is_floating_point():
-        p.addcmul_(target.to(p.dtype), root, value=-1)
+        p.sub_(target.to(p.dtype))
     else:
-        p.scatter_add_(1, target.unsqueeze(1), -root)
+        p.scatter_add_(1, target.unsqueeze(1), -p.new_ones(len(p), 1))
 
 
 class _Metric:
@@ -262,7 +252,7 @@ def solve_cross_entropy(
     processes: Processes | None = None,
     report: Report | None = None,
 ) -> Solution:
-    """Minimise P(c) = scale * sum_i w_i CE(offset_i + basis_i c, target_i) / sum_i w_i + ridge/2 |c|^2.
+    """Minimise P(c) = scale * mean_i CE(offset_i + basis_i c, target_i) + ridge/2 |c|^2.
 
     P is strongly convex, so that |grad P|^2 / (2 ridge) bounds its distance from the minimum at any point: Fenchel's
     duality gap for this problem. The gap of the result is computed in fp64 from all samples, for the coefficients as

@@ -1,4 +1,4 @@
-"""Least squares with an offset, sample weights and several outputs, from one or two passes and a check."""
+"""Least squares with an offset and several outputs, from one or two passes and a check."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from .problem import (
-    Chunk,
     Chunks,
     Passes,
     Processes,
     Report,
     Solution,
     Status,
-    check_not_empty,
     check_options,
     rows_at_once,
     slices,
@@ -30,7 +28,7 @@ _MIN_ROWS = 4096  # a QR step repeats the triangle so far, which many samples at
 
 @dataclass(frozen=True)
 class _Spectrum:
-    """Eigenvectors and eigenvalues of the Hessian A^T W A / sum(W) + ridge; of both only what rounding leaves sure."""
+    """Eigenvectors and eigenvalues of the Hessian A^T A / n + ridge; of both only what rounding leaves sure."""
 
     vectors: Tensor  # [features, rank]
     values: Tensor  # [rank]
@@ -60,7 +58,7 @@ def _descent(vectors: Tensor, values: Tensor, gradient: Tensor) -> float:
 class _Sums:
     """Sums over all samples at some coefficients, fp64."""
 
-    weight: float  # over scale
+    n: float  # over scale
     squares: float
     product: Tensor  # basis^T residual, [features, outputs]
     gram: Tensor  # basis^T basis, [features, features]
@@ -77,7 +75,7 @@ def solve_least_squares(
     processes: Processes | None = None,
     report: Report | None = None,
 ) -> Solution:
-    """Minimise P(c) = scale * sum_i w_i |offset_i + basis_i c - target_i|^2 / (2 sum_i w_i) + ridge/2 |c|^2.
+    """Minimise P(c) = scale / 2 * mean_i |offset_i + basis_i c - target_i|^2 + ridge/2 |c|^2.
 
     The normal equations are accumulated chunk by chunk in fp64. If their condition is bad, the triangular factor of a
     QR decomposition is accumulated instead, which does not square the condition number of the basis. A further pass
@@ -115,13 +113,14 @@ def solve_least_squares(
     c = start.detach().double()
     samples = Passes(chunks, (start.shape[0], start.shape[1]), "values")
     sums = _sum_up(samples, c, processes, scale, with_gram=True)
-    check_not_empty(sums.weight)
+    if not sums.n:
+        raise ValueError("there are no samples to fit.")
     passes, iterations, method = 1, 0, "normal equations"
     spectrum = _of_normal_equations(sums, ridge)
     if spectrum is None:
-        spectrum, method = _of_triangle(*_triangle(samples, start, processes), sums.weight, ridge), "QR"
+        spectrum, method = _of_triangle(*_triangle(samples, start, processes), sums.n, ridge), "QR"
         passes += 1
-    gradient = sums.product / sums.weight + ridge * c
+    gradient = sums.product / sums.n + ridge * c
     best: Solution | None = None
     status: Status = "iteration_limit"
     while passes < max_passes:
@@ -129,8 +128,8 @@ def solve_least_squares(
         rounded = c.to(start.dtype)
         sums = _sum_up(samples, rounded.double(), processes, scale)
         passes, iterations = passes + 1, iterations + 1
-        gradient = sums.product / sums.weight + ridge * rounded.double()
-        objective = sums.squares / (2 * sums.weight) + ridge / 2 * rounded.double().square().sum().item()
+        gradient = sums.product / sums.n + ridge * rounded.double()
+        objective = sums.squares / (2 * sums.n) + ridge / 2 * rounded.double().square().sum().item()
         gap = spectrum.gap(gradient)
         if report is not None:
             report(passes, objective, gap)
@@ -173,45 +172,36 @@ def _remark(spectrum: _Spectrum, left_out: float) -> str:
     )
 
 
-def _doubles(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Basis, target minus offset, weights, and their roots as a column; fp64."""
-    target = chunk.target.double()
-    if chunk.offset is not None:
-        target = target - chunk.offset
-    weight = target.new_ones(len(target)) if chunk.weight is None else chunk.weight.double()
-    return chunk.basis.double(), target, weight, weight.sqrt().unsqueeze(1)
-
-
 def _sum_up(samples: Passes, c: Tensor, processes: Processes, scale: float, *, with_gram: bool = False) -> _Sums:
     """One pass; the Gram matrix is the same in all of them."""
     features, outputs = c.shape
-    scalars = c.new_zeros(2)
+    n, squares = c.new_zeros(1), c.new_zeros(1)
     product = c.new_zeros(features, outputs)
     gram = c.new_zeros(features, features)
     with processes.together():
         for whole in samples:
             for chunk in slices(whole, rows_at_once(outputs, c.device)):
-                basis, target, weight, root = _doubles(chunk)
-                residual = (basis @ c - target) * root
-                basis = basis * root
-                scalars += torch.stack((weight.sum(), residual.square().sum()))
+                basis, target = chunk.basis.double(), chunk.target.double()
+                residual = basis @ c - (target if chunk.offset is None else target - chunk.offset)
+                n += len(residual)
+                squares += residual.square().sum()
                 product += basis.T @ residual
                 if with_gram:
                     gram += basis.T @ basis
-    scalars, product, gram = total_of(processes, scalars, product, gram)
-    return _Sums(scalars[0].item() / scale, scalars[1].item(), product, gram)
+    n, squares, product, gram = total_of(processes, n, squares, product, gram)
+    return _Sums(n.item() / scale, squares.item(), product, gram)
 
 
 def _of_normal_equations(sums: _Sums, ridge: float) -> _Spectrum | None:
     """None if the condition is bad."""
-    values, vectors = torch.linalg.eigh(sums.gram / sums.weight)
+    values, vectors = torch.linalg.eigh(sums.gram / sums.n)
     if not values[0] + ridge > (values[-1] + ridge) / _MAX_CONDITION:
         return None
     return _Spectrum(vectors, values + ridge)
 
 
 def _triangle(samples: Passes, like: Tensor, processes: Processes) -> tuple[Tensor, float]:
-    """R of the QR decomposition of the weighted basis, fp64 `[features, features]`, and the precision of the basis."""
+    """R of the QR decomposition of the basis, fp64 `[features, features]`, and the precision of the basis."""
     features = like.shape[0]
     factor = like.new_zeros(features, features, dtype=torch.float64)
     precision = 0.0
@@ -219,16 +209,15 @@ def _triangle(samples: Passes, like: Tensor, processes: Processes) -> tuple[Tens
         for whole in samples:
             precision = max(precision, torch.finfo(whole.basis.dtype).eps)
             for chunk in slices(whole, max(_MIN_ROWS, 4 * features)):
-                basis, _, _, root = _doubles(chunk)
-                factor = torch.linalg.qr(torch.cat((factor, basis * root)), mode="r").R
+                factor = torch.linalg.qr(torch.cat((factor, chunk.basis.double())), mode="r").R
     parts = processes.gather(factor)
     precision = max(processes.gather(like.new_tensor([precision], dtype=torch.float64))).item()
     return parts[0] if len(parts) == 1 else torch.linalg.qr(torch.cat(parts), mode="r").R, precision
 
 
-def _of_triangle(factor: Tensor, precision: float, total_weight: float, ridge: float) -> _Spectrum:
+def _of_triangle(factor: Tensor, precision: float, n: float, ridge: float) -> _Spectrum:
     """Without a ridge, directions that the basis determines by no more than its own rounding are left out."""
-    _, singular, rows = torch.linalg.svd(factor / math.sqrt(total_weight))
+    _, singular, rows = torch.linalg.svd(factor / math.sqrt(n))
     values = singular.square() + ridge
     if ridge > 0:
         return _Spectrum(rows.T, values)

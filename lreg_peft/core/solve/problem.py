@@ -35,13 +35,11 @@ class Chunk(NamedTuple):
         basis: `[n, features]`, fp32 or fp64; constant features (an intercept) are columns like the others.
         target: int64 `[n]` for classes, floating `[n, outputs]` otherwise.
         offset: `[n, outputs]`, what the prediction starts from: the frozen model's output. None means zero.
-        weight: `[n]`, non-negative. None means one.
     """
 
     basis: Tensor
     target: Tensor
     offset: Tensor | None = None
-    weight: Tensor | None = None
 
 
 #: Begins a pass over the samples: every call gives the same ones. The chunks may be made on the fly.
@@ -134,12 +132,12 @@ def check_options(start: Tensor, scale: float, tolerance: float, max_passes: int
 def check_chunk(chunk: Chunk, shape: tuple[int, int], kind: TargetKind) -> None:
     """Raise an error that says what is wrong with a chunk for coefficients of `shape` [features, outputs]."""
     if not isinstance(chunk, Chunk):
-        raise TypeError(f"chunks must give core.Chunk(basis, target, offset, weight), got a {type(chunk).__name__}.")
+        raise TypeError(f"chunks must give core.Chunk(basis, target, offset), got a {type(chunk).__name__}.")
     named = chunk._asdict()
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("offset", "weight")):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name == "offset"):
             raise TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}.")
-    basis, target, offset, weight = chunk
+    basis, target, offset = chunk
     features, outputs = shape
     if basis.ndim != 2 or basis.shape[1] != features or basis.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"basis must be fp32 or fp64 [n, {features}], got {basis.dtype} {tuple(basis.shape)}.")
@@ -157,8 +155,6 @@ def check_chunk(chunk: Chunk, shape: tuple[int, int], kind: TargetKind) -> None:
         )
     if offset is not None and tuple(offset.shape) != (n, outputs):
         raise ValueError(f"offset must have shape [n, outputs] = {(n, outputs)}, got {tuple(offset.shape)}.")
-    if weight is not None and (tuple(weight.shape) != (n,) or not (weight >= 0).all()):
-        raise ValueError(f"weight must be non-negative with shape [{n}], got {tuple(weight.shape)}.")
     for name, tensor in named.items():
         if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite, got NaN or infinite values.")
@@ -178,7 +174,7 @@ class Passes:
 
     def __init__(self, chunks: Chunks, shape: tuple[int, int], kind: TargetKind) -> None:
         self._chunks, self._shape, self._kind = chunks, shape, kind
-        self._first: tuple[int, float] | None = None
+        self._first: int | None = None
         #: How many were read to the end.
         self.complete = 0
 
@@ -189,29 +185,22 @@ class Passes:
             ValueError: for chunks that do not fit, and at the end of a pass that saw others than the first.
             TypeError: for what is no chunk.
         """
-        rows, weight = 0, 0.0
+        rows = 0
         for chunk in self._chunks():
             # Later passes are checked by what is cheap: the whole is compared in the end.
             if self._first is None:
                 check_chunk(chunk, self._shape, self._kind)
             rows += len(chunk.basis)
-            weight += len(chunk.basis) if chunk.weight is None else float(chunk.weight.sum(dtype=torch.float64))
             yield chunk
         if self._first is None:
-            self._first = (rows, weight)
-        elif rows != self._first[0] or not math.isclose(weight, self._first[1], rel_tol=1e-9):
+            self._first = rows
+        elif rows != self._first:
             raise ValueError(
-                f"chunks must give the same samples in every pass: pass 1 had {self._first[0]} of weight "
-                f"{self._first[1]:.9g}, pass {self.complete + 1} has {rows} of weight {weight:.9g}. Give a function "
-                "that begins anew whenever it is called, not one that hands on an iterator."
+                "chunks must give the same samples in every pass: "
+                f"pass 1 had {self._first}, pass {self.complete + 1} has {rows}. Give a function that begins anew "
+                "whenever it is called, not one that hands on an iterator."
             )
         self.complete += 1
-
-
-def check_not_empty(total_weight: float) -> None:
-    """Raise a `ValueError` unless there are samples with weight."""
-    if not total_weight > 0:
-        raise ValueError(f"there are no samples to fit: their weights sum to {total_weight}.")
 
 
 def rows_at_once(outputs: int, device: torch.device) -> int:
@@ -224,8 +213,8 @@ def slices(chunk: Chunk, rows: int) -> Iterator[Chunk]:
     """The chunk in pieces of at most `rows` samples."""
     for first in range(0, len(chunk.basis), rows):
         piece = slice(first, first + rows)
-        offset, weight = (None if tensor is None else tensor[piece] for tensor in (chunk.offset, chunk.weight))
-        yield Chunk(chunk.basis[piece], chunk.target[piece], offset, weight)
+        offset = None if chunk.offset is None else chunk.offset[piece]
+        yield Chunk(chunk.basis[piece], chunk.target[piece], offset)
 
 
 def total_of(processes: Processes, *tensors: Tensor) -> list[Tensor]:

@@ -7,13 +7,7 @@ from torch import Tensor
 
 # Columns beyond the wanted rank, as usual for randomised range finders.
 _OVERSAMPLE = 8
-# Products with the matrix: two power iterations, and one to read the eigenvalues off.
-_N_PRODUCTS = 3
-
-
-def subspace_cost(size: int, rank: int) -> tuple[int, int]:
-    """How many products `dominant_subspace` asks for, and with how many columns each."""
-    return (1, size) if size <= rank + _OVERSAMPLE else (_N_PRODUCTS, rank + _OVERSAMPLE)
+_POWER_ITERATIONS = 2
 
 
 def dominant_subspace(
@@ -25,8 +19,8 @@ def dominant_subspace(
     power iterations (Halko, Martinsson & Tropp 2011, "Finding structure with randomness").
 
     Args:
-        multiply: product of the matrix with a block, `[size, k]` -> `[size, k]`, fp64; see `subspace_cost`. If the
-            rank takes up the whole space, the result is exact.
+        multiply: product of the matrix with a block, `[size, k]` -> `[size, k]`, fp64; called three times, or once if
+            k takes up the whole space: the result is exact then.
         size: of the matrix.
         rank: how many pairs are wanted, at least 1.
         seed: of the random start; the global generator is left alone.
@@ -35,14 +29,14 @@ def dominant_subspace(
         eigenvalues `[k]` in falling order, not negative, and orthonormal vectors `[size, k]`, fp64;
         k = min(size, rank + 8).
     """
-    products, columns = subspace_cost(size, rank)
+    columns = min(size, rank + _OVERSAMPLE)
     if columns == size:
         basis = torch.eye(size, dtype=torch.float64, device="cpu")
     else:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(size, columns, dtype=torch.float64, generator=generator, device="cpu")
         basis = torch.linalg.qr(start).Q
-        for _ in range(products - 1):
+        for _ in range(_POWER_ITERATIONS):
             basis = torch.linalg.qr(multiply(basis)).Q
     small = basis.T @ multiply(basis)
     values, rotation = torch.linalg.eigh((small + small.T) / 2)

@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...modules import is_compiling, remove_hooks
-from ...rows import IGNORE_INDEX, shifts_labels
+from ...rows import IGNORE_INDEX, same_loss, shifts_labels
 from ..layer import LRegLayer, this_thread
 from .output_head import wrapped_head
 
 # Whether position t predicts label t + 1, once the first batch has shown it; kept on the output layer.
 _SHIFT = "_lreg_fused_loss_shift"
-# Relative difference between two computations of one loss, by the dtype of the logits.
-_SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-5}
-_SAME_LOSS_HALF = 1e-2
 
 
 class FusedPass:
@@ -118,15 +115,11 @@ def _find_shift(model: nn.Module, layer: LRegLayer, this_pass: FusedPass, output
     own = output[0] if isinstance(output, tuple) else output.get("loss")
     features = this_pass.features
     if isinstance(own, Tensor) and own.numel() == 1 and features is not None and layer.source is None:
-        tolerance = _SAME_LOSS.get(features.dtype, _SAME_LOSS_HALF)
-        if torch.is_autocast_enabled(features.device.type):
-            tolerance = _SAME_LOSS_HALF
+        rounds = torch.is_autocast_enabled(features.device.type)
         guess = shifts_labels(model)
         for shift in (guess, not guess):
             loss = this_pass.loss(layer, shift)
-            if loss is not None and torch.isclose(
-                loss, own.detach().to(loss), rtol=tolerance, atol=1e-7, equal_nan=True
-            ):
+            if loss is not None and same_loss(own, loss, torch.bfloat16 if rounds else features.dtype):
                 return shift
     raise _refusal(model)
 

@@ -37,7 +37,6 @@ class Problem:
             target = torch.from_numpy(scores + draw.normal(size=shape)).to(dtype)
         self.target = target
         self.offset = None if draw.random() < 0.4 else torch.from_numpy(draw.normal(size=shape) * 2).to(dtype)
-        self.weight = None if draw.random() < 0.5 else torch.from_numpy(draw.gamma(1.0, size=n)).to(dtype)
         self.ridge = 10 ** draw.uniform(-8, 0)
         if self.kind == "squares" and draw.random() < 0.4:
             self.ridge = 0.0
@@ -62,7 +61,7 @@ class Problem:
         return basis
 
     def solve(self):
-        chunks = lambda: [Chunk(self.basis, self.target, self.offset, self.weight)]  # noqa: E731
+        chunks = lambda: [Chunk(self.basis, self.target, self.offset)]  # noqa: E731
         options = {"ridge": self.ridge, "scale": self.scale, "tolerance": self.tolerance}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # not reaching the tolerance is no violation
@@ -74,8 +73,7 @@ class Problem:
         """The data in extended precision."""
         self.a = self.basis.double().numpy().astype(LONG)
         n = len(self.a)
-        self.w = np.ones(n, LONG) if self.weight is None else self.weight.double().numpy().astype(LONG)
-        self.w = self.w / self.w.sum() * LONG(self.scale)
+        self.share = LONG(self.scale) / n  # of every sample
         offset = torch.zeros(n, self.outputs) if self.offset is None else self.offset
         self.o = offset.double().numpy().astype(LONG)
         if self.kind == "classes":
@@ -92,7 +90,7 @@ class Problem:
             loss = (np.log(np.exp(z - top).sum(1)) + top[:, 0]) - (z * self.t).sum(1)
         else:
             loss = (np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - z * self.t).sum(1)
-        return (self.w * loss).sum() + LONG(self.ridge) / 2 * (c**2).sum()
+        return self.share * loss.sum() + LONG(self.ridge) / 2 * (c**2).sum()
 
     def derivatives(self, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         z = self.o + self.a @ c
@@ -105,11 +103,11 @@ class Problem:
         else:
             p = 1 / (1 + np.exp(-z))
             bend = (p * (1 - p))[:, :, None] * np.eye(self.outputs, dtype=LONG)
-        gradient = self.a.T @ ((p - self.t) * self.w[:, None]) + LONG(self.ridge) * c
+        gradient = self.share * (self.a.T @ (p - self.t)) + LONG(self.ridge) * c
         size = self.features * self.outputs
         hessian = np.zeros((self.features, self.outputs, self.features, self.outputs), LONG)
-        for row, weight, b in zip(self.a, self.w, bend, strict=True):
-            hessian += weight * np.multiply.outer(row, np.multiply.outer(row, b)).transpose(0, 2, 1, 3)
+        for row, b in zip(self.a, bend, strict=True):
+            hessian += self.share * np.multiply.outer(row, np.multiply.outer(row, b)).transpose(0, 2, 1, 3)
         return gradient, hessian.reshape(size, size) + LONG(self.ridge) * np.eye(size, dtype=LONG)
 
     def lowest(self, c: np.ndarray) -> LONG:
@@ -146,17 +144,17 @@ def violation(seed: int, share: float = 1.0) -> float:
     return float(LONG(solved.objective) - share * LONG(solved.gap) - LONG(solved.left_out) - lowest)
 
 
-def slack(seed: int) -> float:
-    """Rounding of sums of so many terms in fp64, of values that are a few hundred at most."""
-    return 1e-11
+#: Rounding in fp64 of sums of so many terms, of values that are a few hundred at most; and, without a ridge, of what
+#: directions of a billionth of the basis take (4e-11 in one of the thousand).
+SLACK = 1e-10
 
 
 @pytest.mark.parametrize("seeds", [range(40), pytest.param(range(1000), marks=pytest.mark.slow)], ids=len)
 def test_nothing_lies_below_a_certificate(seeds):
     found = {seed: violation(seed) for seed in seeds}
-    assert not {seed: far for seed, far in found.items() if not far <= slack(seed)}
+    assert not {seed: far for seed, far in found.items() if not far <= SLACK}
 
 
 def test_a_certificate_that_is_too_good_is_found():
     """The test above would see a gap of zero where there is one."""
-    assert any(violation(seed, 0.0) > slack(seed) for seed in range(12) if Problem(seed).kind != "squares")
+    assert any(violation(seed, 0.0) > SLACK for seed in range(12) if Problem(seed).kind != "squares")

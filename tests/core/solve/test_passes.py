@@ -24,16 +24,16 @@ def solve(chunks, kind):
     return solve_cross_entropy(chunks, START, ridge=1e-2)
 
 
-def chunk(kind, rows=slice(None), weight=None):
+def chunk(kind, rows=slice(None)):
     target = VALUES if kind == "squares" else CLASSES
-    return Chunk(BASIS[rows], target[rows], None, None if weight is None else weight[rows])
+    return Chunk(BASIS[rows], target[rows])
 
 
 @pytest.mark.parametrize("kind", ["classes", "squares"])
 class TestPasses:
     def test_an_iterator_that_is_used_up_is_an_error(self, kind):
         iterator = iter([chunk(kind)])
-        with pytest.raises(ValueError, match=r"pass 2 has 0 of weight 0\. Give a function that begins anew"):
+        with pytest.raises(ValueError, match=r"pass 2 has 0\. Give a function that begins anew"):
             solve(lambda: iterator, kind)
 
     def test_samples_that_go_missing_are_an_error(self, kind):
@@ -43,17 +43,7 @@ class TestPasses:
             reads.append(1)
             yield chunk(kind, slice(0, 60 if len(reads) < 2 else 59))
 
-        with pytest.raises(ValueError, match="pass 1 had 60 of weight 60, pass 2 has 59"):
-            solve(chunks, kind)
-
-    def test_other_weights_are_an_error(self, kind):
-        reads = []
-
-        def chunks():
-            reads.append(1)
-            yield chunk(kind, weight=torch.full((60,), float(len(reads)), dtype=torch.float64))
-
-        with pytest.raises(ValueError, match="pass 1 had 60 of weight 60, pass 2 has 60 of weight 120"):
+        with pytest.raises(ValueError, match="pass 1 had 60, pass 2 has 59"):
             solve(chunks, kind)
 
     def test_other_cuts_and_another_order_are_the_same_samples(self, kind):

@@ -148,7 +148,7 @@ class LRegConfig(PeftConfig):
         None,
         "For inputs wider than this P is stored times in_features / base_width, so that a step of Adam changes "
         "z = P x + b by as much as at that width, and a learning rate that is good for a narrow model is good for a "
-        "wide one. None: P is stored as it is. The recommended configuration has 64.",
+        "wide one. None: P is stored as it is. The recommended configuration has 256.",
     )
     backbone_eval: bool = _option(
         False,

@@ -78,5 +78,5 @@ def test_its_lora_is_that_of_p():
 
 
 def test_the_recommended_configuration_has_one():
-    assert recommended_config(tiny.gpt2()).base_width == 64
-    assert get_peft_model(tiny.gpt2(), LRegConfig()).peft_config["default"].base_width == 64
+    assert recommended_config(tiny.gpt2()).base_width == 256
+    assert get_peft_model(tiny.gpt2(), LRegConfig()).peft_config["default"].base_width == 256

@@ -43,7 +43,7 @@ _BASE_WIDTH = 256
 RECOMMENDED_NODES = 8
 # Learning rates for Adam, by task. Of classifiers and regressions of text: within a tenth of the best of all rates that
 # were tried, on each of three tasks; of language models: in the middle of what was best on two texts.
-_RATES = {"CAUSAL_LM": 2e-2, "SEQ_CLS": 3e-3}
+_RATES = {"CAUSAL_LM": 2e-2, "SEQ_CLS": 5e-3}
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 

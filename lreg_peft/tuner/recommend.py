@@ -35,7 +35,7 @@ _MOST_FOR_THE_HEAD = 0.7
 _SHARE_OF_THE_NORM, _MOST_AT_THE_NORM = 0.25, 16
 # What it gets where every module has its smallest share.
 _LEAST_AT_THE_NORM = 4
-# About the width of the models that the rates below were found on: these lose nothing by it, and wider ones take no
+# About the width of the models that the rates below were found on: these lose little by it, and wider ones take no
 # larger steps. Smaller values bear higher rates (with 64 new classifiers do not end at chance at three times the rate),
 # and are worse at the best one.
 _BASE_WIDTH = 256

@@ -91,7 +91,7 @@ class LagrangeClassifier(SumOfTerms, ClassifierMixin, BaseEstimator):
             present = weight > 0
             classes, label = np.unique(y[present], return_inverse=True)
             if len(classes) < 2:
-                raise ValueError(f"y must hold at least two classes, got one class: {classes[:1].tolist()[0]!r}.")
+                raise ValueError(f"y must hold at least two classes, got one class: {classes.tolist()[0]!r}.")
             check_units(X=X)
             samples = collect(X[present], label[:, None].astype(np.float64), weight[present], classes=True)
             model = self._fit(samples, len(classes))

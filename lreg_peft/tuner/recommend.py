@@ -133,6 +133,8 @@ def fill_in(model: nn.Module, config: LRegConfig) -> None:
         fields = _recipe(model, task, None, n_nodes=config.n_nodes or RECOMMENDED_NODES, without=_left_out(config))
         if config.init_weights is not True:
             del fields["init_weights"]
+        if config.base_width is not None:
+            del fields["base_width"]
     else:
         fields = {"target_modules": paper_targets(model, config), "n_nodes": config.n_nodes or 2}
     for name, value in fields.items():

@@ -80,3 +80,5 @@ def test_its_lora_is_that_of_p():
 def test_the_recommended_configuration_has_one():
     assert recommended_config(tiny.gpt2()).base_width == 256
     assert get_peft_model(tiny.gpt2(), LRegConfig()).peft_config["default"].base_width == 256
+    assert get_peft_model(tiny.gpt2(), LRegConfig(base_width=8)).peft_config["default"].base_width == 8
+    assert recommended_config(tiny.gpt2(), base_width=None).base_width is None

@@ -110,8 +110,8 @@ class Entropy:
         point = best.minimise(best.at(theta), _TOLERANCE)
         hessians = best.hessians(point)
         factors = [cholesky(h + np.diag(best.penalty)) for h in hessians]
-        errors, without = self._cross_validated(best, point, hessians, folds)
         mean = samples.weight @ design[:, :-1] / samples.total
+        errors, without = self._cross_validated(best, point, hessians, mean, folds)
         coefficients = point.theta[:-1]
         values = [(design[:, span] - mean[span]) @ coefficients[span] for span in spans(terms)]
         fit = SumFit(
@@ -145,10 +145,9 @@ class Entropy:
         return self._known[1]
 
     def _cross_validated(
-        self, problem: "_Problem", start: "_Point", hessians: list[Array], wanted: bool
+        self, problem: "_Problem", start: "_Point", hessians: list[Array], mean: Array, wanted: bool
     ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
         """Errors `[folds, 1]` on each fold, and coefficients and intercepts without it."""
-        mean = self.samples.weight @ problem.design[:, :-1] / self.samples.total
         errors, without = [], []
         for fold in self.samples.folds if wanted and len(self.samples.folds) > 1 else ():
             weight = problem.weight.copy()

@@ -262,11 +262,15 @@ class LRegConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         add_usage_to_saved_card(save_directory, self)
 
+    def is_given(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        (default,) = (item.default for item in dataclasses.fields(self) if item.name == name)
+        return getattr(self, name) not in (default, {})
+
     def _check_preset(self) -> None:
         if self.target_modules is not None or self.preset == "paper":
             return
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        given = [name for name in _CHOSEN if getattr(self, name) not in (defaults[name], {})]
+        given = [name for name in _CHOSEN if self.is_given(name)]
         if given:
             raise ValueError(
                 f"{given[0]}={getattr(self, given[0])!r} needs target_modules, or preset='paper': without them the "

@@ -120,7 +120,7 @@ def recommended_rate(config: LRegConfig) -> float | None:
 
 
 def fill_in(model: nn.Module, config: LRegConfig) -> None:
-    """Give a configuration without `target_modules` those that its preset has for a model.
+    """Give a configuration without `target_modules` what its preset has for a model; what was given stays.
 
     The recommended one has none for models without linear layers in repeated blocks, such as networks of convolutions:
     they get the placement of the paper.
@@ -131,14 +131,11 @@ def fill_in(model: nn.Module, config: LRegConfig) -> None:
     if config.preset == "recommended" and _inside(model):
         task = config.task_type or task_of(model)
         fields = _recipe(model, task, None, n_nodes=config.n_nodes or RECOMMENDED_NODES, without=_left_out(config))
-        if config.init_weights is not True:
-            del fields["init_weights"]
-        if config.base_width is not None:
-            del fields["base_width"]
     else:
         fields = {"target_modules": paper_targets(model, config), "n_nodes": config.n_nodes or 2}
     for name, value in fields.items():
-        setattr(config, name, value)
+        if not config.is_given(name):
+            setattr(config, name, value)
 
 
 def _left_out(config: LRegConfig) -> Callable[[str], bool]:

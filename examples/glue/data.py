@@ -1,6 +1,6 @@
 """Which samples are trained on, which choose the learning rate, which are reported; and how they become tokens.
 
-Three sources, one result. The official validation samples are for the report alone: what learning rates and
+Four sources, one result. The official validation samples are for the report alone: what learning rates and
 checkpoints are chosen on is a part of the training samples that is set aside before anything else happens.
 """
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from examples.comparison.environment import load_dataset
 from examples.comparison.options import UserError
 from examples.glue.offline_pairs import OFFLINE_TASK, load_offline_pairs, overlap_accuracy
+from examples.glue.own_files import read_own
 from examples.glue.samples import Samples, parse_labels
-from examples.glue.tasks import HUB_LABEL, Task, find_task
+from examples.glue.tasks import HUB_LABEL, TASKS, Task, find_task
 from examples.glue.tsv import find_file, read_tsv
 
 SPLIT_SEED = 0  # of the slice and of the tuning samples: fixed, so that they are the same for all methods and seeds
@@ -49,7 +50,7 @@ class Data:
     @property
     def is_glue(self) -> bool:
         """Whether the task has official figures."""
-        return self.task is not OFFLINE_TASK
+        return self.task.name in TASKS
 
     def describe(self) -> dict[str, dict[str, int | str]]:
         """Size and fingerprint of every part."""
@@ -61,17 +62,22 @@ class Data:
 
 
 def load_data(options: argparse.Namespace) -> Data:
-    """Read the samples the options name: the offline pairs, official files, or the hub."""
-    if options.task is None:
+    """Read the samples the options name: the offline pairs, files of one's own, official files, or the hub."""
+    notes: list[str] = []
+    if options.train_file is not None:
+        task, available, validation = read_own(options.train_file, options.validation_file)
+        evaluations = {"validation": validation}
+    elif options.task is None:
         return load_offline(options)
-    task = find_task(options.task)
-    if options.data_dir is not None:
+    elif options.data_dir is not None:
+        task = find_task(options.task)
         available, evaluations, notes = read_official(task, options.data_dir)
     else:
+        task = find_task(options.task)
         available, evaluations, notes = read_hub(task, options.dataset_name)
     train, tuning = set_aside(available, options.tuning_samples, options.max_train_samples)
     notes.append(
-        f"Learning rates and checkpoints were chosen on {len(tuning):,} samples set aside from the official training "
+        f"Learning rates and checkpoints were chosen on {len(tuning):,} samples set aside from the training "
         f"samples, of which {len(train):,} others were trained on; the figures are on all the validation samples."
     )
     evaluations = {name: shorten(samples, options.max_eval_samples) for name, samples in evaluations.items()}

@@ -15,7 +15,7 @@ modules = partial(module, "glue")
 
 def options(**given: object) -> SimpleNamespace:
     """The data options with their defaults."""
-    defaults = {"task": None, "data_dir": None, "dataset_name": "nyu-mll/glue", "tuning_samples": None}
+    defaults = {"task": None, "train_file": None, "data_dir": None, "dataset_name": "nyu-mll/glue", "tuning_samples": None}
     return SimpleNamespace(**{**defaults, "max_train_samples": None, "max_eval_samples": None, **given})
 
 
@@ -182,6 +182,74 @@ def test_what_cannot_be_found_is_said(tmp_path: Path) -> None:
     write_official(tmp_path, "rte")
     with pytest.raises(error, match="--tuning_samples 15 and --max_train_samples 6 need 21 training samples"):
         load(options(task="rte", data_dir=str(tmp_path), tuning_samples=15, max_train_samples=6))
+
+
+# --- files of one's own ---------------------------------------------------------------------------------------------
+
+
+def own(folder: Path, train: str, validation: str | None = None, ending: str = ".csv") -> SimpleNamespace:
+    """Options for two files with this content."""
+    for name, text in (("train", train), ("validation", train if validation is None else validation)):
+        (folder / f"{name}{ending}").write_text(text, encoding="utf-8")
+    files = {f"{name}_file": str(folder / f"{name}{ending}") for name in ("train", "validation")}
+    return options(**files, tuning_samples=1)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text", "classes", "labels"),
+    [
+        (".csv", 'text,label\n"red, wine",drink\nbread,food\nale,drink\n', ("drink", "food"), [0, 1, 0]),
+        (".tsv", 'text\tlabel\nsay "no\t2\nbread\t7\nale\t2\n', ("2", "7"), [0, 1, 0]),
+        (".jsonl", '{"text": "a", "label": true}\n{"text": "b", "label": false}\n', ("False", "True"), [1, 0]),
+        (".csv", "idx,one,two,label\n0,a,b,0.5\n1,c,d,3\n", (), [0.5, 3.0]),
+        (".csv", "text,label\n12,yes\n1.5,no\n", ("no", "yes"), [1, 0]),
+    ],
+)
+def test_the_labels_of_own_files_make_the_task(
+    tmp_path: Path, ending: str, text: str, classes: tuple[str, ...], labels: list[float]
+) -> None:
+    data = modules("data").load_data(own(tmp_path, text, ending=ending))
+    assert data.task.labels == classes
+    assert data.task.is_regression == (not classes)
+    assert data.evaluations["validation"].labels == labels
+    assert all(isinstance(each, str) for texts in data.train.texts for each in texts)
+    assert len(data.train) + len(data.tuning) == len(labels)
+    assert not data.is_glue
+
+
+def test_a_scale_takes_what_lies_beyond_it(tmp_path: Path) -> None:
+    data = modules("data").load_data(own(tmp_path, "text,label\na,0.5\nb,1\n", "text,label\na,2\n"))
+    assert data.evaluations["validation"].labels == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        ("text,class\na,b\n", None, "has no column 'label'; it has text, class"),
+        ("label\n1\n", None, "one or two columns of text; it has label"),
+        ("a,b,c,label\n1,2,3,4\n", None, "it has a, b, c, label"),
+        ("text,label\na,x\nb,y\n", "words,label\na,x\n", "has no column 'text'; it has words, label"),
+        ("text,label\na,x\nb,y\n", "text,label\na,z\n", "the label 'z', which no sample to train on has"),
+        ("text,label\na,x\nb,y\n", "text,label\na,1\n", "the label 1, which"),
+        ("text,label\na,0.5\nb,1\n", "text,label\na,much\n", "the label 'much', and the others are numbers"),
+        ("text,label\na,x\nb,x\n", None, "All labels of .* are 'x'"),
+        ("text,label\na,x\nb,\n", None, "Sample 2 of .* has nothing in the column 'label'"),
+        ("text,label\n", None, "cannot be read as csv"),
+    ],
+)
+def test_bad_files_of_ones_own(tmp_path: Path, train: str, validation: str | None, message: str) -> None:
+    with pytest.raises(modules("comparison.options").UserError, match=message):
+        modules("data").load_data(own(tmp_path, train, validation))
+
+
+def test_own_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
+    error, load = modules("comparison.options").UserError, modules("data").load_data
+    given = own(tmp_path, "text,label\na,x\nb,y\n")
+    with pytest.raises(error, match=r"none\.csv' does not exist"):
+        load(options(train_file=given.train_file, validation_file=str(tmp_path / "none.csv")))
+    (tmp_path / "a.xlsx").write_bytes(b"")
+    with pytest.raises(error, match=r"has the ending '\.xlsx'; known are \.csv, \.tsv, \.json, \.jsonl"):
+        load(options(train_file=str(tmp_path / "a.xlsx"), validation_file=given.validation_file))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

@@ -57,12 +57,22 @@ def start_processes(num_threads: int | None, output_dir: str) -> PartialState:
 
 
 def peak_memory(reset: bool = False) -> int | None:
-    """Bytes that torch has allocated on the first GPU, at most, since the last reset; None on a CPU."""
-    if PartialState().device.type != "cuda":
+    """The most bytes since the last reset: that torch had allocated on the first GPU, or resident ones of this process.
+
+    None on a CPU whose system does not tell: Linux does. A process keeps some of what earlier runs freed, so methods
+    are to be compared between processes of one run each.
+    """
+    if PartialState().device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    except (OSError, ValueError):
         return None
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()
+    return 1024 * int(line.split()[1])
 
 
 def provenance(script: str, bf16: bool) -> dict[str, Any]:

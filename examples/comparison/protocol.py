@@ -48,7 +48,7 @@ class Run:
         seconds: of the training, with a start from data, without evaluation.
         cpu_seconds: the same as processor time.
         step_seconds: median of a step.
-        peak_memory: bytes on a GPU.
+        peak_memory: bytes, see `environment.peak_memory`.
         trainable: parameters that were trained, new modules included.
         test: all metrics on the test split, None unless this run is one of those reported.
         as_lora: of the LoRA that it was converted to: figures on the test split, parameters, bytes, seconds to convert.

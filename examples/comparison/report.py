@@ -28,7 +28,7 @@ class Row:
         adapter_bytes: of the saved weights.
         units_per_second: tokens or samples, from the median step.
         training_seconds: of one run at the chosen learning rate, mean over seeds.
-        peak_memory: bytes on a GPU, the most of the reported runs.
+        peak_memory: bytes, the most of the reported runs; see `environment.peak_memory`.
         learning_rate: the chosen one.
         at_grid_edge: whether a wider grid might do better.
         trials: the search.

@@ -1,7 +1,7 @@
 """Samples of one's own: a file to train on and one to report on, csv, tsv or JSON lines.
 
-As in Transformers' run_glue.py: the column `label`, and one or two others with the text. Labels that are words, or whole
-numbers, are classes; other numbers are positions on a scale, which makes it a regression.
+As in Transformers' run_glue.py: the column `label`, and one or two others with the text. Labels that are words or whole
+numbers are classes; other numbers are positions on a scale, which makes it a regression.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ belong to this function? Other ways to run it:
     run_glue.py --smoke                                               everything, very small (CI)
     run_glue.py --methods lora lreg --seeds 42 43 44                  some methods, several seeds
     run_glue.py --task sst2 --data_dir path/to/glue                   a GLUE task from the official files
-    run_glue.py --train_file a.csv --validation_file b.csv            samples of your own: a column label, one or two of text
+    run_glue.py --train_file a.csv --validation_file b.csv            your own: a column label, one or two of text
     run_glue.py --task mnli --model_name_or_path roberta-base         task and model from the hub
     run_glue.py --task rte --model_name_or_path gpt2 --bf16           a language model as a classifier
     run_glue.py --task rte --model_name_or_path roberta-base --preset paper     the published protocol
@@ -71,7 +71,7 @@ def make_parser() -> Parser:
     add("--task", help=f"GLUE task: {', '.join(TASKS)}")
     add("--dataset_name", default=HUB_NAME, help="data set on the hub with the task as a configuration")
     add("--data_dir", help="official GLUE files: the folder of the task, or the one that holds all of them")
-    add("--train_file", help="csv, tsv or JSON lines with a column 'label' (words or whole numbers: classes; else a scale)")
+    add("--train_file", help="csv, tsv or JSON lines; a column 'label': words or whole numbers (classes), or a scale")
     add("--validation_file", help="the same columns, to report on")
     add("--max_train_samples", type=int, help="train on a fixed slice of so many samples (default: all)")
     add(

@@ -15,8 +15,9 @@ modules = partial(module, "glue")
 
 def options(**given: object) -> SimpleNamespace:
     """The data options with their defaults."""
-    defaults = {"task": None, "train_file": None, "data_dir": None, "dataset_name": "nyu-mll/glue", "tuning_samples": None}
-    return SimpleNamespace(**{**defaults, "max_train_samples": None, "max_eval_samples": None, **given})
+    sources = {"task": None, "train_file": None, "data_dir": None, "dataset_name": "nyu-mll/glue"}
+    sizes = {"tuning_samples": None, "max_train_samples": None, "max_eval_samples": None}
+    return SimpleNamespace(**{**sources, **sizes, **given})
 
 
 # --- official files -------------------------------------------------------------------------------------------------

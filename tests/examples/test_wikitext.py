@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -131,7 +132,8 @@ def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
         assert saved < 4 * row["trainable_parameters"] + 12_000
         assert row["units_per_second"] > 0
         assert row["training_seconds"] > 0
-        assert (row["peak_memory"] is not None) == torch.cuda.is_available()
+        if sys.platform == "linux":
+            assert row["peak_memory"] > 0
     provenance = results["provenance"]
     assert {"lreg_peft", "peft", "torch", "transformers", "python"} <= provenance["versions"].keys()
     assert {"command", "device", "dtype", "threads per process", "wall time in seconds"} <= provenance.keys()

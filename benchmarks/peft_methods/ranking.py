@@ -4,9 +4,9 @@
 
 Every record of a study is a task; every number of steps in it, at one budget, a cell. In a cell each seed ranks the
 methods by their test figure, and ties share the mean of their ranks; a method's rank there is the mean over the seeds,
-and what is reported is the mean over the cells with its standard error. A method is first or last in a
-cell by its mean over the seeds. "Behind" is how far it is behind the best of a cell at most, in standard errors of that difference,
-seed by seed. Controls, which no library offers, are shown beside the others and ranked in a column of their own.
+and what is reported is the mean over the cells with its standard error. A method is first or last in a cell by its mean
+over the seeds. "Behind" is how far it is behind the best of a cell at most, in standard errors of that difference, seed
+by seed. Controls, which no library offers, are shown beside the others and ranked in a column of their own.
 
 Written: ranking.json, ranking.md, ranking.png.
 """

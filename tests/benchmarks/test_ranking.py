@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peft_methods import ranking
+from benchmarks.peft_methods import ranking, ranking_data
 
 # Test figures of two seeds: classification, where more is better, and a language model, where less is.
 WORDS = {"lreg": [0.8, 0.9], "unilora": [0.7, 0.9], "lora-linear": [0.6, 0.5], "lora-linear-start": [0.9, 0.7]}
@@ -79,3 +79,33 @@ def test_seeds_that_differ_are_refused() -> None:
     content["rows"][1]["seeds"] = [1, 3]
     with pytest.raises(ValueError, match=r"words, 200 steps: every method needs the same seeds"):
         ranking.cells_of(content, "words")
+
+
+def test_data_from_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        f"Package: a{i}\nSource: s{i}\nDescription: Text {i}\nSection: {s}\n"
+        for i, s in enumerate(["net", "math"] * 80)
+    ]
+    entries += ["Package: b\nSource: s0\nDescription: the second one of a source\nSection: net\n"]
+    entries += ["Package: c\nDescription: in another section\nSection: rust\n"]
+    (tmp_path / "Packages").write_text("\n".join(entries), encoding="utf-8")
+    (tmp_path / "sts").mkdir()
+    short, long = "main\tx\ty\t1\t3.2\tA cat.\tThe cat sits.\n", f"main\tx\ty\t2\t1.0\t{'word ' * 17}\tone\n"
+    for part in ("train", "test"):
+        (tmp_path / "sts" / f"sts-{part}.csv").write_text(short + long, encoding="utf-8")
+    (tmp_path / "said").mkdir()
+    sayings = [f"{i} " + "word\n" * 12 for i in range(10)]
+    (tmp_path / "said" / "all").write_text("\n%\n".join([*sayings, sayings[0], "too short"]), encoding="utf-8")
+    options = ["--packages", tmp_path / "Packages", "--sts", tmp_path / "sts", "--fortunes", tmp_path / "said"]
+    monkeypatch.setattr("sys.argv", ["data", *map(str, options), "--output_dir", str(tmp_path / "out")])
+    ranking_data.main()
+    out = tmp_path / "out"
+    sections = (out / "sections" / "train.csv").read_text("utf-8") + (out / "sections" / "validation.csv").read_text(
+        "utf-8"
+    )
+    assert sections.count(",net\n") == sections.count(",math\n") == 80
+    assert "second" not in sections
+    assert (out / "sts" / "dev.tsv").read_text("utf-8").splitlines()[1:] == ["0\tx\tA cat.\tThe cat sits.\t3.2"]
+    assert (out / "paraphrases" / "dev.tsv").read_text("utf-8").splitlines()[1:] == ["1\t0\t0\tA cat.\tThe cat sits."]
+    parts = [(out / "fortunes" / f"{name}.txt").read_text("utf-8").splitlines() for name in ("train", "test")]
+    assert list(map(len, parts)) == [8, 2]

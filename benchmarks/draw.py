@@ -36,6 +36,7 @@ from benchmarks.measurements import (
     wikitext_fit,
     wikitext_study,
 )
+from benchmarks.peft_methods import ranking
 from benchmarks.peft_methods.study_picture import draw_study
 from benchmarks.peft_methods.study_report import StudyReport, StudyRow
 from benchmarks.regression.benchmark_sets import ONE_FEATURE, SEVERAL_FEATURES, real_sets, synthetic
@@ -106,6 +107,12 @@ def of_record(draw: Callable[..., None], path: str, *keys: str) -> Callable[[Pat
     return lambda to: draw(*(record(path)[key] for key in keys), to)
 
 
+def ranked(path: Path) -> None:
+    """Ranks over several studies."""
+    content = record("benchmarks/peft_methods/results/ranking/ranking.json")
+    ranking.draw([ranking.Cell(**cell) for cell in content["cells"]], content["methods"], path)
+
+
 def regression(path: Path) -> None:
     """The study of regression."""
     kept = Measurements(path.parent)
@@ -158,6 +165,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
         "MiniLM on pairs of signatures and docstrings: five methods with the whole search, three seeds",
         f"{STUDIES}glue-offline.json",
     ),
+    f"{STUDIES}ranking/ranking.png": ranked,
     "benchmarks/vision/results/offline.png": comparison(
         f"A small ResNet to MNIST: test accuracy, {SEEDS}, adapters of at most 4,193 parameters",
         "benchmarks/vision/results/offline.json",

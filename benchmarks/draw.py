@@ -48,8 +48,8 @@ from examples.comparison.task import Metric
 
 
 def record(path: str) -> Any:
-    """What a file of JSON holds; what older ones call dof is called n_nodes today."""
-    return json.loads((ROOT / path).read_text(encoding="utf-8").replace("dof ", "n_nodes "))
+    """What a file of JSON holds."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
 def comparison(title: str, *paths: str, study: str | None = None, renamed: str | None = None) -> Callable[[Path], None]:

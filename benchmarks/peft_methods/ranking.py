@@ -6,7 +6,7 @@ Every record of a study is a task; every number of steps in it, at one budget, a
 methods by their test figure, and ties share the mean of their ranks; a method's rank there is the mean over the seeds,
 and what is reported is the mean over the cells with its standard error. A method is first or last in a cell by its mean
 over the seeds. "Behind" is how far it is behind the best of a cell at most, in standard errors of that difference, seed
-by seed. Controls, which no library offers, are shown beside the others and ranked in a column of their own.
+by seed. The control, which no library offers, is shown beside the others and ranked in a column of its own.
 
 Written: ranking.json, ranking.md, ranking.png.
 """
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What the same method is called among language models, where the output layer belongs to it.
-SAME = {"lora-linear-head": "lora-linear"}
-CONTROLS = {"lora-linear-start": "lora-linear, started as lreg", "lora-linear-bias": "lora-linear, started as lreg"}
+CONTROL = "lora-linear, started as lreg"
+# Methods that have another name among language models, where the output layer belongs to them, and among classifiers.
+SAME = {"lora-linear-head": "lora-linear", "lora-linear-start": CONTROL, "lora-linear-bias": CONTROL}
+# Numbers of steps in the picture: marker, its name, place beside the middle of the row.
+MARKS = (("o", "circles", 0.12), ("s", "squares", -0.12), ("^", "triangles", 0.24), ("D", "diamonds", -0.24))
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def cells_of(record: dict[str, Any], task: str) -> list[Cell]:
         seeds = {tuple(row["seeds"]) for row in rows}
         if len(seeds) != 1:
             raise ValueError(f"{task}, {steps} steps: every method needs the same seeds, got {sorted(seeds)}.")
-        named = {CONTROLS.get(row["method"], SAME.get(row["method"], row["method"])): row for row in rows}
+        named = {SAME.get(row["method"], row["method"]): row for row in rows}
         scale, key = metric["scale"], metric["name"]
         cells.append(
             Cell(
@@ -100,7 +102,7 @@ def cells_of(record: dict[str, Any], task: str) -> list[Cell]:
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:
     """Ranks, wins and distances of every method."""
     everyone = [name for name in cells[0].figures if all(name in cell.figures for cell in cells)]
-    offered = [name for name in everyone if name not in CONTROLS.values()]
+    offered = [name for name in everyone if name != CONTROL]
     found: dict[str, Any] = {}
     for name in everyone:
         among = offered if name in offered else everyone
@@ -124,14 +126,14 @@ def markdown(cells: Sequence[Cell], found: Mapping[str, Mapping[str, float]]) ->
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, one in found.items():
-        rank = "" if name in CONTROLS.values() else f"{one['mean_rank']:.2f} ± {one['standard_error']:.2f}"
+        rank = "" if name == CONTROL else f"{one['mean_rank']:.2f} ± {one['standard_error']:.2f}"
         lines.append(
             f"| {name} | {rank} | {one['rank_with_controls']:.2f} | {one['wins']} | {one['last']} | "
             f"{one['most_behind']:.1f} standard errors | {one['cpu_seconds']:.0f} |"
         )
     lines += ["", f"| task | steps | {' | '.join(found)} |", "|---|---:|" + "---:|" * len(found)]
     for cell in cells:
-        best = cell.sorted([name for name in found if name not in CONTROLS.values()])[0]
+        best = cell.sorted([name for name in found if name != CONTROL])[0]
         figures = []
         for name in found:
             values = cell.figures[name]
@@ -156,16 +158,16 @@ def draw(cells: Sequence[Cell], found: Mapping[str, Mapping[str, float]], path: 
     figure, panels = plt.subplots(1, 1 + len(tasks), figsize=(width, 3.4), sharey=True, layout="constrained")
     for position, name in enumerate(names):
         colour = OURS if name == "lreg" else OTHERS
-        if name not in CONTROLS.values():
+        if name != CONTROL:
             rank, error = found[name]["mean_rank"], found[name]["standard_error"]
             panels[0].errorbar(rank, position, xerr=error, fmt="o", color=colour, capsize=3)
             panels[0].annotate(f"first in {found[name]['wins']}", (rank, position + 0.2), ha="center", fontsize=7)
         for task, panel in zip(tasks, panels[1:], strict=True):
             there = [cell for cell in cells if cell.task == task]
-            for cell, marker, shift in zip(there, "os^D", (0.12, -0.12, 0.24, -0.24), strict=False):
+            for cell, (marker, _, shift) in zip(there, MARKS, strict=False):
                 values = cell.figures[name]
                 mean, error = statistics.mean(values), standard_error(values)
-                face = "white" if name in CONTROLS.values() else colour
+                face = "white" if name == CONTROL else colour
                 place = position + shift
                 panel.errorbar(mean, place, xerr=error, fmt=marker, color=colour, mfc=face, markersize=5, capsize=2)
     panels[0].set_yticks(range(len(names)), names)
@@ -176,8 +178,7 @@ def draw(cells: Sequence[Cell], found: Mapping[str, Mapping[str, float]], path: 
         direction = "higher" if there[0].sign > 0 else "lower"
         panel.set_title(task, fontsize=9)
         panel.set_xlabel(f"{there[0].unit}, {direction} is better", fontsize=8)
-        marks = ("circles", "squares", "triangles", "diamonds")
-        steps = [f"{mark}: {cell.steps} steps" for cell, mark in zip(there, marks, strict=False)]
+        steps = [f"{mark}: {cell.steps} steps" for cell, (_, mark, _) in zip(there, MARKS, strict=False)]
         panel.annotate("\n".join(steps), (0.02, 0.02), xycoords="axes fraction", fontsize=6)
     for panel in panels:
         panel.grid(axis="x", alpha=0.3)

@@ -69,12 +69,12 @@ def load_data(options: argparse.Namespace) -> Data:
         evaluations = {"validation": validation}
     elif options.task is None:
         return load_offline(options)
-    elif options.data_dir is not None:
-        task = find_task(options.task)
-        available, evaluations, notes = read_official(task, options.data_dir)
     else:
         task = find_task(options.task)
-        available, evaluations, notes = read_hub(task, options.dataset_name)
+        if options.data_dir is not None:
+            available, evaluations, notes = read_official(task, options.data_dir)
+        else:
+            available, evaluations, notes = read_hub(task, options.dataset_name)
     train, tuning = set_aside(available, options.tuning_samples, options.max_train_samples)
     notes.append(
         f"Learning rates and checkpoints were chosen on {len(tuning):,} samples set aside from the training "

@@ -24,13 +24,14 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def read_own(train_file: str, validation_file: str) -> tuple[Task, Samples, Samples]:
     """The task that the labels make, and the samples to train and to report on."""
-    train, validation = (read_columns(path) for path in (train_file, validation_file))
+    files = [(path, read_columns(path)) for path in (train_file, validation_file)]
+    train = files[0][1]
     texts = [name for name in train if name not in (LABEL, "idx")]
     if not 1 <= len(texts) <= 2:
         raise UserError(
             f"'{train_file}' needs the column '{LABEL}' and one or two columns of text; it has {', '.join(train)}."
         )
-    for path, columns in ((train_file, train), (validation_file, validation)):
+    for path, columns in files:
         missing = [name for name in (*texts, LABEL) if name not in columns]
         if missing:
             raise UserError(f"'{path}' has no column '{missing[0]}'; it has {', '.join(columns)}.")
@@ -44,16 +45,17 @@ def read_own(train_file: str, validation_file: str) -> tuple[Task, Samples, Samp
     if not is_regression and len(classes) < 2:
         raise UserError(f"All labels of '{train_file}' are {classes[0]!r}: there is nothing to tell apart.")
     task = Task(
-        *("own", f"{Path(train_file).name}", ""),
-        tuple(texts),
-        tuple(map(str, classes)),
-        ("pearson", "spearmanr") if is_regression else ("accuracy",),
-        TsvColumns(tuple(texts), LABEL),
-        (("validation", ""),),
-        (min(labels), max(labels)) if is_regression else None,
+        name="own",
+        title=Path(train_file).name,
+        folder="",
+        sentences=tuple(texts),
+        labels=tuple(map(str, classes)),
+        metrics=("pearson", "spearmanr") if is_regression else ("accuracy",),
+        tsv=TsvColumns(tuple(texts), LABEL),
+        label_range=(min(labels), max(labels)) if is_regression else None,
     )
     parts = []
-    for path, columns in ((train_file, train), (validation_file, validation)):
+    for path, columns in files:
         rows = list(zip(*(map(str, columns[name]) for name in texts), strict=True))
         parts.append(Samples(rows, numbered(columns[LABEL], classes, path)))
     return task, parts[0], parts[1]

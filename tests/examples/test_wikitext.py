@@ -132,8 +132,7 @@ def test_files_and_provenance(smoke: tuple[Path, str, dict[str, Any]]) -> None:
         assert saved < 4 * row["trainable_parameters"] + 12_000
         assert row["units_per_second"] > 0
         assert row["training_seconds"] > 0
-        if sys.platform == "linux":
-            assert row["peak_memory"] > 0
+        assert (row["peak_memory"] is not None) == (sys.platform == "linux" or torch.cuda.is_available())
     provenance = results["provenance"]
     assert {"lreg_peft", "peft", "torch", "transformers", "python"} <= provenance["versions"].keys()
     assert {"command", "device", "dtype", "threads per process", "wall time in seconds"} <= provenance.keys()

@@ -178,7 +178,7 @@ def test_card_has_the_tag_and_the_base_model(hub: Hub, tmp_path: Path, repo_id: 
     data = hub.card_data(repo_id, tmp_path)
     assert "lreg" in data.tags
     assert data.base_model == BASE
-    assert data.library_name == "peft"
+    assert data["library_name"] == "peft"
 
 
 @pytest.mark.parametrize("repo_id", [PUSHED, UPLOADED, TRAINED, NATIVE])

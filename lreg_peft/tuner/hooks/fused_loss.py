@@ -116,10 +116,13 @@ def _find_shift(model: nn.Module, layer: LRegLayer, this_pass: FusedPass, output
     features = this_pass.features
     if isinstance(own, Tensor) and own.numel() == 1 and features is not None and layer.source is None:
         rounds = torch.is_autocast_enabled(features.device.type)
+        # Transformers' losses are fp32 whatever the precision of the model: that of an fp64 one, too.
+        precisions = torch.bfloat16 if rounds else features.dtype, own.dtype
+        coarsest = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
         guess = shifts_labels(model)
         for shift in (guess, not guess):
             loss = this_pass.loss(layer, shift)
-            if loss is not None and same_loss(own, loss, torch.bfloat16 if rounds else features.dtype):
+            if loss is not None and same_loss(own, loss, coarsest):
                 return shift
     raise _refusal(model)
 

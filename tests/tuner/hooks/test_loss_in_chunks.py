@@ -105,6 +105,17 @@ def test_autocast_reaches_the_base_head():
             assert loss.dtype == torch.float32
 
 
+def test_a_model_in_double_precision():
+    # The loss of Transformers' models is fp32 all the same, so that the two agree to that.
+    fused, usual = (model.double() for model in twins())
+    _, theirs, _ = step(usual, BATCH)
+    step(fused, BATCH)
+    _, mine, output = step(fused, BATCH)
+    assert output.logits is None
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_no_tensor_of_the_size_of_the_logits():
     class Largest(TorchDispatchMode):
         rows = 0

@@ -95,8 +95,9 @@ def parse_arguments(argv: Sequence[str], parser: Parser | None = None) -> argpar
         raise UserError("The preset 'paper' is one for GLUE: name a task with --task.")
     if (args.train_file is None) != (args.validation_file is None):
         raise UserError("--train_file and --validation_file go together, and one of them is missing.")
-    if args.train_file is not None and args.task is not None:
-        raise UserError("--train_file is for samples of your own, and --task names one of GLUE: leave one of them out.")
+    for name in ("task", "data_dir"):
+        if args.train_file is not None and getattr(args, name) is not None:
+            raise UserError(f"--train_file is for samples of your own, and --{name} for GLUE's: leave one of them out.")
     if args.smoke:
         fill(args, max_train_samples=480, tuning_samples=60, max_eval_samples=100, max_length=24)
         fill(args, steps=60, batch_size=8, lr_trials=1)

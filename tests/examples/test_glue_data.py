@@ -253,6 +253,19 @@ def test_own_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         load(options(train_file=str(tmp_path / "a.xlsx"), validation_file=given.validation_file))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "go together"),
+        (["--validation_file", "b.csv", "--task", "rte"], "--task for GLUE's"),
+        (["--validation_file", "b.csv", "--data_dir", "glue"], "--data_dir for GLUE's"),
+    ],
+)
+def test_own_files_and_those_of_glue_exclude_each_other(more: list[str], message: str) -> None:
+    with pytest.raises(modules("comparison.options").UserError, match=message):
+        modules("run_glue").parse_arguments(["--train_file", "a.csv", *more])
+
+
 # --- the hub --------------------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,15 @@
-"""What a training step costs, counted in multiplications: nothing here depends on the machine."""
+"""What a training step costs, counted in multiplications and passes: nothing here depends on the machine."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForSequenceClassification
 
 from lreg_peft import LRegConfig
+from lreg_peft.core.linear_maps import Projection
 
 HIDDEN, VOCABULARY, BATCH, LENGTH = 32, 500, 2, 17
 IDS = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -120,3 +122,26 @@ def test_a_fine_mesh_is_not_multiplied_by():
         for n_nodes in (64, 1024)
     }
     assert counts[64] == counts[1024]
+
+
+class Written(TorchDispatchMode):
+    """Notes which operations make a tensor of a given size, and not another view of one."""
+
+    def __init__(self, n_entries: int) -> None:
+        super().__init__()
+        self.n_entries, self.names = n_entries, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if result.numel() == self.n_entries and result.data_ptr() not in given:
+            self.names.append(func.__name__.split(".")[0])
+        return result
+
+
+@pytest.mark.parametrize("base_width", [None, 8])
+def test_features_and_their_gradient_are_passed_over_once(base_width):
+    projection, features = Projection(32, 2, base_width), torch.randn(5, 7, 32, requires_grad=True)
+    with Written(features.numel()) as written:
+        projection(features).sum().backward()
+    assert written.names == ["mm"]  # the gradient; a factor would be another one

@@ -398,11 +398,8 @@ def work(case: tuple[str, str, str], turns: dict[str, Turns], results: Any, opti
     for way, own in turns.items():
         if case not in own.cases:
             continue
-        if way == "compiled":
-            torch.compiler.reset()
-            step = step_of(model, method, torch.compile(model, fullgraph=True, dynamic=False))
-        else:
-            step = step_of(model, method)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False) if way == "compiled" else None
+        step = step_of(model, method, compiled)
         rows = []
         for shape in shapes if way == "eager" else shapes[:1]:
             batch = ids(*shape, options.device, VOCABULARY)
@@ -488,9 +485,8 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     key = ("model", "precision", "way", "batch")
     for row in rows:
         if "error" in row:
-            lines.append(
-                f"| {row['model']} | {row['precision']} | {row['method']} | | compiled | {row['error'][:60]} |"
-            )
+            last = row["error"].strip().splitlines()[-1]
+            lines.append(f"| {row['model']} | {row['precision']} | {row['method']} | | {row['way']} | {last} |")
             continue
         cells = {}
         for other in ("LoRA", "frozen"):

@@ -54,8 +54,8 @@ class Projection(nn.Linear):
         if not features.dtype is weight.dtype is bias.dtype is torch.float32:
             dtype = coordinate_dtype(features, weight)
             features, weight, bias = features.to(dtype), weight.to(dtype), bias.to(dtype)
-        latent = torch.addmm(bias, features.reshape(-1, features.shape[-1]), weight.T, alpha=self.scale)
-        return latent.view(*features.shape[:-1], len(bias))
+        # Not as a factor of the product: its derivative would multiply a gradient of the size of the features.
+        return F.linear(features, weight if self.scale == 1.0 else weight * self.scale, bias)
 
 
 class Coefficients(nn.Linear):

@@ -100,7 +100,7 @@ OUT_OF_RANGE = [
     ("fit_coefficients", "max_moves", -1),
     ("match_token_frequencies", "n_batches", 0),
     ("match_token_frequencies", "adapter_name", "other"),
-    ("initialize_lreg_weights", "method", "svd"),
+    ("initialize_lreg_weights", "method", "random"),
     ("initialize_lreg_weights", "n_batches", 0),
     ("initialize_lreg_weights", "max_samples", -3),
     ("initialize_lreg_weights", "adapter_name", "other"),

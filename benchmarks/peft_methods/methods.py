@@ -213,12 +213,6 @@ VARIANTS = (
         tasks=CLASSIFICATION,
     ),
     variant(
-        "lreg-gradient",
-        "the same with P along gradients of the loss",
-        attach=partial(attach_lreg, init_weights="gradient"),
-        tasks=CLASSIFICATION,
-    ),
-    variant(
         "lreg-no-base-width",
         "the same with a projection that learns as fast as the rest, however wide its input",
         attach=partial(attach_lreg, base_width=None),
@@ -232,7 +226,7 @@ VARIANTS = (
     ),
     variant(
         "lreg-plain",
-        "the same without a linear term and the start of the output",
+        "the same without a linear term, started from gradients alone",
         attach=partial(attach_lreg, head=False, plain=True, final_norm=False),
         rates=rates(2e-2, 2e-2, 3e-3, 3e-3),
         finish=None,

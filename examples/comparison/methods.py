@@ -234,7 +234,7 @@ def recommended(model: PreTrainedModel, fit: Fit, **options: Any) -> LRegConfig:
 
 
 def start_from_data(model: nn.Module, batches: Batches, seed: int, head: bool = True) -> None:
-    """The start that the configuration names, and that of an adapted output layer or a new head.
+    """Projections along gradients, meshes at quantiles, and the start of an adapted output layer or a new head.
 
     Args:
         model: with an LReg adapter.
@@ -245,7 +245,7 @@ def start_from_data(model: nn.Module, batches: Batches, seed: int, head: bool = 
     own, n_batches = share_of(batches)
     start = (adapts_output(model) or None) if head else False  # None starts a new head, if there is one
     options: dict[str, Any] = {"n_batches": n_batches, "seed": seed, "start_head": start, "show_progress": False}
-    initialize_lreg_weights(model, own, **options)
+    initialize_lreg_weights(model, own, method="gradient", **options)
 
 
 def calibrate(model: nn.Module, batches: Batches) -> None:

@@ -145,19 +145,5 @@ def standardised_start(samples: Tensor, axes: Tensor, n_components: int, n_nodes
             drawn = initial_projection(n_components, samples.shape[1], dtype=samples.dtype, device=samples.device)
         drawn[: len(axes)] = torch.where(varies.unsqueeze(1), projection, drawn[: len(axes)])
         projection = drawn
-    return centred_start(samples, projection, n_nodes)
-
-
-def centred_start(samples: Tensor, projection: Tensor, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A projection with the bias that centres z on samples, and the mesh whose nodes are the quantiles of u there.
-
-    Args:
-        samples: `[n_samples, in_features]`, finite.
-        projection: `[n_components, in_features]`, in the dtype of the samples.
-        n_nodes: nodes per component.
-
-    Returns:
-        projection, bias `[n_components]`, nodes `[n_components, n_nodes]`.
-    """
-    bias = -projection @ samples.mean(dim=0)
+    bias = -projection @ mean
     return projection, bias, quantile_nodes(project(samples, projection, bias), n_nodes)

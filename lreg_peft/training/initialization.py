@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.checks import choice, whole
-from ..core.coordinates import all_finite, centred_start, leading_axes, principal_axes, standardised_start
+from ..core.coordinates import all_finite, leading_axes, principal_axes, standardised_start
 from ..core.distributed import (
     gather_objects,
     rank_and_world,
@@ -41,7 +41,7 @@ def initialize_lreg_weights(
     model: nn.Module,
     data: BatchData,
     *,
-    method: Literal["random", "pca", "gradient"] | None = None,
+    method: Literal["pca", "gradient"] | None = None,
     adapter_name: str = "default",
     n_batches: int = 8,
     max_samples: int = 1024,
@@ -51,17 +51,16 @@ def initialize_lreg_weights(
 ) -> LabelShift | HeadStart | None:
     """Fit projection and mesh of every adapted module to data, in one pass over a few batches.
 
-    b centres z = P x + b on the module's real inputs x, and the nodes go to the quantiles of u = sigmoid(z), so that
-    every element is used from the first step. The coefficients stay zero, so the function of the model does not change,
-    but for what `start_head` is about. The rows of P are:
+    The rows of P are directions of the module's real inputs x, scaled so that u = sigmoid(P x + b) is close to
+    uniform; the nodes go to the quantiles of u, so that every element is used from the first step. The coefficients
+    stay zero, so the function of the model does not change, but for what `start_head` is about.
 
-    - "random": as they were drawn.
-    - "pca": the principal components of x, scaled so that u is close to uniform ("the built-in PCA can be obtained
-      through standard unsupervised methods", Li, Cheng & Gu 2025, sec. 2.7).
+    - "pca": the principal components of x ("the built-in PCA can be obtained through standard unsupervised methods",
+      Li, Cheng & Gu 2025, sec. 2.7).
     - "gradient": the leading right singular vectors of sum g (x - mean x)^T, g the gradient of the loss in the
-      module's output: the directions of x along which a change of the output lowers the loss most, scaled as those.
-      The batches need labels; 32 samples or 4,096 labels run backwards. (The same matrix steers the start of LoRA-GA;
-      Wang, Yu & Li 2024.)
+      module's output: the directions of x along which a change of the output lowers the loss most. The batches need
+      labels; 32 samples or 4,096 labels run backwards. (The same matrix steers the start of LoRA-GA; Wang, Yu & Li
+      2024.)
 
     Padding is left out through the `attention_mask` of a batch. With several processes every rank contributes its
     share of the rows and all end with the same tensors.
@@ -69,7 +68,7 @@ def initialize_lreg_weights(
     Args:
         model: a model with an LReg adapter, in a `PeftModel` or injected.
         data: a data set, or batches as the model takes them, dictionaries of tensors; the first `n_batches` are used.
-        method: "random", "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
+        method: "pca" or "gradient"; None takes the one that `LRegConfig(init_weights=...)` names, or "pca".
         adapter_name: the adapter to initialise.
         n_batches: batches to run.
         max_samples: rows (tokens, pixels) kept per module, over all processes; memory is this many input rows for
@@ -136,7 +135,7 @@ def initialize_lreg_weights(
         if with_gradient:
             (sketch,) = sum_over_processes([collector.sketch(name, rows.mean(dim=0) if len(rows) else None)])
         with together():
-            start = _start(name, layer, adapter_name, method, rows, sketch)
+            start = _start(name, layer, adapter_name, rows, sketch)
         # The main process's on every process: the same rows need not give the same bits on other hardware.
         starts[name] = tuple(map(tensor_from_main, start))
     owed = [layer for layer in layers.values() if adapter_name in layer.needs_data_init]
@@ -173,7 +172,7 @@ def _output_rows(
 
 
 def _start(
-    name: str, layer: LRegLayer, adapter_name: str, method: str, rows: Tensor, sketch: Tensor | None
+    name: str, layer: LRegLayer, adapter_name: str, rows: Tensor, sketch: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projection, bias and nodes of one module."""
     if rows.shape[0] < 2:
@@ -186,10 +185,7 @@ def _start(
             f"the inputs of {name!r} must be finite, got NaN or infinite values in {len(rows)} rows: look for them in "
             "the weights of the model and in the batches, or compute in bfloat16 or float32 instead of float16."
         )
-    projection, encoder, _ = layer.parts(adapter_name)
-    n_components, n_nodes = encoder.nodes.shape
-    if method == "random":
-        return centred_start(rows, projection.matrix.detach().to(rows), n_nodes)
+    n_components, n_nodes = layer.parts(adapter_name)[1].nodes.shape
     if sketch is None:
         axes = principal_axes(rows, n_components)
     else:

@@ -28,7 +28,7 @@ Preset = Literal["recommended", "paper"]
 # What the recommended preset chooses besides the modules.
 _CHOSEN = ("n_components", "weighting", "linear_term", "component_pattern", "node_pattern", "layers_to_transform")
 #: Values of `init_weights` that ask for `initialize_lreg_weights`.
-DATA_STARTS = ("random", "pca", "gradient")
+DATA_STARTS = ("pca", "gradient")
 
 
 @dataclass
@@ -131,12 +131,12 @@ class LRegConfig(PeftConfig):
         "expression of the adapted module -> name of the other one, which must run before it in every forward pass. "
         "All adapters of a module have one source.",
     )
-    init_weights: bool | Literal["random", "pca", "gradient"] = _option(
+    init_weights: bool | Literal["pca", "gradient"] = _option(
         True,
         "True: zero coefficients, so that the adapted model starts exactly as the base model, a random projection and "
-        "uniform meshes. 'random', 'pca' or 'gradient': the same, and a promise to call "
-        "`initialize_lreg_weights(model, dataloader)`, which fits the meshes to the data, and with the last two the "
-        "projections. False: random coefficients, which only tests want.",
+        "uniform meshes. 'pca' or 'gradient': the same, and a promise to call `initialize_lreg_weights(model, "
+        "dataloader)`, which fits projections and meshes to the data. False: random coefficients, which only tests "
+        "want.",
     )
     dropout: float = _option(
         0.0,
@@ -246,7 +246,7 @@ class LRegConfig(PeftConfig):
         self._check_patterns()
         if not isinstance(self.init_weights, (bool, str)) or self.init_weights not in (True, False, *DATA_STARTS):
             raise ValueError(
-                f"init_weights must be True, False, {', '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
+                f"init_weights must be True, False, {' or '.join(map(repr, DATA_STARTS))}, got {self.init_weights!r}."
             )
         for name in ("linear_term", "train_projection", "backbone_eval", "fused_loss", "inference_mode"):
             flag(name, getattr(self, name))

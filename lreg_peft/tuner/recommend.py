@@ -1,8 +1,8 @@
 """The configuration that did best in the measurements of this project, sized to a budget, for any architecture.
 
 The recipe: factored weighting and a linear term on every linear layer of the backbone, and, of a language model, around
-the output head and the norm before it; a start from data; twice as many components on the attention as elsewhere, one
-on the output head, up to sixteen at the norm.
+the output head and the norm before it; a gradient start; twice as many components on the attention as elsewhere, one on
+the output head, up to sixteen at the norm.
 """
 
 import re
@@ -44,9 +44,6 @@ RECOMMENDED_NODES = 8
 # Learning rates for Adam, by task. Of classifiers and regressions of text: none of the runs measured ended at chance;
 # with 5e-3, often a little better, one of twenty did. Of language models: in the middle of what was best on two texts.
 _RATES = {"CAUSAL_LM": 2e-2, "SEQ_CLS": 3e-3}
-# Where P starts, if not along gradients. These classifiers were no better there, for the price of the backward passes,
-# and ended at chance more often: 5 of 63 runs at 5e-3, against 2 of 83.
-_STARTS = {"SEQ_CLS": "random"}
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -79,7 +76,7 @@ def recommended_config(
     """The recommended configuration for a model, with its components divided so that they fill a budget.
 
     Print `inspect_targets(model, config)` to see what it adapts. Call `initialize_lreg_weights(model, dataloader)`
-    after `get_peft_model`: P starts along gradients, and for `task_type="SEQ_CLS"` as it was drawn.
+    after `get_peft_model`, as for every configuration with `init_weights="gradient"`.
 
     Args:
         model: a Transformers model without adapters.
@@ -186,7 +183,7 @@ def _recipe(
         "n_components": 1,
         "component_pattern": _pattern(inside),
         "n_nodes": n_nodes,
-        "init_weights": _STARTS.get(task or "", "gradient"),
+        "init_weights": "gradient",
         "base_width": _BASE_WIDTH,
         "profile_mean": _MEAN_INSIDE,
         "profile_mean_pattern": {re.escape(head): _MEAN_AT_THE_HEAD} if head in names else {},

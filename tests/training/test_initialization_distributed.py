@@ -15,7 +15,7 @@ def test_two_processes_end_with_the_same_start(tmp_path):
     run_on_two(_start, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["rows"] != second["rows"]  # they did see different data
-    for method in ("random", "pca", "gradient"):
+    for method in ("pca", "gradient"):
         for mine, other in zip(first[method], second[method], strict=True):
             assert torch.equal(mine, other)
     # Batches dealt out in turn make the same halves as in one process, so that the same pseudocount is chosen.
@@ -77,7 +77,7 @@ def _start(folder: Path) -> None:
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     results = {}
-    for method in ("random", "pca", "gradient"):
+    for method in ("pca", "gradient"):
         model = get_peft_model(gpt2(), LRegConfig(task_type="CAUSAL_LM", target_modules=["mlp"], n_nodes=4))
         size = model.config.vocab_size
         ids = [torch.randint(0, size, (2, 10), generator=generator) for _ in range(3)]

@@ -107,7 +107,7 @@ REFUSED = [
     ({"node_pattern": [3]}, TypeError, r"node_pattern must be a dictionary with a key for each module, got \[3\]"),
     ({"feature_source": {"a": 3}}, ValueError, r"feature_source\['a'\] must be the name of a module, got 3"),
     ({"feature_source": {"": "b"}}, ValueError, "feature_source key must be a non-empty string"),
-    ({"init_weights": "svd"}, ValueError, "init_weights must be True, False, .*'pca'.*, got 'svd'"),
+    ({"init_weights": "random"}, ValueError, "init_weights must be True, False, .*'pca'.*, got 'random'"),
     ({"train_projection": 1}, TypeError, "train_projection must be True or False, got 1"),
     ({"backbone_eval": None}, TypeError, "backbone_eval must be True or False, got None"),
     ({"fused_loss": "no"}, TypeError, "fused_loss must be True or False, got 'no'"),

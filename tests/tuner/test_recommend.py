@@ -19,12 +19,6 @@ def gpt2():
     return meta(GPT2LMHeadModel, GPT2Config(bos_token_id=0, eos_token_id=1))
 
 
-@pytest.mark.parametrize(("task", "start"), [("CAUSAL_LM", "gradient"), ("SEQ_CLS", "random"), (None, "gradient")])
-def test_classifiers_of_text_start_from_random_directions(task, start):
-    assert recommended_config(gpt2(), task_type=task).init_weights == start
-    assert recommended_config(gpt2(), task_type=task, init_weights="pca").init_weights == "pca"
-
-
 class TestPlacement:
     def test_language_model(self):
         targets = {t.name: t for t in inspect_targets(gpt2(), recommended_config(gpt2()))}

@@ -26,6 +26,7 @@ import argparse
 import copy
 import gc
 import json
+import operator
 import queue
 import statistics
 import tempfile
@@ -40,16 +41,17 @@ from threading import BrokenBarrierError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, multiprocessing, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.utils import logging
 
 import lreg_peft
 from benchmarks.measurements.machine import command, device_name, versions
+from benchmarks.measurements.speed_models import GPT2_SIZES, frozen_gpt2, lora_like, train_step
 
-SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "tiny": (64, 2, 2)}
+TINY = (64, 2, 2)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = ("frozen", "LoRA", "LReg", "LReg, fused loss")
 SHAPES = ((8, 512), (1, 128))  # of a batch: arithmetic counts in the first, starting kernels in the second
@@ -59,24 +61,8 @@ WARM_UP = 3
 
 def gpt2(size: str, vocabulary: int = VOCABULARY, positions: int = 1024) -> GPT2LMHeadModel:
     """Random weights, frozen, no dropout."""
-    width, layers, heads = SIZES[size]
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        vocab_size=vocabulary,
-        n_positions=positions,
-        use_cache=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).requires_grad_(False)
-    model.loss_type = "ForCausalLM"  # left out, it is this one and a warning, which breaks a compiled graph
-    return model
+    sizes = TINY if size == "tiny" else GPT2_SIZES[size]
+    return frozen_gpt2(*sizes, vocab_size=vocabulary, n_positions=positions, use_cache=False)
 
 
 def recipe(base: nn.Module, **options: Any) -> PeftModel:
@@ -87,19 +73,7 @@ def recipe(base: nn.Module, **options: Any) -> PeftModel:
 
 def lora(base: nn.Module) -> PeftModel:
     """LoRA on the modules of the recipe, with its ranks. It cannot go to a norm."""
-    config = lreg_peft.recommended_config(base, task_type="CAUSAL_LM", final_norm=False)
-    ranks = {"rank_pattern": config.component_pattern, "alpha_pattern": config.component_pattern}
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            target_modules=config.target_modules,
-            r=config.n_components,
-            lora_alpha=config.n_components,
-            fan_in_fan_out=True,
-            **ranks,
-        ),
-    )
+    return get_peft_model(base, lora_like(lreg_peft.recommended_config(base, task_type="CAUSAL_LM", final_norm=False)))
 
 
 def awaken(model: nn.Module) -> nn.Module:
@@ -159,12 +133,9 @@ def parity(options: argparse.Namespace) -> list[dict[str, Any]]:
             # As PEFT does it: the base in a precision, what is trained in fp32; then an fp32 base with autocast.
             for autocast in (False,) if precision == "fp32" else (False, True):
                 own = copy.deepcopy(model).to(options.device)
-                if not autocast:
-                    for weight in own.parameters():
-                        weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
-                    for buffer in own.buffers():
-                        if buffer.is_floating_point():
-                            buffer.data = buffer.data.float()
+                for weight in own.parameters():
+                    if not (autocast or weight.requires_grad):
+                        weight.data = weight.data.to(dtype)
                 moved = {key: value.to(options.device) for key, value in batch.items()}
                 with torch.autocast(options.device, dtype) if autocast else nullcontext():
                     own.train()(**moved)  # the first batch of a fused loss is computed both ways, to compare
@@ -398,8 +369,8 @@ def work(case: tuple[str, str, str], turns: dict[str, Turns], results: Any, opti
     for way, own in turns.items():
         if case not in own.cases:
             continue
-        compiled = torch.compile(model, fullgraph=True, dynamic=False) if way == "compiled" else None
-        step = step_of(model, method, compiled)
+        called = torch.compile(model, fullgraph=True, dynamic=False) if way == "compiled" else model
+        step = step_of(called, method)
         rows = []
         for shape in shapes if way == "eager" else shapes[:1]:
             batch = ids(*shape, options.device, VOCABULARY)
@@ -455,53 +426,39 @@ def footprint(step: Callable[..., None], batch: dict[str, Tensor]) -> dict[str, 
     return {"memory_mib": (torch.cuda.max_memory_allocated() - before) / 2**20, "kernels": kernels}
 
 
-def step_of(model: nn.Module, method: str, called: Callable[..., Any] | None = None) -> Callable[..., None]:
+def step_of(model: nn.Module, method: str) -> Callable[[dict[str, Tensor]], None]:
     """A step of training; of the frozen model forward and loss."""
-    called = model if called is None else called
-    if method == "frozen":
+    if method != "frozen":
+        return train_step(model)
 
-        @torch.no_grad()
-        def forward(batch: dict[str, Tensor]) -> None:
-            called(**batch)
+    @torch.no_grad()
+    def forward(batch: dict[str, Tensor]) -> None:
+        model(**batch)
 
-        return forward
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-5, foreach=True)
-
-    def step(batch: dict[str, Tensor]) -> None:
-        called(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return forward
 
 
 def ratios(rows: list[dict[str, Any]]) -> str:
     """A table: milliseconds and kernels of each, and LReg's time as a part of LoRA's, round by round."""
-    rows = [row for row in rows if "error" in row or "seconds" in row]
     lines = [
         "| model | precision | | batch | | ms a step | of LoRA's (quartiles) | of the frozen forward | kernels | MiB |",
         "|---|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    key = ("model", "precision", "way", "batch")
+    case = operator.itemgetter("model", "precision", "way")
+    timed = {(*case(row), *row["batch"], row["method"]): row["seconds"] for row in rows if "seconds" in row}
     for row in rows:
         if "error" in row:
             last = row["error"].strip().splitlines()[-1]
             lines.append(f"| {row['model']} | {row['precision']} | {row['method']} | | {row['way']} | {last} |")
+        if "seconds" not in row:
             continue
         cells = {}
         for other in ("LoRA", "frozen"):
-            theirs = next(
-                (
-                    one
-                    for one in rows
-                    if one["method"] == other and all(one.get(name) == row[name] for name in key) and "seconds" in one
-                ),
-                None,
-            )
-            if theirs is None or theirs is row:
+            theirs = timed.get((*case(row), *row["batch"], other))
+            if theirs is None or row["method"] == other:
                 cells[other] = ""
                 continue
-            found = [own / their for own, their in zip(row["seconds"], theirs["seconds"], strict=True)]
+            found = [own / their for own, their in zip(row["seconds"], theirs, strict=True)]
             low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
             cells[other] = f"{middle:.2f} ({low:.2f}-{high:.2f})" if other == "LoRA" else f"{middle:.2f}"
         lines.append(
@@ -528,25 +485,16 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
                     task_type="CAUSAL_LM", target_modules=["lm_head"], n_components=2, n_nodes=8, fused_loss=fused
                 )
                 model = get_peft_model(base, config).to("cuda").train()
-                step, batch = step_of(model, "LReg"), ids(1, length, "cuda", vocabulary)
+                step, batch = train_step(model), ids(1, length, "cuda", vocabulary)
                 step({key: value[:, :16] for key, value in batch.items()})  # the first is computed both ways
                 step(batch)
-                wait("cuda")
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                start = time.perf_counter()
-                for _ in range(5):
-                    step(batch)
-                wait("cuda")
-                seconds = (time.perf_counter() - start) / 5
-                peak = (torch.cuda.max_memory_allocated() - before) / 2**30
                 rows.append(
                     {
                         "vocabulary": vocabulary,
                         "length": length,
                         "fused": fused,
-                        "peak_gib": peak,
-                        "milliseconds": 1000 * seconds,
+                        "peak_gib": footprint(step, batch)["memory_mib"] / 1024,
+                        "milliseconds": 1000 * seconds(step, batch, options),
                     }
                 )
                 del model, base, step

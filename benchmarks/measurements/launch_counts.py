@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.utils import logging
 
 from benchmarks.measurements.machine import command, device_name, versions
+from benchmarks.measurements.speed_models import frozen_gpt2, lora_like
 from lreg_peft import recommended_config
 
 VOCABULARY = 128
@@ -54,21 +55,7 @@ class Count(TorchDispatchMode):
 
 
 def frozen(options: argparse.Namespace) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=options.layers,
-        n_embd=options.width,
-        n_head=2,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config).requires_grad_(False)
-    model.loss_type = "ForCausalLM"  # left out, it is this one and a warning, which breaks the graph
-    return model
+    return frozen_gpt2(options.width, options.layers, heads=2, vocab_size=VOCABULARY)
 
 
 def models(options: argparse.Namespace) -> dict[str, nn.Module]:
@@ -77,18 +64,9 @@ def models(options: argparse.Namespace) -> dict[str, nn.Module]:
     base.transformer.wpe.requires_grad_(True)
     places = {"output_head": False, "final_norm": False, "init_weights": True}
     lreg = recommended_config(frozen(options), task_type="CAUSAL_LM", **places)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=lreg.target_modules,
-        r=lreg.n_components,
-        rank_pattern=lreg.component_pattern,
-        lora_alpha=lreg.n_components,
-        alpha_pattern=lreg.component_pattern,
-        fan_in_fan_out=True,
-    )
     made = {
         "frozen": base,
-        "LoRA": get_peft_model(frozen(options), lora),
+        "LoRA": get_peft_model(frozen(options), lora_like(lreg)),
         "LReg": get_peft_model(frozen(options), lreg),
     }
     return {name: model.train().to(options.device) for name, model in made.items()}

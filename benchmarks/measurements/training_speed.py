@@ -52,10 +52,9 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.measurements.machine import command, device_name, versions
+from benchmarks.measurements.speed_models import GPT2_SIZES, NO_GPT2_DROPOUT, lora_like, train_step
 from lreg_peft import LRegConfig, cache_features, recommended_config
 
-GPT2_SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20)}
-NO_GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 MINILM_BATCH, MINILM_LENGTHS = 16, (24, 32, 64, 128)
@@ -171,17 +170,6 @@ def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def train_step(model: nn.Module) -> Callable[[dict[str, Tensor]], None]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step(batch: dict[str, Tensor]) -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def forward_and_loss(model: nn.Module) -> Callable[[dict[str, Tensor]], None]:
     @torch.no_grad()
     def step(batch: dict[str, Tensor]) -> None:
@@ -265,14 +253,7 @@ def part_minilm(bench: Bench) -> list[dict[str, Any]]:
         base = bench.place(BertForSequenceClassification(BertConfig(**sizes, **NO_BERT_DROPOUT)))
         config: PeftConfig = recommended_config(base, task_type="SEQ_CLS", init_weights=False)
         if method == "LoRA":
-            config = LoraConfig(
-                task_type="SEQ_CLS",
-                target_modules=config.target_modules,
-                r=config.n_components,
-                lora_alpha=config.n_components,
-                rank_pattern=config.component_pattern,
-                alpha_pattern=config.component_pattern,
-            )
+            config = lora_like(config)
         model = get_peft_model(base, config).train()
         return model, train_step(model)
 

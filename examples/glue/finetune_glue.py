@@ -7,8 +7,8 @@ task tells whether a signature and a docstring, both of Python itself, are of th
 (the file goes between the two columns):
 
     python            --model_name_or_path roberta-base --task sst2   model and task from the hub, any of the nine
-    python            --task sst2 --train_file a.csv --test_file b.csv     local files with the hub's columns; a
-                                                                  model may be a folder, too
+    python            --train_file a.csv --validation_file b.csv      your own: `label` and one or two columns of text;
+                                                                  a model may be a folder, too
     accelerate launch --multi_gpu --num_processes 4 ...           several GPUs; or after `accelerate config`, no flags
     torchrun          --nproc_per_node 2 ...                      two processes, on a CPU as well
 """
@@ -41,8 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="hub id or folder of an encoder (default: the packaged MiniLM)")
     parser.add_argument("--task", choices=list(TASKS), help="GLUE task (default: the offline pairs)")
-    parser.add_argument("--train_file", help="CSV with the columns of the task and `label`; goes with --test_file")
-    parser.add_argument("--test_file", help="the same, to report on")
+    parser.add_argument("--train_file", help="CSV with text and `label`: whole numbers, words, or decimals for a scale")
+    parser.add_argument("--validation_file", help="the same columns, to report on")
     parser.add_argument("--budget", help="parameters: a number, or as in lora:8 (default: a component per module)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=16, help="samples in a step of each process")
@@ -106,11 +106,11 @@ def offline_pairs() -> list[Dataset]:
 
 def read_samples(args: argparse.Namespace) -> list[Dataset]:
     """Samples to train on and samples to report on: the columns of the task and `label`."""
-    if (args.train_file is None) != (args.test_file is None):
-        raise SystemExit("error: --train_file and --test_file go together, and one of them is missing.")
+    if (args.train_file is None) != (args.validation_file is None):
+        raise SystemExit("error: --train_file and --validation_file go together, and one of them is missing.")
     if args.train_file:
-        data = load_dataset("csv", data_files={"train": args.train_file, "test": args.test_file})
-        return [data["train"], data["test"]]
+        data = load_dataset("csv", data_files={"train": args.train_file, "validation": args.validation_file})
+        return [data["train"], data["validation"]]
     if args.task is None:
         return offline_pairs()
     data = load_dataset("nyu-mll/glue", args.task)
@@ -120,7 +120,7 @@ def read_samples(args: argparse.Namespace) -> list[Dataset]:
 def figures(task: str | None, prediction: EvalPrediction) -> dict[str, float]:
     """The official figures of the task, in per cent."""
     outputs, labels = np.asarray(prediction.predictions), prediction.label_ids
-    if task == "stsb":
+    if outputs.shape[1] == 1:  # positions on a scale
         outputs = outputs[:, 0]
         found = {"pearson": pearsonr(outputs, labels).statistic, "spearmanr": spearmanr(outputs, labels).statistic}
     elif task == "cola":
@@ -143,17 +143,19 @@ def packaged_model() -> str:
 
 def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
-    columns = TASKS[args.task] if args.task else ("sentence1", "sentence2")
-    n_labels = {"stsb": 1, "mnli": 3}.get(args.task, 2)
+    parts = read_samples(args)
+    columns = TASKS[args.task] if args.task else [column for column in parts[0].column_names if column != "label"]
+    labels = sorted({*parts[0]["label"], *parts[1]["label"]})
+    is_scale = isinstance(labels[0], float)
     name = args.model_name_or_path or packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=n_labels)
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1 if is_scale else len(labels))
 
     def tokenize(samples: dict[str, list]) -> dict[str, list]:
         texts = [samples[column] for column in columns]
-        return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": samples["label"]}
+        targets = samples["label"] if is_scale else [labels.index(label) for label in samples["label"]]
+        return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": targets}
 
-    parts = read_samples(args)
     train, test = (part.map(tokenize, batched=True, remove_columns=part.column_names) for part in parts)
 
     # Factored shortcuts with a linear term on all linear layers of the encoder, twice the components on the attention;

@@ -133,7 +133,7 @@ def test_half_a_pair_of_files_is_refused_in_one_sentence(run: Run, reader: Path)
     with pytest.raises(SystemExit, match="go together"):
         run("wikitext", "finetune_wikitext", *reader_options(reader, reader)[:4])
     with pytest.raises(SystemExit, match="go together"):
-        run("glue", "finetune_glue", "--test_file", "b.csv", "--model_name_or_path", str(reader / "model"))
+        run("glue", "finetune_glue", "--validation_file", "b.csv", "--model_name_or_path", str(reader / "model"))
 
 
 # --- glue ------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def critic_options(critic: Path, output: Path) -> list[str]:
     return [
-        *("--task", "sst2", "--train_file", str(critic / "train.csv"), "--test_file", str(critic / "test.csv")),
+        *("--task", "sst2", "--train_file", str(critic / "train.csv"), "--validation_file", str(critic / "test.csv")),
         *("--model_name_or_path", str(critic / "model"), "--output_dir", str(output)),
         *("--steps", "40", "--batch_size", "16", "--learning_rate", "0.03"),
     ]
@@ -184,6 +184,19 @@ def test_the_encoder_learns_the_task(run: Run, critic: Path, tmp_path: Path) -> 
     assert float(before) < 70 and float(after) > 90
     assert len(re.findall(r"'loss': .*'learning_rate': ", printed)) == 10
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("labels", "figure"), [(("bad", "good", "so-so"), "accuracy"), ((0.5, 4.0, 2.5), "pearson")])
+def test_samples_of_ones_own_need_no_name_of_a_task(
+    run: Run, critic: Path, tmp_path: Path, labels: tuple[str | float, ...], figure: str
+) -> None:
+    """Three classes with names, or positions on a scale; a column of text under any name."""
+    for name in ("train", "test"):
+        rows = [f"a {WORDS[index % 3]} film,{labels[index % 3]}" for index in range(48)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["review,label", *rows]) + "\n", encoding="utf-8")
+    files = ("--train_file", str(tmp_path / "train.csv"), "--validation_file", str(tmp_path / "test.csv"))
+    printed = run("glue", "finetune_glue", *files, *critic_options(critic, tmp_path / "out")[6:])
+    assert float(re.search(rf"{figure} -?[\d.]+ -> ([\d.]+) on 48 samples", printed).group(1)) > 90
 
 
 def test_the_offline_pairs_are_balanced_and_share_no_function() -> None:

@@ -314,7 +314,7 @@ METHODS = {
             "lreg",
             "LReg as recommended: all linear layers (and the LM head), factored with a linear term, started from data",
             attach_lreg,
-            rates(2e-2, 2e-2, 5e-3, 5e-3),
+            rates(2e-2, 2e-2, 2e-3, 3e-3),
             "parameters",
             n_nodes=8,
             finish=calibrate,

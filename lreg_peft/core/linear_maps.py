@@ -89,8 +89,8 @@ class Coefficients(nn.Linear):
         if not hidden.dtype is design.dtype is weight.dtype:
             design, weight = design.to(hidden.dtype), weight.to(hidden.dtype)
         table = weight.T
-        if table.is_cpu:  # where both products of the backward pass are several times slower with a transposed one
-            table = table.contiguous()
+        if table.is_cpu and torch.is_grad_enabled():
+            table = table.contiguous()  # without it a CPU takes several times as long for both products backwards
         if hidden.ndim == 2:
             return torch.addmm(hidden, design, table, alpha=scale)
         rows, design = hidden.reshape(-1, hidden.shape[-1]), design.reshape(-1, design.shape[-1])

@@ -110,6 +110,9 @@ def read_samples(args: argparse.Namespace) -> list[Dataset]:
         raise SystemExit("error: --train_file and --validation_file go together, and one of them is missing.")
     if args.train_file:
         data = load_dataset("csv", data_files={"train": args.train_file, "validation": args.validation_file})
+        columns = data["train"].column_names
+        if "label" not in columns or (len(columns) > 3 and not args.task):
+            raise SystemExit(f"error: a CSV needs `label` and one or two columns of text, got {', '.join(columns)}.")
         return [data["train"], data["validation"]]
     if args.task is None:
         return offline_pairs()

@@ -199,6 +199,16 @@ def test_samples_of_ones_own_need_no_name_of_a_task(
     assert float(re.search(rf"{figure} -?[\d.]+ -> ([\d.]+) on 48 samples", printed).group(1)) > 90
 
 
+@pytest.mark.parametrize("header", ["review,stars", "id,title,review,label"])
+def test_files_with_other_columns_are_refused_in_one_sentence(
+    run: Run, critic: Path, tmp_path: Path, header: str
+) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n{'a,' * header.count(',')}1\n", encoding="utf-8")
+    files = ("--train_file", str(tmp_path / "a.csv"), "--validation_file", str(tmp_path / "a.csv"))
+    with pytest.raises(SystemExit, match=f"one or two columns of text, got {header.replace(',', ', ')}"):
+        run("glue", "finetune_glue", *files, "--model_name_or_path", str(critic / "model"))
+
+
 def test_the_offline_pairs_are_balanced_and_share_no_function() -> None:
     train, test = import_module("examples.glue.finetune_glue").offline_pairs()
     assert (len(train), len(test)) == (3000, 1000)

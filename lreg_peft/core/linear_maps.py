@@ -89,7 +89,7 @@ class Coefficients(nn.Linear):
         if not hidden.dtype is design.dtype is weight.dtype:
             design, weight = design.to(hidden.dtype), weight.to(hidden.dtype)
         table = weight.T
-        if table.is_cpu and torch.is_grad_enabled():
+        if table.is_cpu and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             table = table.contiguous()  # without it a CPU takes several times as long for both products backwards
         if hidden.ndim == 2:
             return torch.addmm(hidden, design, table, alpha=scale)

@@ -122,7 +122,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in runs:
-        groups.setdefault((one["task"], one["steps"], one["method"], one["rate"]), []).append(one)
+        steps = f"{one['steps']} of {one['batch_size']}"
+        groups.setdefault((one["task"], steps, one["method"], one["rate"]), []).append(one)
     order = {name: i for i, name in enumerate(WORDS)}
     for key in sorted(groups, key=lambda key: (key[0], key[1], order[key[2]], key[3])):
         rows = groups[key]

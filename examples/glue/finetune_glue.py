@@ -110,9 +110,6 @@ def read_samples(args: argparse.Namespace) -> list[Dataset]:
         raise SystemExit("error: --train_file and --validation_file go together, and one of them is missing.")
     if args.train_file:
         data = load_dataset("csv", data_files={"train": args.train_file, "validation": args.validation_file})
-        columns = data["train"].column_names
-        if "label" not in columns or (len(columns) > 3 and not args.task):
-            raise SystemExit(f"error: a CSV needs `label` and one or two columns of text, got {', '.join(columns)}.")
         return [data["train"], data["validation"]]
     if args.task is None:
         return offline_pairs()
@@ -147,16 +144,21 @@ def packaged_model() -> str:
 def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     parts = read_samples(args)
-    columns = TASKS[args.task] if args.task else [column for column in parts[0].column_names if column != "label"]
+    others = [column for column in parts[0].column_names if column not in ("label", "idx")]
+    columns = TASKS[args.task] if args.task else others
+    for part in parts:
+        if not {*columns, "label"} <= {*part.column_names} or not 1 <= len(columns) <= 2:
+            wanted = f"the columns {', '.join(columns)}" if args.task else "one or two columns of text"
+            raise SystemExit(f"error: a CSV needs `label` and {wanted}, got {', '.join(part.column_names)}.")
     labels = sorted({*parts[0]["label"], *parts[1]["label"]})
-    is_scale = isinstance(labels[0], float)
+    is_scale = args.task == "stsb" or isinstance(labels[0], float)
     name = args.model_name_or_path or packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1 if is_scale else len(labels))
 
     def tokenize(samples: dict[str, list]) -> dict[str, list]:
         texts = [samples[column] for column in columns]
-        targets = samples["label"] if is_scale else [labels.index(label) for label in samples["label"]]
+        targets = [float(label) if is_scale else labels.index(label) for label in samples["label"]]
         return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": targets}
 
     train, test = (part.map(tokenize, batched=True, remove_columns=part.column_names) for part in parts)

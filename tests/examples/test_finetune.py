@@ -169,8 +169,12 @@ def critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def critic_options(critic: Path, output: Path) -> list[str]:
+    files = ("--train_file", str(critic / "train.csv"), "--validation_file", str(critic / "test.csv"))
+    return ["--task", "sst2", *files, *training_options(critic, output)]
+
+
+def training_options(critic: Path, output: Path) -> list[str]:
     return [
-        *("--task", "sst2", "--train_file", str(critic / "train.csv"), "--validation_file", str(critic / "test.csv")),
         *("--model_name_or_path", str(critic / "model"), "--output_dir", str(output)),
         *("--steps", "40", "--batch_size", "16", "--learning_rate", "0.03"),
     ]
@@ -195,11 +199,20 @@ def test_samples_of_ones_own_need_no_name_of_a_task(
         rows = [f"a {WORDS[index % 3]} film,{labels[index % 3]}" for index in range(48)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["review,label", *rows]) + "\n", encoding="utf-8")
     files = ("--train_file", str(tmp_path / "train.csv"), "--validation_file", str(tmp_path / "test.csv"))
-    printed = run("glue", "finetune_glue", *files, *critic_options(critic, tmp_path / "out")[6:])
+    printed = run("glue", "finetune_glue", *files, *training_options(critic, tmp_path / "out"))
     assert float(re.search(rf"{figure} -?[\d.]+ -> ([\d.]+) on 48 samples", printed).group(1)) > 90
 
 
-@pytest.mark.parametrize("header", ["review,stars", "id,title,review,label"])
+def test_similarities_may_be_whole_numbers(run: Run, critic: Path, tmp_path: Path) -> None:
+    rows = [f"a {WORDS[index % 3]} film,a good film,{(4, 0, 2)[index % 3]}" for index in range(48)]
+    (tmp_path / "a.csv").write_text("\n".join(["sentence1,sentence2,label", *rows]) + "\n", encoding="utf-8")
+    files = ("--train_file", str(tmp_path / "a.csv"), "--validation_file", str(tmp_path / "a.csv"))
+    assert "pearson" in run(
+        "glue", "finetune_glue", "--task", "stsb", *files, *training_options(critic, tmp_path / "out")
+    )
+
+
+@pytest.mark.parametrize("header", ["review,stars", "id,title,review,label", "label,idx"])
 def test_files_with_other_columns_are_refused_in_one_sentence(
     run: Run, critic: Path, tmp_path: Path, header: str
 ) -> None:

@@ -83,14 +83,15 @@ class Coefficients(nn.Linear):
             with torch.autocast(design.device.type, enabled=False):
                 return self.forward(design, hidden, scale)
         weight: Tensor = self.weight
-        if hidden is None:
-            value = F.linear(design.to(weight.dtype), weight)
-            return value if scale == 1.0 else value * scale
-        if not hidden.dtype is design.dtype is weight.dtype:
-            design, weight = design.to(hidden.dtype), weight.to(hidden.dtype)
+        dtype = weight.dtype if hidden is None else hidden.dtype
+        if not dtype is design.dtype is weight.dtype:
+            design, weight = design.to(dtype), weight.to(dtype)
         table = weight.T
         if table.is_cpu and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             table = table.contiguous()  # without it a CPU takes several times as long for both products backwards
+        if hidden is None:
+            value = design @ table
+            return value if scale == 1.0 else value * scale
         if hidden.ndim == 2:
             return torch.addmm(hidden, design, table, alpha=scale)
         rows, design = hidden.reshape(-1, hidden.shape[-1]), design.reshape(-1, design.shape[-1])

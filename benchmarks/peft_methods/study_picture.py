@@ -34,7 +34,7 @@ def draw_study(report: StudyReport, path: Path, title: str | None = None) -> Non
     figure, panels = plt.subplots(
         1, n_panels, figsize=(6.5 * n_panels, max(4.0, 0.24 * len(rows) + 1.5)), layout="constrained", squeeze=False
     )
-    figure.suptitle(title or report.title, fontsize=10)
+    figure.suptitle(title or report.title, fontsize=10, wrap=True)
     _ranking(report, panels[0][0], rows, centre)
     for panel, (name, lines) in zip(panels[0][1:], curves.items(), strict=False):
         _axis(report, panel, name, lines)

@@ -41,12 +41,10 @@ from lreg_peft import convert_to_lora
 
 # Method of the comparison, learning rate; in the order in which a seed runs them.
 ROWS = (
-    ("lreg", 0.003),
+    ("lreg", 0.002),
     ("lora-linear-start", 0.003),
-    ("lreg", 0.01),
-    ("lreg", 0.001),
-    ("lora-linear", 0.003),
-    ("lreg-random-head", 0.003),
+    ("lreg", 0.0036),
+    ("lreg", 0.0011),
 )
 WORDS = {
     "lreg": "LReg, head's start",
@@ -155,7 +153,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=32)
     parser.add_argument("--max_train_samples", type=int, default=2200)
     parser.add_argument("--max_eval_samples", type=int, default=500)
-    parser.add_argument("--converted", type=float, default=0.003, help="rate of the runs that are also shown as LoRA")
+    parser.add_argument("--converted", type=float, default=0.002, help="rate of the runs that are also shown as LoRA")
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--table", action="store_true", help="only write the record and the table of what is there")
     options = parser.parse_args()
